@@ -1,0 +1,132 @@
+//! Trains a dense CLIP from scratch on the emoji pack: this is how the checkpoint in `data/clip-tiny` was made.
+//!
+//! ```sh
+//! cargo run --release --example pretrain -- --out out/clip-tiny
+//! ```
+//!
+//! A run that was stopped goes on from its last checkpoint when it is started again. `--hold-out noto-v1` keeps one vendor out of
+//! training and validates on it; without it the run trains on all five training vendors and shows recall on the first of them,
+//! which says how far training is and nothing about how well the model generalises. Twemoji is never read.
+
+use std::{error::Error, path::PathBuf};
+
+use burn_moe::{
+    AuxiliaryLossConfig, EncoderConfig,
+    clip::{
+        ClipConfig, TextConfig, VisionConfig,
+        checkpoint::{ClipCheckpoint, Precision},
+    },
+    device_by_name,
+    recipe::{
+        Arm, Checkpointing, Evaluation, Observer, OptimizerConfig, StepLosses, TrainConfig, WarmupCosine,
+        data::{EmojiPack, EmojiVendor},
+        train,
+    },
+};
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+
+#[derive(Parser)]
+#[command(about = "Trains a dense CLIP from scratch on the emoji pack")]
+struct Args {
+    /// Where the checkpoint goes
+    #[arg(long, default_value = "out/clip-tiny")]
+    out: PathBuf,
+    /// Where the run is kept while it is not finished
+    #[arg(long, default_value = "out/pretrain")]
+    run: PathBuf,
+    /// A training vendor to validate on instead of training on it
+    #[arg(long)]
+    hold_out: Option<String>,
+    #[arg(long, default_value_t = 8000)]
+    steps: usize,
+    /// The highest learning rate
+    #[arg(long, default_value_t = 6e-3)]
+    learning_rate: f64,
+    #[arg(long, default_value_t = 0.05)]
+    weight_decay: f32,
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Width of both towers
+    #[arg(long, default_value_t = 16)]
+    width: usize,
+    /// Attention heads of both towers
+    #[arg(long, default_value_t = 2)]
+    heads: usize,
+    #[arg(long, default_value_t = 5)]
+    vision_layers: usize,
+    #[arg(long, default_value_t = 3)]
+    text_layers: usize,
+    /// Width of the shared embedding space
+    #[arg(long, default_value_t = 64)]
+    embed_dim: usize,
+    /// Steps between evaluations
+    #[arg(long, default_value_t = 400)]
+    eval_every: usize,
+    /// Only cpu has been tried
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let args = Args::parse();
+    let device = device_by_name(&args.device)?;
+    device.seed(args.seed);
+    let pack = EmojiPack::open(concat!(env!("CARGO_MANIFEST_DIR"), "/data/emoji"))?;
+    let held_out = match &args.hold_out {
+        None => None,
+        Some(name) => Some(EmojiVendor::TRAINING.into_iter().find(|v| v.name() == name).ok_or_else(|| {
+            let names: Vec<_> = EmojiVendor::TRAINING.iter().map(EmojiVendor::name).collect();
+            format!("`{name}` is no training vendor: expected one of {names:?}")
+        })?),
+    };
+    let vendors: Vec<_> = EmojiVendor::TRAINING.into_iter().filter(|v| Some(*v) != held_out).collect();
+    let set = pack.load(&vendors, true)?;
+    let validation = pack.load(&[held_out.unwrap_or(vendors[0])], false)?;
+    println!("{} training images, {} to validate on", set.len(), validation.len());
+
+    let encoder = |layers| EncoderConfig::new(args.width, args.heads, layers, 4 * args.width);
+    let vision = VisionConfig::new(encoder(args.vision_layers), set.image_size(), 8);
+    let text = TextConfig::new(encoder(args.text_layers)).with_context_length(24);
+    let config = ClipConfig::new(vision, text, args.embed_dim);
+    config.validate()?;
+
+    let optimizer = OptimizerConfig::new(WarmupCosine::new(args.learning_rate)).with_weight_decay(args.weight_decay);
+    let arm = Arm { name: "dense".into(), model: config.init(&device), optimizer, auxiliary: AuxiliaryLossConfig::new() };
+    let run = TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed);
+    let checkpointing = Checkpointing { folder: args.run, every: args.eval_every };
+    let bar = ProgressBar::new(args.steps as u64)
+        .with_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed} of {duration} {msg}")?);
+    let mut progress = Progress { bar };
+    let trained = train(vec![arm], &set, &validation, &run, Some(&checkpointing), &device, &mut progress)?;
+    let trained = trained.into_iter().next().expect("one arm was trained");
+    println!("{:.1} ms a step", 1e3 * trained.time.as_secs_f64() / trained.timed_steps.max(1) as f64);
+    ClipCheckpoint { config, model: trained.model }.save_open_clip(&args.out, Precision::F16)?;
+    println!("written to {}", args.out.display());
+    Ok(())
+}
+
+struct Progress {
+    bar: ProgressBar,
+}
+
+impl Observer for Progress {
+    fn on_step(&mut self, _: usize, step: usize, losses: &StepLosses) {
+        self.bar.set_position(step as u64);
+        self.bar.set_message(format!("loss {:.3}", losses.contrastive));
+    }
+
+    fn on_evaluation(&mut self, _: usize, step: usize, evaluation: &Evaluation) {
+        let (text, image) = (evaluation.retrieval.text_to_image, evaluation.retrieval.image_to_text);
+        let percent = |x: f64| 100.0 * x;
+        let line = format!(
+            "step {step:>6}: text to image R@1 {:5.2} % R@5 {:5.2} %, image to text R@1 {:5.2} % R@5 {:5.2} %",
+            percent(text.r1),
+            percent(text.r5),
+            percent(image.r1),
+            percent(image.r5)
+        );
+        // A bar that is not on a terminal prints nothing by itself.
+        if self.bar.is_hidden() { println!("{line}") } else { self.bar.println(line) }
+    }
+}

@@ -1,0 +1,224 @@
+//! Each token chooses its experts.
+
+use burn::config::Config;
+use burn::tensor::{Int, Tensor, TensorData};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    capacity::Capacity,
+    error::ConfigError,
+    plan::{DispatchPlan, Seat},
+};
+
+/// Configuration of token choice: each valid token asks for the `K` experts of highest probability (Shazeer et al.,
+/// [arXiv 1701.06538](https://arxiv.org/abs/1701.06538)). Ties go to the lower expert index, on every backend.
+#[derive(Config, Debug, PartialEq)]
+pub struct TokenChoiceConfig {
+    /// Choices per token, `K`. Default: 2
+    #[config(default = 2)]
+    pub top_k: usize,
+    /// How probabilities become gates. Default: `BeforeDrop`
+    #[config(default = "GateNormalization::BeforeDrop")]
+    pub gate_normalization: GateNormalization,
+    /// Who is seated first when an expert is full. Default: `ChoiceMajor`
+    #[config(default = "FillOrder::ChoiceMajor")]
+    pub fill_order: FillOrder,
+    /// Slots per expert in a training step. Default: `OfTokens(2.0)`
+    #[config(default = "Capacity::OfTokens(2.0)")]
+    pub training_capacity: Capacity,
+    /// Slots per expert outside of training. Default: `Dropless`, so that a result does not depend on the rest of the batch.
+    #[config(default = "Capacity::Dropless")]
+    pub inference_capacity: Capacity,
+}
+
+/// How the probabilities of a token's chosen experts become gates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GateNormalization {
+    /// The probabilities as they are.
+    None,
+    /// Divided by their sum over the `K` chosen experts (axlearn, Tutel, ST-MoE).
+    BeforeDrop,
+    /// Divided by their sum over the experts that had a slot left (DeepSpeed).
+    AfterDrop,
+}
+
+/// The order in which choices fill an expert's slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum FillOrder {
+    /// All first choices in token order, then all second choices, … (GShard, V-MoE, flaxformer, axlearn, Tutel).
+    ChoiceMajor,
+}
+
+impl TokenChoiceConfig {
+    /// Refuses what cannot work with `num_experts` experts.
+    ///
+    /// # Errors
+    /// The first field that cannot be used, with its value.
+    pub fn validate(&self, num_experts: usize) -> Result<(), ConfigError> {
+        ConfigError::non_zero("num_experts", num_experts)?;
+        ConfigError::non_zero("top_k", self.top_k)?;
+        if self.top_k > num_experts {
+            return Err(ConfigError::TopKExceedsExperts { top_k: self.top_k, num_experts });
+        }
+        if self.top_k == 1 && self.gate_normalization != GateNormalization::None {
+            return Err(ConfigError::TopOneNormalized { normalization: format!("{:?}", self.gate_normalization) });
+        }
+        self.training_capacity.validate()?;
+        self.inference_capacity.validate()
+    }
+
+    pub(super) fn assign(&self, probs: Tensor<2>, valid: Option<&[bool]>, capacity: Capacity) -> DispatchPlan {
+        let [num_tokens, num_experts] = probs.dims();
+        let top_k = self.top_k;
+        let scores = probs.clone().detach().try_into_vec_as::<f32>().expect("probabilities are f32");
+        let chosen = choose(&scores, num_experts, top_k, valid);
+        let slots = capacity.slots(num_tokens, top_k, num_experts).unwrap_or(usize::MAX);
+        let seats = self.seat(&chosen, num_experts, slots);
+
+        let device = probs.device();
+        // A token that asks for nothing still needs an index to gather; its gate is masked to zero below.
+        let index: Vec<i32> = chosen.iter().map(|expert| expert.unwrap_or(0) as i32).collect();
+        let index = Tensor::<2, Int>::from_data(TensorData::new(index, [num_tokens, top_k]), &device);
+        let raw = probs.gather(1, index);
+        let kept: Vec<bool> = seats.iter().map(|seat| matches!(seat, Seat::Kept { .. })).collect();
+        let gates = self.gates(raw, &kept);
+        DispatchPlan::new(num_experts, top_k, &seats, gates)
+    }
+
+    /// One seat per choice, in token-major order, whatever the fill order.
+    fn seat(&self, chosen: &[Option<usize>], num_experts: usize, slots: usize) -> Vec<Seat> {
+        let mut taken = vec![0; num_experts];
+        let mut seats = vec![Seat::Unasked; chosen.len()];
+        let mut fill = |choice: usize| {
+            let Some(expert) = chosen[choice] else { return };
+            let position = taken[expert];
+            seats[choice] = if position < slots {
+                taken[expert] += 1;
+                Seat::Kept { expert, position }
+            } else {
+                Seat::Dropped { expert }
+            };
+        };
+        match self.fill_order {
+            FillOrder::ChoiceMajor => {
+                for rank in 0..self.top_k {
+                    (rank..chosen.len()).step_by(self.top_k).for_each(&mut fill);
+                }
+            }
+        }
+        seats
+    }
+
+    /// Gates from the chosen probabilities, zero for a choice without a slot.
+    fn gates(&self, raw: Tensor<2>, kept: &[bool]) -> Tensor<2> {
+        if kept.iter().all(|&kept| kept) {
+            return match self.gate_normalization {
+                GateNormalization::None => raw,
+                GateNormalization::BeforeDrop | GateNormalization::AfterDrop => raw.clone() / raw.sum_dim(1),
+            };
+        }
+        let device = raw.device();
+        let shape = raw.dims();
+        let unseated = kept.iter().map(|&kept| !kept).collect::<Vec<_>>();
+        let unseated = Tensor::from_data(TensorData::new(unseated, shape), &device);
+        match self.gate_normalization {
+            GateNormalization::None => raw.mask_fill(unseated, 0.0),
+            GateNormalization::BeforeDrop => (raw.clone() / raw.sum_dim(1)).mask_fill(unseated, 0.0),
+            GateNormalization::AfterDrop => {
+                let seated = raw.mask_fill(unseated.clone(), 0.0);
+                let any_seat = kept.chunks(shape[1]).map(|row| !row.contains(&true)).collect::<Vec<_>>();
+                let no_seat = Tensor::from_data(TensorData::new(any_seat, [shape[0], 1]), &device);
+                // Without a seat the sum is 0: divide by 1 instead, so that neither the gate nor its gradient is NaN.
+                let sum = seated.clone().sum_dim(1).mask_fill(no_seat, 1.0);
+                (seated / sum).mask_fill(unseated, 0.0)
+            }
+        }
+    }
+}
+
+/// The `top_k` experts of each token by descending score, `[T · K]`; nothing for a token that is not valid, and for one whose
+/// scores are not finite: it must not take a seat from another token.
+fn choose(scores: &[f32], num_experts: usize, top_k: usize, valid: Option<&[bool]>) -> Vec<Option<usize>> {
+    let mut chosen = Vec::with_capacity(scores.len() / num_experts * top_k);
+    for (token, scores) in scores.chunks_exact(num_experts).enumerate() {
+        let routable = valid.is_none_or(|valid| valid[token]) && scores.iter().all(|score| score.is_finite());
+        let first = chosen.len();
+        for _ in 0..top_k {
+            let best = (0..num_experts)
+                .filter(|expert| !chosen[first..].contains(&Some(*expert)))
+                // `max_by` keeps the last of equals; going backwards, that is the lower index.
+                .rev()
+                .max_by(|&a, &b| scores[a].total_cmp(&scores[b]));
+            chosen.push(if routable { best } else { None });
+        }
+    }
+    chosen
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Device;
+
+    fn plan(config: &TokenChoiceConfig, probs: &[[f32; 3]], valid: Option<&[bool]>, capacity: Capacity) -> DispatchPlan {
+        let flat: Vec<f32> = probs.iter().flatten().copied().collect();
+        let probs = Tensor::from_data(TensorData::new(flat, [probs.len(), 3]), &Device::default());
+        config.assign(probs, valid, capacity)
+    }
+
+    fn gates(plan: &DispatchPlan) -> Vec<f32> {
+        plan.gates().try_into_vec_as().unwrap()
+    }
+
+    #[test]
+    fn ties_go_to_the_lower_expert() {
+        let plan = plan(&TokenChoiceConfig::new(), &[[0.25, 0.5, 0.25], [0.4, 0.2, 0.4]], None, Capacity::Dropless);
+        assert_eq!(plan.row_token(), [0, 1, 0, 1]); // expert 0: tokens 0 and 1; expert 1: token 0; expert 2: token 1
+        assert_eq!(plan.choice_row(), [2, 0, 1, 3]);
+    }
+
+    #[test]
+    fn first_choices_are_seated_before_any_second_choice() {
+        // Expert 0 has one slot; token 0 wants it second, token 1 first.
+        let plan = plan(&TokenChoiceConfig::new(), &[[0.3, 0.6, 0.1], [0.6, 0.3, 0.1]], None, Capacity::Fixed(1));
+        assert_eq!(plan.choice_row(), [1, -1, 0, -1]);
+        assert_eq!(plan.asked(), [2, 2, 0]);
+        assert_eq!(plan.load(), [1, 1, 0]);
+    }
+
+    #[test]
+    fn gates_are_normalized_as_named() {
+        let probs = [[0.3, 0.6, 0.1], [0.6, 0.3, 0.1]];
+        let near = |got: Vec<f32>, want: [f32; 4]| {
+            assert!(got.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-6), "{got:?} is not {want:?}");
+        };
+        let config = |normalization| TokenChoiceConfig::new().with_gate_normalization(normalization);
+        let run = |normalization, capacity| gates(&plan(&config(normalization), &probs, None, capacity));
+        // Token 0 chooses 0.6 and 0.3, their sum is 0.9.
+        near(run(GateNormalization::None, Capacity::Fixed(1)), [0.6, 0.0, 0.6, 0.0]);
+        near(run(GateNormalization::BeforeDrop, Capacity::Fixed(1)), [0.6 / 0.9, 0.0, 0.6 / 0.9, 0.0]);
+        near(run(GateNormalization::AfterDrop, Capacity::Fixed(1)), [1.0, 0.0, 1.0, 0.0]);
+        near(run(GateNormalization::AfterDrop, Capacity::Dropless), [0.6 / 0.9, 0.3 / 0.9, 0.6 / 0.9, 0.3 / 0.9]);
+    }
+
+    #[test]
+    fn padding_and_tokens_that_are_not_finite_ask_for_nothing() {
+        let probs = [[f32::NAN, 0.5, 0.5], [0.6, 0.3, 0.1], [0.6, 0.3, 0.1]];
+        let plan = plan(&TokenChoiceConfig::new(), &probs, Some(&[true, false, true]), Capacity::Fixed(1));
+        assert_eq!(plan.asked(), [1, 1, 0]);
+        assert_eq!(plan.row_token(), [2, 2]);
+        assert_eq!(gates(&plan)[2..4], [0.0, 0.0]);
+    }
+
+    #[test]
+    fn impossible_settings_are_refused_with_their_value() {
+        let text = |config: TokenChoiceConfig, experts| config.validate(experts).unwrap_err().to_string();
+        assert_eq!(text(TokenChoiceConfig::new().with_top_k(9), 8), "`top_k` is 9, but there are only 8 experts");
+        assert_eq!(text(TokenChoiceConfig::new().with_top_k(0), 8), "`top_k` must be at least 1, got 0");
+        assert_eq!(text(TokenChoiceConfig::new(), 0), "`num_experts` must be at least 1, got 0");
+        assert!(text(TokenChoiceConfig::new().with_top_k(1), 8).contains("no task gradient reaches the router"));
+        let zero = TokenChoiceConfig::new().with_training_capacity(Capacity::OfTokens(0.0));
+        assert_eq!(text(zero, 8), "capacity `OfTokens(0.0)` is refused: the factor must be above 0");
+    }
+}

@@ -1,0 +1,240 @@
+//! Configuration files of each layout.
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::{Map, Value};
+
+use super::CheckpointError;
+use crate::{
+    clip::{ClipConfig, EndOfText, TextConfig, VisionConfig},
+    experts::Activation,
+    transformer::EncoderConfig,
+};
+
+/// What is wrong in a configuration file, in words.
+pub(super) struct ConfigFileError(pub String);
+
+impl From<serde_json::Error> for ConfigFileError {
+    fn from(error: serde_json::Error) -> Self {
+        Self(format!("not the JSON that was expected: {error}"))
+    }
+}
+
+type Result<T> = std::result::Result<T, ConfigFileError>;
+
+/// Version of `burn_moe_config.json`.
+const VERSION: u64 = 1;
+
+#[derive(Serialize, Deserialize)]
+struct BurnMoeFile {
+    version: u64,
+    clip: Value,
+}
+
+pub(super) fn from_burn_moe(text: &str) -> Result<ClipConfig> {
+    let file: BurnMoeFile = serde_json::from_str(text)?;
+    if file.version != VERSION {
+        return Err(ConfigFileError(format!("version {} was written by another burn-moe; this one reads {VERSION}", file.version)));
+    }
+    Ok(serde_json::from_value(file.clip)?)
+}
+
+pub(super) fn to_burn_moe(config: &ClipConfig) -> String {
+    let clip = serde_json::to_value(config).expect("a configuration is JSON");
+    serde_json::to_string_pretty(&BurnMoeFile { version: VERSION, clip }).expect("JSON can be written")
+}
+
+#[derive(Deserialize)]
+struct OpenClipFile {
+    model_cfg: OpenClipModel,
+}
+
+#[derive(Deserialize, Serialize)]
+struct OpenClipModel {
+    embed_dim: usize,
+    #[serde(default)]
+    quick_gelu: bool,
+    vision_cfg: OpenClipVision,
+    text_cfg: OpenClipText,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
+}
+
+#[derive(Deserialize, Serialize)]
+struct OpenClipVision {
+    layers: usize,
+    width: usize,
+    #[serde(default = "head_width")]
+    head_width: usize,
+    patch_size: usize,
+    image_size: usize,
+    #[serde(default = "mlp_ratio")]
+    mlp_ratio: f64,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
+}
+
+#[derive(Deserialize, Serialize)]
+struct OpenClipText {
+    #[serde(default = "context_length")]
+    context_length: usize,
+    #[serde(default = "vocab_size")]
+    vocab_size: usize,
+    width: usize,
+    heads: usize,
+    layers: usize,
+    #[serde(default = "mlp_ratio")]
+    mlp_ratio: f64,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
+}
+
+fn head_width() -> usize {
+    64
+}
+
+fn mlp_ratio() -> f64 {
+    4.0
+}
+
+fn context_length() -> usize {
+    77
+}
+
+fn vocab_size() -> usize {
+    49408
+}
+
+/// A setting that is not known changes nothing when it is off; otherwise the model would be another one.
+fn refuse_unknown(part: &str, rest: &Map<String, Value>) -> Result<()> {
+    for (name, value) in rest {
+        if !matches!(value, Value::Null | Value::Bool(false)) {
+            return Err(ConfigFileError(format!("`{part}.{name}` = {value} is not supported")));
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn from_open_clip(text: &str) -> Result<ClipConfig> {
+    let model = serde_json::from_str::<OpenClipFile>(text)?.model_cfg;
+    refuse_unknown("model_cfg", &model.rest)?;
+    refuse_unknown("vision_cfg", &model.vision_cfg.rest)?;
+    refuse_unknown("text_cfg", &model.text_cfg.rest)?;
+    let activation = if model.quick_gelu { Activation::QuickGelu } else { Activation::Gelu };
+    let encoder =
+        |width: usize, heads, layers, ratio: f64| EncoderConfig::new(width, heads, layers, (width as f64 * ratio).round() as usize);
+    let v = model.vision_cfg;
+    let heads = v.width.checked_div(v.head_width).unwrap_or(0);
+    let vision = VisionConfig::new(encoder(v.width, heads, v.layers, v.mlp_ratio), v.image_size, v.patch_size);
+    let t = model.text_cfg;
+    let text = TextConfig::new(encoder(t.width, t.heads, t.layers, t.mlp_ratio))
+        .with_vocab_size(t.vocab_size)
+        .with_context_length(t.context_length);
+    Ok(ClipConfig::new(vision, text, model.embed_dim).activation(activation))
+}
+
+pub(super) fn to_open_clip(config: &ClipConfig) -> std::result::Result<String, CheckpointError> {
+    let (vision, text) = (&config.vision, &config.text);
+    for (refused, what) in [
+        (config.is_sparse(), "sparse blocks"),
+        (vision.encoder.activation != text.encoder.activation, "another activation in each tower"),
+        (!matches!(vision.encoder.activation, Activation::Gelu | Activation::QuickGelu), "this activation"),
+        (text.end_of_text != EndOfText::HighestId, "an end-of-text id"),
+        (vision.channels != 3, "other than 3 colour channels"),
+        (vision.encoder.norm_epsilon != 1e-5 || text.encoder.norm_epsilon != 1e-5, "another layer-norm epsilon than 1e-5"),
+    ] {
+        if refused {
+            return Err(CheckpointError::NoPlace { what });
+        }
+    }
+    let ratio = |encoder: &EncoderConfig| encoder.d_ff as f64 / encoder.d_model as f64;
+    let model = OpenClipModel {
+        embed_dim: config.embed_dim,
+        quick_gelu: vision.encoder.activation == Activation::QuickGelu,
+        vision_cfg: OpenClipVision {
+            layers: vision.encoder.n_layers,
+            width: vision.encoder.d_model,
+            head_width: vision.encoder.d_model / vision.encoder.n_heads,
+            patch_size: vision.patch_size,
+            image_size: vision.image_size,
+            mlp_ratio: ratio(&vision.encoder),
+            rest: Map::new(),
+        },
+        text_cfg: OpenClipText {
+            context_length: text.context_length,
+            vocab_size: text.vocab_size,
+            width: text.encoder.d_model,
+            heads: text.encoder.n_heads,
+            layers: text.encoder.n_layers,
+            mlp_ratio: ratio(&text.encoder),
+            rest: Map::new(),
+        },
+        rest: Map::new(),
+    };
+    let file = serde_json::json!({ "model_cfg": model });
+    Ok(serde_json::to_string_pretty(&file).expect("JSON can be written"))
+}
+
+pub(super) fn from_hugging_face(text: &str) -> Result<ClipConfig> {
+    let root: Map<String, Value> = serde_json::from_str(text)?;
+    let vision = Section::new(&root, "vision_config")?;
+    let text = Section::new(&root, "text_config")?;
+    // transformers leaves out what has its default value.
+    let embed_dim: usize = Section { name: "config", map: &root }.get("projection_dim", 512)?;
+    let vision_encoder = vision.encoder([768, 12, 12, 3072])?;
+    let text_encoder = text.encoder([512, 8, 12, 2048])?;
+    let end_of_text = match text.get("eos_token_id", 49407i64)? {
+        // An id from before transformers knew CLIP's: it then takes the highest id, and so do we.
+        2 => EndOfText::HighestId,
+        id => EndOfText::Id(id),
+    };
+    let vision = VisionConfig::new(vision_encoder, vision.get("image_size", 224)?, vision.get("patch_size", 32)?)
+        .with_channels(vision.get("num_channels", 3)?);
+    let text = TextConfig::new(text_encoder)
+        .with_vocab_size(text.get("vocab_size", 49408)?)
+        .with_context_length(text.get("max_position_embeddings", 77)?)
+        .with_end_of_text(end_of_text);
+    Ok(ClipConfig::new(vision, text, embed_dim))
+}
+
+/// An object inside Hugging Face's file.
+struct Section<'a> {
+    name: &'static str,
+    map: &'a Map<String, Value>,
+}
+
+impl<'a> Section<'a> {
+    fn new(root: &'a Map<String, Value>, name: &'static str) -> Result<Self> {
+        match root.get(name) {
+            Some(Value::Object(map)) => Ok(Self { name, map }),
+            _ => Err(ConfigFileError(format!("`{name}` is missing: this is not the configuration of a `CLIPModel`"))),
+        }
+    }
+
+    fn get<T: DeserializeOwned>(&self, field: &str, default: T) -> Result<T> {
+        match self.map.get(field) {
+            None | Some(Value::Null) => Ok(default),
+            Some(value) => serde_json::from_value(value.clone())
+                .map_err(|error| ConfigFileError(format!("`{}.{field}` = {value}: {error}", self.name))),
+        }
+    }
+
+    fn encoder(&self, [width, heads, layers, hidden]: [usize; 4]) -> Result<EncoderConfig> {
+        let activation: String = self.get("hidden_act", "quick_gelu".to_string())?;
+        let activation = match activation.as_str() {
+            "gelu" => Activation::Gelu,
+            "quick_gelu" => Activation::QuickGelu,
+            other => {
+                let text =
+                    format!("`{}.hidden_act` = \"{other}\" is not supported: expected \"gelu\" or \"quick_gelu\"", self.name);
+                return Err(ConfigFileError(text));
+            }
+        };
+        let config = EncoderConfig::new(
+            self.get("hidden_size", width)?,
+            self.get("num_attention_heads", heads)?,
+            self.get("num_hidden_layers", layers)?,
+            self.get("intermediate_size", hidden)?,
+        );
+        Ok(config.with_activation(activation).with_norm_epsilon(self.get("layer_norm_eps", 1e-5)?))
+    }
+}

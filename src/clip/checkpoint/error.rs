@@ -1,0 +1,114 @@
+//! What can be wrong with a checkpoint.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use crate::error::ConfigError;
+
+/// A checkpoint that cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckpointError {
+    /// The file system said no.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What it said.
+        source: io::Error,
+    },
+    /// The folder is no checkpoint.
+    #[error(
+        "{} holds no checkpoint: expected `config.json` (Hugging Face), `open_clip_config.json` (open_clip) or \
+         `burn_moe_config.json` (burn-moe)",
+        folder.display()
+    )]
+    NoConfig {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// The configuration file cannot be understood.
+    #[error("{}: {reason}", path.display())]
+    ConfigFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong in it.
+        reason: String,
+    },
+    /// The configuration is understood, but no model can be built from it.
+    #[error("{}: {source}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// The field that cannot be used.
+        source: ConfigError,
+    },
+    /// The weights file is damaged or is no safetensors file.
+    #[error("{} is not a whole safetensors file: {source}", path.display())]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// Where reading stopped.
+        source: safetensors::SafeTensorError,
+    },
+    /// The weights file has other tensors than the configuration asks for.
+    #[error("{}: missing tensors {missing:?}, unexpected tensors {unexpected:?}", path.display())]
+    Keys {
+        /// The file.
+        path: PathBuf,
+        /// Expected, not found.
+        missing: Vec<String>,
+        /// Found, not expected.
+        unexpected: Vec<String>,
+    },
+    /// A tensor has another shape than the configuration says.
+    #[error("{}: `{tensor}` should be {expected:?}, but is {found:?}", path.display())]
+    Shape {
+        /// The file.
+        path: PathBuf,
+        /// Its name in the file.
+        tensor: String,
+        /// What the configuration says.
+        expected: Vec<usize>,
+        /// What the file has.
+        found: Vec<usize>,
+    },
+    /// A tensor's numbers are of a kind that is no weight.
+    #[error("{}: `{tensor}` has dtype {dtype}; expected F32, F16, BF16 or F64", path.display())]
+    Dtype {
+        /// The file.
+        path: PathBuf,
+        /// Its name in the file.
+        tensor: String,
+        /// What the file has.
+        dtype: String,
+    },
+    /// A tensor holds NaN or infinity.
+    #[error("{}: {source}", path.display())]
+    NonFinite {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        source: crate::NonFiniteError,
+    },
+    /// The layout has no place for something this model has.
+    #[error("open_clip's layout has no place for {what}")]
+    NoPlace {
+        /// What it is.
+        what: &'static str,
+    },
+}
+
+impl CheckpointError {
+    pub(super) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
+        let path = path.to_path_buf();
+        move |source| Self::Io { path, source }
+    }
+
+    pub(super) fn safetensors(path: &Path) -> impl Fn(safetensors::SafeTensorError) -> Self + use<> {
+        let path = path.to_path_buf();
+        move |source| Self::Safetensors { path: path.clone(), source }
+    }
+}

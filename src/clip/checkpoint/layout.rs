@@ -1,0 +1,237 @@
+//! Which stored tensor is which parameter.
+
+use safetensors::{Dtype, tensor::TensorView};
+
+use super::Precision;
+use crate::{clip::ClipConfig, transformer::EncoderConfig};
+
+/// Whose names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Layout {
+    HuggingFace,
+    OpenClip,
+}
+
+/// Numbers and their shape.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Array {
+    pub shape: Vec<usize>,
+    pub values: Vec<f32>,
+}
+
+/// One parameter and where it is stored.
+#[derive(Debug)]
+pub(super) struct Entry {
+    /// Name in the file; the three parts of a fused projection share one.
+    pub key: String,
+    /// Shape in the file.
+    pub stored_shape: Vec<usize>,
+    /// Path in the model.
+    pub path: String,
+    form: Form,
+}
+
+/// How the stored tensor differs from the parameter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Form {
+    /// Not at all.
+    Same,
+    /// A scalar; the parameter is `[1]`.
+    Scalar,
+    /// `[out, ..]`, as PyTorch's linear and convolution weights; the parameter is `[in, out]`.
+    OutputFirst,
+    /// Rows `part · n .. (part + 1) · n` of `[3 n]`.
+    FusedBias { part: usize },
+    /// Rows `part · n .. (part + 1) · n` of `[3 n, in]`; the parameter is `[in, n]`.
+    FusedWeight { part: usize },
+}
+
+impl Array {
+    pub(super) fn zeros(shape: Vec<usize>) -> Self {
+        Self { values: vec![0.0; shape.iter().product()], shape }
+    }
+
+    /// `[rows, columns] -> [columns, rows]`, all axes behind the first taken as columns.
+    fn transposed(&self) -> Self {
+        let rows = self.shape[0];
+        let columns = self.values.len() / rows;
+        let values = (0..columns).flat_map(|c| (0..rows).map(move |r| self.values[r * columns + c])).collect();
+        Self { shape: vec![columns, rows], values }
+    }
+}
+
+impl Entry {
+    /// From the file to the model.
+    pub(super) fn load(&self, stored: Array) -> Array {
+        match self.form {
+            Form::Same => stored,
+            Form::Scalar => Array { shape: vec![1], ..stored },
+            Form::OutputFirst => stored.transposed(),
+            Form::FusedBias { part } => stored.part(part),
+            Form::FusedWeight { part } => stored.part(part).transposed(),
+        }
+    }
+
+    /// From the model to the file.
+    pub(super) fn store(&self, param: Array, stored: &mut Array) {
+        match self.form {
+            Form::Same | Form::Scalar => stored.values = param.values,
+            Form::OutputFirst => stored.values = param.transposed().values,
+            Form::FusedBias { part } => stored.part_mut(part).copy_from_slice(&param.values),
+            Form::FusedWeight { part } => stored.part_mut(part).copy_from_slice(&param.transposed().values),
+        }
+    }
+}
+
+impl Array {
+    fn part(&self, part: usize) -> Self {
+        let len = self.values.len() / 3;
+        let mut shape = self.shape.clone();
+        shape[0] /= 3;
+        Self { shape, values: self.values[part * len..(part + 1) * len].to_vec() }
+    }
+
+    fn part_mut(&mut self, part: usize) -> &mut [f32] {
+        let len = self.values.len() / 3;
+        &mut self.values[part * len..(part + 1) * len]
+    }
+}
+
+/// Numbers of a stored tensor; `None` for a dtype that is no weight.
+pub(super) fn decode(view: &TensorView) -> Option<Vec<f32>> {
+    let bytes = view.data();
+    Some(match view.dtype() {
+        Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        Dtype::F64 => bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect(),
+        Dtype::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::BF16 => bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+        _ => return None,
+    })
+}
+
+pub(super) fn encode(values: &[f32], precision: Precision) -> Vec<u8> {
+    match precision {
+        Precision::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        Precision::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+    }
+}
+
+/// The whole table of a configuration.
+pub(super) fn entries(config: &ClipConfig, layout: Layout) -> Vec<Entry> {
+    let mut table = Table { entries: Vec::new() };
+    let (vision, text, embed) = (&config.vision, &config.text, config.embed_dim);
+    let (vd, td, patch) = (vision.encoder.d_model, text.encoder.d_model, vision.patch_size);
+    let conv = vec![vd, vision.channels, patch, patch];
+    table.add("logit_scale", vec![], "logit_scale", Form::Scalar);
+    match layout {
+        Layout::OpenClip => {
+            table.add("visual.conv1.weight", conv, "vision.patch_embedding.weight", Form::OutputFirst);
+            table.same("visual.class_embedding", &[vd], "vision.class_embedding");
+            table.same("visual.positional_embedding", &[vision.num_tokens(), vd], "vision.position_embedding");
+            table.norm("visual.ln_pre", vd, "vision.norm_pre");
+            table.norm("visual.ln_post", vd, "vision.norm_post");
+            table.same("visual.proj", &[vd, embed], "vision.projection.weight");
+            table.same("token_embedding.weight", &[text.vocab_size, td], "text.token_embedding.weight");
+            table.same("positional_embedding", &[text.context_length, td], "text.position_embedding");
+            table.norm("ln_final", td, "text.norm_final");
+            table.same("text_projection", &[td, embed], "text.projection.weight");
+            table.open_clip_blocks("visual.transformer.resblocks", "vision.encoder.blocks", &vision.encoder);
+            table.open_clip_blocks("transformer.resblocks", "text.encoder.blocks", &text.encoder);
+        }
+        Layout::HuggingFace => {
+            let name = "vision_model.embeddings";
+            table.add(&format!("{name}.patch_embedding.weight"), conv, "vision.patch_embedding.weight", Form::OutputFirst);
+            table.same(&format!("{name}.class_embedding"), &[vd], "vision.class_embedding");
+            let positions = &[vision.num_tokens(), vd];
+            table.same(&format!("{name}.position_embedding.weight"), positions, "vision.position_embedding");
+            // The name is misspelt in transformers.
+            table.norm("vision_model.pre_layrnorm", vd, "vision.norm_pre");
+            table.norm("vision_model.post_layernorm", vd, "vision.norm_post");
+            table.weight("visual_projection", vd, embed, "vision.projection");
+            let name = "text_model.embeddings";
+            table.same(&format!("{name}.token_embedding.weight"), &[text.vocab_size, td], "text.token_embedding.weight");
+            let positions = &[text.context_length, td];
+            table.same(&format!("{name}.position_embedding.weight"), positions, "text.position_embedding");
+            table.norm("text_model.final_layer_norm", td, "text.norm_final");
+            table.weight("text_projection", td, embed, "text.projection");
+            table.hugging_face_blocks("vision_model.encoder.layers", "vision.encoder.blocks", &vision.encoder);
+            table.hugging_face_blocks("text_model.encoder.layers", "text.encoder.blocks", &text.encoder);
+        }
+    }
+    table.entries
+}
+
+struct Table {
+    entries: Vec<Entry>,
+}
+
+impl Table {
+    fn add(&mut self, key: &str, stored_shape: Vec<usize>, path: &str, form: Form) {
+        self.entries.push(Entry { key: key.to_string(), stored_shape, path: path.to_string(), form });
+    }
+
+    fn same(&mut self, key: &str, shape: &[usize], path: &str) {
+        self.add(key, shape.to_vec(), path, Form::Same);
+    }
+
+    fn norm(&mut self, key: &str, width: usize, path: &str) {
+        self.same(&format!("{key}.weight"), &[width], &format!("{path}.gamma"));
+        self.same(&format!("{key}.bias"), &[width], &format!("{path}.beta"));
+    }
+
+    fn weight(&mut self, key: &str, d_in: usize, d_out: usize, path: &str) {
+        self.add(&format!("{key}.weight"), vec![d_out, d_in], &format!("{path}.weight"), Form::OutputFirst);
+    }
+
+    fn linear(&mut self, key: &str, d_in: usize, d_out: usize, path: &str) {
+        self.weight(key, d_in, d_out, path);
+        self.same(&format!("{key}.bias"), &[d_out], &format!("{path}.bias"));
+    }
+
+    fn open_clip_blocks(&mut self, key: &str, path: &str, encoder: &EncoderConfig) {
+        let (d, f) = (encoder.d_model, encoder.d_ff);
+        for index in 0..encoder.n_layers {
+            let (key, path) = (format!("{key}.{index}"), format!("{path}.{index}"));
+            for (part, name) in ["query", "key", "value"].into_iter().enumerate() {
+                let path = format!("{path}.attention.{name}");
+                let (weight, bias) = (Form::FusedWeight { part }, Form::FusedBias { part });
+                self.add(&format!("{key}.attn.in_proj_weight"), vec![3 * d, d], &format!("{path}.weight"), weight);
+                self.add(&format!("{key}.attn.in_proj_bias"), vec![3 * d], &format!("{path}.bias"), bias);
+            }
+            self.linear(&format!("{key}.attn.out_proj"), d, d, &format!("{path}.attention.output"));
+            self.norm(&format!("{key}.ln_1"), d, &format!("{path}.norm_attention"));
+            self.norm(&format!("{key}.ln_2"), d, &format!("{path}.norm_feed_forward"));
+            match encoder.sparse_block(index) {
+                None => self.mlp(&key, ["mlp.c_fc", "mlp.c_proj"], d, f, &path),
+                Some(sparse) => self.moe(&format!("{key}.moe"), sparse.num_experts, d, f, &path),
+            }
+        }
+    }
+
+    fn hugging_face_blocks(&mut self, key: &str, path: &str, encoder: &EncoderConfig) {
+        let (d, f) = (encoder.d_model, encoder.d_ff);
+        for index in 0..encoder.n_layers {
+            let (key, path) = (format!("{key}.{index}"), format!("{path}.{index}"));
+            for (theirs, ours) in [("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("out_proj", "output")] {
+                self.linear(&format!("{key}.self_attn.{theirs}"), d, d, &format!("{path}.attention.{ours}"));
+            }
+            self.norm(&format!("{key}.layer_norm1"), d, &format!("{path}.norm_attention"));
+            self.norm(&format!("{key}.layer_norm2"), d, &format!("{path}.norm_feed_forward"));
+            self.mlp(&key, ["mlp.fc1", "mlp.fc2"], d, f, &path);
+        }
+    }
+
+    fn mlp(&mut self, key: &str, names: [&str; 2], d: usize, f: usize, path: &str) {
+        self.linear(&format!("{key}.{}", names[0]), d, f, &format!("{path}.feed_forward.Dense.linear_in"));
+        self.linear(&format!("{key}.{}", names[1]), f, d, &format!("{path}.feed_forward.Dense.linear_out"));
+    }
+
+    fn moe(&mut self, key: &str, e: usize, d: usize, f: usize, path: &str) {
+        let path = format!("{path}.feed_forward.Moe");
+        self.same(&format!("{key}.router.weight"), &[d, e], &format!("{path}.router.weight"));
+        self.same(&format!("{key}.experts.w_in"), &[e, d, f], &format!("{path}.experts.w_in"));
+        self.same(&format!("{key}.experts.b_in"), &[e, f], &format!("{path}.experts.b_in"));
+        self.same(&format!("{key}.experts.w_out"), &[e, f, d], &format!("{path}.experts.w_out"));
+        self.same(&format!("{key}.experts.b_out"), &[e, d], &format!("{path}.experts.b_out"));
+    }
+}

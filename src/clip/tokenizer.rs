@@ -1,0 +1,118 @@
+//! CLIP's byte-pair encoding.
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use instant_clip_tokenizer::{Token, Tokenizer};
+
+/// CLIP's own tokenizer with open_clip's treatment of long texts. The vocabulary comes with it.
+pub struct ClipTokenizer {
+    tokenizer: Tokenizer,
+}
+
+impl std::fmt::Debug for ClipTokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.debug_struct("ClipTokenizer").finish_non_exhaustive()
+    }
+}
+
+/// Texts as token ids of one length.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenizedTexts {
+    /// `[B · N]`: start token, text, end token, zeros.
+    pub ids: Vec<i32>,
+    /// Tokens per text, `N`.
+    pub len: usize,
+    /// How many texts were cut because they did not fit.
+    pub truncated: usize,
+}
+
+impl Default for ClipTokenizer {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl ClipTokenizer {
+    /// Ids of the vocabulary, with the start and end tokens.
+    pub const VOCAB_SIZE: usize = 49408;
+
+    /// Unpacks the vocabulary, which takes a moment: keep it.
+    pub fn new() -> Self {
+        Self { tokenizer: Tokenizer::new() }
+    }
+
+    /// Token ids of a text, without start and end. Curly quotes count as straight ones, as in open_clip's clean-up.
+    pub fn encode(&self, text: &str) -> Vec<i32> {
+        let straight: String = text
+            .chars()
+            .map(|c| match c {
+                '\u{2018}' | '\u{2019}' => '\'',
+                '\u{201c}' | '\u{201d}' => '"',
+                c => c,
+            })
+            .collect();
+        let mut tokens = Vec::new();
+        self.tokenizer.encode(&straight, &mut tokens);
+        tokens.into_iter().map(|token: Token| i32::from(token.to_u16())).collect()
+    }
+
+    /// Puts start and end tokens around encoded texts and pads them to the longest. A text that does not fit into
+    /// `context_length` keeps its beginning and its end token, as in open_clip.
+    ///
+    /// # Panics
+    /// When the context has no room for the start and end tokens.
+    pub fn pack<T: AsRef<[i32]>>(&self, texts: &[T], context_length: usize) -> TokenizedTexts {
+        assert!(context_length >= 2, "a context of {context_length} has no room for the start and end tokens");
+        let room = context_length - 2;
+        let [start, end] = [self.tokenizer.start_of_text(), self.tokenizer.end_of_text()].map(|token| i32::from(token.to_u16()));
+        let longest = texts.iter().map(|text| text.as_ref().len()).max().unwrap_or(0);
+        let len = longest.min(room) + 2;
+        let mut ids = Vec::with_capacity(texts.len() * len);
+        for text in texts {
+            let text = text.as_ref();
+            let kept = &text[..text.len().min(room)];
+            ids.push(start);
+            ids.extend_from_slice(kept);
+            ids.push(end);
+            ids.resize(ids.len() + len - 2 - kept.len(), 0);
+        }
+        let truncated = texts.iter().filter(|text| text.as_ref().len() > room).count();
+        TokenizedTexts { ids, len, truncated }
+    }
+
+    /// [`encode`](Self::encode) and [`pack`](Self::pack).
+    pub fn tokenize<T: AsRef<str>>(&self, texts: &[T], context_length: usize) -> TokenizedTexts {
+        let encoded: Vec<Vec<i32>> = texts.iter().map(|text| self.encode(text.as_ref())).collect();
+        self.pack(&encoded, context_length)
+    }
+}
+
+impl TokenizedTexts {
+    /// `[B, N]`
+    pub fn tensor(&self, device: &Device) -> Tensor<2, Int> {
+        let batch = self.ids.len() / self.len;
+        Tensor::from_data(TensorData::new(self.ids.clone(), [batch, self.len]), device)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_are_padded_to_the_longest_and_cut_before_the_end_token() {
+        let tokenizer = ClipTokenizer::new();
+        // "hi" is 1883, "there" 997 in CLIP's vocabulary; 49406 and 49407 are start and end.
+        let fits = tokenizer.tokenize(&["Hi", "hi there"], 77);
+        assert_eq!(fits.ids, [49406, 1883, 49407, 0, 49406, 1883, 997, 49407]);
+        assert_eq!((fits.len, fits.truncated), (4, 0));
+        let cut = tokenizer.tokenize(&["hi there hi", "hi"], 4);
+        assert_eq!(cut.ids, [49406, 1883, 997, 49407, 49406, 1883, 49407, 0]);
+        assert_eq!((cut.len, cut.truncated), (4, 1));
+    }
+
+    #[test]
+    fn curly_quotes_are_straight_ones() {
+        let tokenizer = ClipTokenizer::new();
+        assert_eq!(tokenizer.encode("woman\u{2019}s boot"), tokenizer.encode("woman's boot"));
+    }
+}

@@ -1,0 +1,155 @@
+//! The vision tower.
+
+use burn::config::Config;
+use burn::module::{Module, Param};
+use burn::nn::{Initializer, LayerNorm, LayerNormConfig, Linear, LinearConfig};
+use burn::tensor::{Device, Tensor, assert_shape};
+
+use crate::{
+    cost::Cost,
+    error::{ConfigError, expect_valid},
+    routing::Routing,
+    transformer::{Encoder, EncoderConfig},
+};
+
+/// Configuration of a [`VisionTower`].
+#[derive(Config, Debug)]
+pub struct VisionConfig {
+    /// The transformer.
+    pub encoder: EncoderConfig,
+    /// Side of the square image, in pixels.
+    pub image_size: usize,
+    /// Side of a square patch, in pixels; must divide `image_size`.
+    pub patch_size: usize,
+    /// Colour channels. Default: 3
+    #[config(default = 3)]
+    pub channels: usize,
+}
+
+/// A vision transformer ([arXiv 2010.11929](https://arxiv.org/abs/2010.11929)) with CLIP's norm before the blocks; the class
+/// token's output is the embedding.
+#[derive(Module, Debug)]
+pub struct VisionTower {
+    /// Pixels of a patch (channel, row, column) to a token, `[channels · patch², D]`; no bias.
+    pub patch_embedding: Linear,
+    /// `[D]`
+    pub class_embedding: Param<Tensor<1>>,
+    /// One row per token, class token first, `[N, D]`.
+    pub position_embedding: Param<Tensor<2>>,
+    /// Before the blocks.
+    pub norm_pre: LayerNorm,
+    /// The blocks.
+    pub encoder: Encoder,
+    /// On the class token, behind the blocks.
+    pub norm_post: LayerNorm,
+    /// To the shared embedding space, `[D, P]`; no bias.
+    pub projection: Linear,
+    patch_size: usize,
+}
+
+/// What a [`VisionTower`] returns (`B` images, `N` tokens).
+#[derive(Debug, Clone)]
+pub struct VisionOutput {
+    /// Embedding, not normalised, `[B, P]`.
+    pub embedding: Tensor<2>,
+    /// Tokens behind the last block, before the final norm, `[B, N, D]`.
+    pub hidden: Tensor<3>,
+    /// One per sparse block.
+    pub routings: Vec<Routing>,
+}
+
+impl VisionConfig {
+    /// Refuses what no tower can be built from.
+    ///
+    /// # Errors
+    /// The first field that cannot be used, with its value.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        for (field, value) in [("image_size", self.image_size), ("patch_size", self.patch_size), ("channels", self.channels)] {
+            ConfigError::non_zero(field, value)?;
+        }
+        if !self.image_size.is_multiple_of(self.patch_size) {
+            return Err(ConfigError::NotDivisible {
+                field: "image_size",
+                value: self.image_size,
+                divisor: "patch_size",
+                divisor_value: self.patch_size,
+            });
+        }
+        self.encoder.validate()
+    }
+
+    /// Tokens of one image, class token included, `N`.
+    pub fn num_tokens(&self) -> usize {
+        (self.image_size / self.patch_size).pow(2) + 1
+    }
+
+    /// Cost of one image.
+    pub fn cost(&self, embed_dim: usize) -> Cost {
+        let (d, tokens) = (self.encoder.d_model, self.num_tokens());
+        let patch = Cost::linear(tokens - 1, self.channels * self.patch_size.pow(2), d, false);
+        let embeddings = Cost::params(d + tokens * d + 4 * d); // class, positions, two norms
+        patch + embeddings + self.encoder.cost(tokens) + Cost::linear(1, d, embed_dim, false)
+    }
+
+    /// A new tower with embeddings of width `embed_dim`.
+    ///
+    /// # Panics
+    /// With the text of [`validate`](Self::validate).
+    pub fn init(&self, embed_dim: usize, device: &Device) -> VisionTower {
+        expect_valid(self.validate());
+        let d_model = self.encoder.d_model;
+        let normal = Initializer::Normal { mean: 0.0, std: (d_model as f64).powf(-0.5) };
+        let norm = || LayerNormConfig::new(d_model).with_epsilon(self.encoder.norm_epsilon).init(device);
+        VisionTower {
+            patch_embedding: LinearConfig::new(self.channels * self.patch_size.pow(2), d_model).with_bias(false).init(device),
+            class_embedding: normal.init([d_model], device),
+            position_embedding: normal.init([self.num_tokens(), d_model], device),
+            norm_pre: norm(),
+            encoder: self.encoder.init(device),
+            norm_post: norm(),
+            projection: LinearConfig::new(d_model, embed_dim).with_bias(false).with_initializer(normal.clone()).init(device),
+            patch_size: self.patch_size,
+        }
+    }
+}
+
+impl VisionTower {
+    /// Embeds images.
+    ///
+    /// # Shapes
+    /// - images: `[B, channels, image_size, image_size]`, normalised
+    ///
+    /// # Panics
+    /// When the images do not have the size the tower was made for.
+    pub fn forward(&self, images: Tensor<4>) -> VisionOutput {
+        let [batch, channels, height, width] = images.dims();
+        let patch = self.patch_size;
+        let (rows, columns) = (height / patch, width / patch);
+        let [num_tokens, d_model] = self.position_embedding.shape().dims();
+        let [patch_pixels, _] = self.patch_embedding.weight.shape().dims();
+        assert!(
+            height == rows * patch
+                && width == columns * patch
+                && rows * columns + 1 == num_tokens
+                && channels * patch * patch == patch_pixels,
+            "images of shape {:?} do not fit: expected {} patches of {patch} x {patch} pixels and {} channels",
+            images.dims(),
+            num_tokens - 1,
+            patch_pixels / (patch * patch),
+        );
+        let patches = images.reshape([batch, channels, rows, patch, columns, patch]).permute([0, 2, 4, 1, 3, 5]).reshape([
+            batch,
+            rows * columns,
+            patch_pixels,
+        ]);
+        let class = self.class_embedding.val().reshape([1, 1, d_model]).expand([batch, 1, d_model]);
+        let tokens = Tensor::cat(vec![class, self.patch_embedding.forward(patches)], 1);
+        let tokens = tokens + self.position_embedding.val().unsqueeze();
+        assert_shape!(tokens, [batch, num_tokens, d_model]);
+
+        let encoded = self.encoder.forward(self.norm_pre.forward(tokens), None, false);
+        let class = encoded.hidden.clone().narrow(1, 0, 1).squeeze_dim(1);
+        let embedding = self.projection.forward(self.norm_post.forward::<2>(class));
+        VisionOutput { embedding, hidden: encoded.hidden, routings: encoded.routings }
+    }
+}

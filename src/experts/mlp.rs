@@ -1,0 +1,117 @@
+//! Two linear maps per expert with an activation between them.
+
+use burn::config::Config;
+use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
+use burn::nn::Initializer;
+use burn::tensor::{Device, Tensor, assert_shape};
+
+use super::Activation;
+use crate::ops;
+
+/// Configuration of an [`ExpertMlp`].
+#[derive(Config, Debug)]
+pub struct ExpertMlpConfig {
+    /// The non-linearity. Default: `Gelu`
+    #[config(default = "Activation::Gelu")]
+    pub activation: Activation,
+    /// Whether both maps have a bias. Default: true
+    #[config(default = true)]
+    pub bias: bool,
+    /// How weights and biases start; fans are those of one expert. Default: `U(-1/√fan_in, 1/√fan_in)`, as burn's `Linear`
+    #[config(default = "Initializer::KaimingUniform{gain: 1.0 / 3f64.sqrt(), fan_out_only: false}")]
+    pub initializer: Initializer,
+}
+
+/// `E` feed-forward networks side by side: `FFN_e(x) = act(x · W_in[e] + b_in[e]) · W_out[e] + b_out[e]`.
+#[derive(Module, Debug)]
+#[module(custom_display)]
+pub struct ExpertMlp {
+    /// `[E, D, F]`
+    pub w_in: Param<Tensor<3>>,
+    /// `[E, F]`
+    pub b_in: Option<Param<Tensor<2>>>,
+    /// `[E, F, D]`
+    pub w_out: Param<Tensor<3>>,
+    /// `[E, D]`
+    pub b_out: Option<Param<Tensor<2>>>,
+    /// The non-linearity.
+    #[module(skip)]
+    pub activation: Activation,
+}
+
+impl ExpertMlpConfig {
+    /// `num_experts` experts of width `d_model` and hidden width `d_ff`.
+    pub fn init(&self, num_experts: usize, d_model: usize, d_ff: usize, device: &Device) -> ExpertMlp {
+        let weight =
+            |fan_in, fan_out| self.initializer.init_with([num_experts, fan_in, fan_out], Some(fan_in), Some(fan_out), device);
+        let bias = |fan_in, fan_out| {
+            self.bias.then(|| self.initializer.init_with([num_experts, fan_out], Some(fan_in), Some(fan_out), device))
+        };
+        ExpertMlp {
+            w_in: weight(d_model, d_ff),
+            b_in: bias(d_model, d_ff),
+            w_out: weight(d_ff, d_model),
+            b_out: bias(d_ff, d_model),
+            activation: self.activation,
+        }
+    }
+}
+
+impl ExpertMlp {
+    /// Sizes `[E, D, F]`.
+    pub fn dims(&self) -> [usize; 3] {
+        self.w_in.shape().dims()
+    }
+
+    /// Every expert over its own slots.
+    ///
+    /// # Shapes
+    /// - slots: `[E, S, D]`
+    /// - output: `[E, S, D]`
+    ///
+    /// # Panics
+    /// When `slots` is not `[E, _, D]`.
+    pub fn forward(&self, slots: Tensor<3>) -> Tensor<3> {
+        let [num_experts, d_model, _] = self.dims();
+        assert_shape!(slots, [num_experts, _, d_model]);
+        let hidden = ops::grouped_linear(slots, self.w_in.val(), self.b_in.as_ref().map(|b| b.val()));
+        let hidden = self.activation.forward(hidden);
+        ops::grouped_linear(hidden, self.w_out.val(), self.b_out.as_ref().map(|b| b.val()))
+    }
+}
+
+impl ModuleDisplay for ExpertMlp {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        DisplaySettings::new().with_new_line_after_attribute(false).optional()
+    }
+
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        let [num_experts, d_model, d_ff] = self.dims();
+        content
+            .add("num_experts", &num_experts)
+            .add("d_model", &d_model)
+            .add("d_ff", &d_ff)
+            .add_debug_attribute("activation", &self.activation)
+            .add("bias", &self.b_in.is_some())
+            .optional()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[should_panic(expected = "assert_shape!(slots, [num_experts, _, d_model]): axis 0 expected 2, got 3")]
+    fn slots_must_be_those_of_every_expert() {
+        let device = Device::default();
+        ExpertMlpConfig::new().init(2, 4, 8, &device).forward(Tensor::zeros([3, 5, 4], &device));
+    }
+
+    #[test]
+    fn display() {
+        let experts = ExpertMlpConfig::new().init(2, 4, 8, &Device::default());
+        let text = "ExpertMlp {num_experts: 2, d_model: 4, d_ff: 8, activation: Gelu, bias: true, params: 152}";
+        assert_eq!(format!("{experts}"), text);
+    }
+}

@@ -1,0 +1,267 @@
+//! The sparse layer.
+
+use burn::config::Config;
+use burn::module::{Content, DisplaySettings, Flag, Module, ModuleDisplay, Param};
+use burn::tensor::{Bool, Device, Tensor, TensorData};
+
+use crate::{
+    assignment::{AssignmentConfig, Phase},
+    dispatch::Dispatcher,
+    error::{ConfigError, expect_valid},
+    experts::{ExpertMlp, ExpertMlpConfig},
+    router::{Router, RouterConfig},
+    routing::{Routing, invalid_mask},
+};
+
+/// Configuration of a [`MoeFeedForward`].
+#[derive(Config, Debug)]
+pub struct MoeFeedForwardConfig {
+    /// Token width, `D`.
+    pub d_model: usize,
+    /// Hidden width of each expert, `F`.
+    pub d_ff: usize,
+    /// Number of experts, `E`.
+    pub num_experts: usize,
+    /// The router. Default: [`RouterConfig::new`]
+    #[config(default = "RouterConfig::new()")]
+    pub router: RouterConfig,
+    /// Who chooses whom, and how many may be seated. Default: top-2 token choice, [`TokenChoiceConfig::new`](crate::TokenChoiceConfig::new)
+    #[config(default = "AssignmentConfig::default()")]
+    pub assignment: AssignmentConfig,
+    /// The experts. Default: [`ExpertMlpConfig::new`]
+    #[config(default = "ExpertMlpConfig::new()")]
+    pub experts: ExpertMlpConfig,
+}
+
+/// A sparse feed-forward layer: `y_t = Σ_k gate[t, k] · FFN_{e(t, k)}(x_t)` over the choices that have a slot.
+///
+/// A token without a slot, and padding, come out as exactly 0. The layer has no residual, norm or dropout of its own, so it
+/// stands where a dense feed-forward network stood.
+///
+/// Papers: Shazeer et al. ([arXiv 1701.06538](https://arxiv.org/abs/1701.06538), equation 1), GShard
+/// ([arXiv 2006.16668](https://arxiv.org/abs/2006.16668)), CLIP-UP ([arXiv 2502.00965](https://arxiv.org/abs/2502.00965)).
+#[derive(Module, Debug)]
+#[module(custom_display)]
+pub struct MoeFeedForward {
+    /// Scores experts.
+    pub router: Router,
+    /// The feed-forward networks.
+    pub experts: ExpertMlp,
+    /// Turns scores into seats.
+    #[module(skip)]
+    pub assignment: AssignmentConfig,
+    /// Whether to behave as during training (capacity). Cleared by [`freeze`](burn::module::Module::freeze).
+    pub training: Param<Flag>,
+}
+
+/// Tokens with what is known about them.
+///
+/// ```
+/// # use burn::tensor::{Bool, Device, Tensor};
+/// # use burn_moe::{MoeFeedForwardConfig, MoeInput};
+/// # let device = Device::default();
+/// # let moe = MoeFeedForwardConfig::new(8, 16, 4).init(&device);
+/// # let x = Tensor::<3>::ones([2, 5, 8], &device);
+/// # let not_padding = Tensor::<2, Bool>::from_data([[true, true, true, false, false]; 2], &device);
+/// let output = moe.forward(MoeInput::new(x).valid(not_padding)).output;
+/// ```
+#[derive(Debug, Clone)]
+pub struct MoeInput<const R: usize> {
+    x: Tensor<R>,
+    valid: Option<Tensor<1, Bool>>,
+}
+
+/// What a [`MoeFeedForward`] returns.
+#[derive(Debug, Clone)]
+pub struct MoeOutput<const R: usize> {
+    /// Same shape as the input.
+    pub output: Tensor<R>,
+    /// What was decided on the way.
+    pub routing: Routing,
+}
+
+impl<const R: usize> MoeInput<R> {
+    /// Tokens `[.., D]`, all valid.
+    pub fn new(x: Tensor<R>) -> Self {
+        Self { x, valid: None }
+    }
+
+    /// Which tokens are not padding; the shape is that of the input without its last axis. Padding gets no slot, comes out as
+    /// exactly 0, and counts in no loss and no statistic.
+    pub fn valid<const M: usize>(mut self, mask: Tensor<M, Bool>) -> Self {
+        self.valid = Some(mask.flatten(0, M as i32 - 1));
+        self
+    }
+}
+
+impl<const R: usize> From<Tensor<R>> for MoeInput<R> {
+    fn from(x: Tensor<R>) -> Self {
+        Self::new(x)
+    }
+}
+
+impl MoeFeedForwardConfig {
+    /// Refuses what no layer can be built from.
+    ///
+    /// # Errors
+    /// The first field that cannot be used, with its value.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        ConfigError::non_zero("d_model", self.d_model)?;
+        ConfigError::non_zero("d_ff", self.d_ff)?;
+        if !(self.router.init_std.is_finite() && self.router.init_std >= 0.0) {
+            let reason = "a standard deviation must be finite and not negative";
+            return Err(ConfigError::OutOfRange { field: "router.init_std", value: self.router.init_std, reason });
+        }
+        self.assignment.validate(self.num_experts)
+    }
+
+    /// A new layer.
+    ///
+    /// # Panics
+    /// With the text of [`validate`](Self::validate).
+    pub fn init(&self, device: &Device) -> MoeFeedForward {
+        expect_valid(self.validate());
+        MoeFeedForward {
+            router: self.router.init(self.d_model, self.num_experts, device),
+            experts: self.experts.init(self.num_experts, self.d_model, self.d_ff, device),
+            assignment: self.assignment.clone(),
+            training: Param::from_bool(true),
+        }
+    }
+}
+
+impl MoeFeedForward {
+    /// Routes every token and sums what its experts say.
+    ///
+    /// The training capacity holds on an autodiff device unless the layer is frozen; elsewhere the inference capacity does.
+    /// Which expert a token goes to has no gradient; gates and experts have one.
+    ///
+    /// # Shapes
+    /// - input: `[.., D]`, any rank of at least 2; `T` is the product of the leading axes
+    /// - output: as the input
+    ///
+    /// # Panics
+    /// When the last axis is not `D`, or a mask does not have `T` entries.
+    pub fn forward<const R: usize>(&self, input: impl Into<MoeInput<R>>) -> MoeOutput<R> {
+        let MoeInput { x, valid } = input.into();
+        let shape = x.shape();
+        let [_, d_model, _] = self.experts.dims();
+        assert!(
+            R >= 2 && shape[R - 1] == d_model,
+            "tokens of shape {shape:?} do not fit a layer of width {d_model}: expected [.., {d_model}]"
+        );
+        let num_tokens = shape.num_elements() / d_model;
+        let valid = valid.map(|mask| {
+            let len = mask.dims()[0];
+            assert!(len == num_tokens, "the mask has {len} entries for {num_tokens} tokens");
+            mask.into_data().iter::<bool>().collect::<Vec<_>>()
+        });
+        let tokens = x.reshape([num_tokens, d_model]);
+        let tokens = match &valid {
+            // Whatever padding holds, NaN included, stops here.
+            Some(valid) => tokens.clone().mask_fill(invalid_mask(valid, &tokens.device()), 0.0),
+            None => tokens,
+        };
+        let (output, routing) = self.forward_tokens(tokens, valid);
+        MoeOutput { output: output.reshape(shape), routing }
+    }
+
+    fn forward_tokens(&self, tokens: Tensor<2>, valid: Option<Vec<bool>>) -> (Tensor<2>, Routing) {
+        let scores = self.router.forward(tokens.clone());
+        let plan = self.assignment.assign(scores.probs.clone(), valid.as_deref(), self.phase(&tokens.device()));
+        let dispatcher = Dispatcher::new(&plan);
+        let output = if dispatcher.is_empty() {
+            tokens.zeros_like()
+        } else {
+            let slots = dispatcher.dispatch(tokens.clone());
+            dispatcher.combine(self.experts.forward(slots))
+        };
+        let output = pass_on_unroutable(output, &scores.probs, &plan, valid.as_deref());
+        (output, Routing { logits: scores.logits, probs: scores.probs, valid, plan })
+    }
+
+    fn phase(&self, device: &Device) -> Phase {
+        if self.training.is_enabled() && device.is_autodiff() { Phase::Training } else { Phase::Inference }
+    }
+}
+
+/// A valid token whose scores are not finite has no seat; its output says so, instead of a zero that hides it.
+fn pass_on_unroutable(output: Tensor<2>, probs: &Tensor<2>, plan: &crate::plan::DispatchPlan, valid: Option<&[bool]>) -> Tensor<2> {
+    let num_valid = valid.map_or(plan.num_tokens(), |valid| valid.iter().filter(|&&v| v).count());
+    if plan.asked().iter().sum::<usize>() == num_valid * plan.num_choices() {
+        return output;
+    }
+    let lost: Vec<bool> = probs
+        .clone()
+        .detach()
+        .try_into_vec_as::<f32>()
+        .expect("probabilities are f32")
+        .chunks(plan.num_experts())
+        .map(|row| row.iter().any(|p| !p.is_finite()))
+        .collect();
+    let mask = Tensor::<2, Bool>::from_data(TensorData::new(lost, [plan.num_tokens(), 1]), &output.device());
+    output.mask_fill(mask, f32::NAN)
+}
+
+impl ModuleDisplay for MoeFeedForward {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        DisplaySettings::new().with_new_line_after_attribute(false).optional()
+    }
+
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        let [num_experts, d_model, d_ff] = self.experts.dims();
+        content
+            .add("d_model", &d_model)
+            .add("d_ff", &d_ff)
+            .add("num_experts", &num_experts)
+            .add("active_experts", &self.assignment.active_experts())
+            .optional()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Capacity, TokenChoiceConfig};
+
+    #[test]
+    #[should_panic(expected = "`top_k` is 3, but there are only 2 experts")]
+    fn init_refuses_what_validate_refuses() {
+        let assignment = TokenChoiceConfig::new().with_top_k(3).into();
+        MoeFeedForwardConfig::new(4, 8, 2).with_assignment(assignment).init(&Device::default());
+    }
+
+    #[test]
+    #[should_panic(expected = "tokens of shape Shape { dims: [5, 3] } do not fit a layer of width 4: expected [.., 4]")]
+    fn token_width_must_match() {
+        let device = Device::default();
+        MoeFeedForwardConfig::new(4, 8, 2).init(&device).forward(Tensor::<2>::zeros([5, 3], &device));
+    }
+
+    #[test]
+    #[should_panic(expected = "the mask has 4 entries for 6 tokens")]
+    fn a_mask_must_have_one_entry_a_token() {
+        let device = Device::default();
+        let mask = Tensor::<2, Bool>::full([2, 2], true, &device);
+        let x = Tensor::<3>::zeros([2, 3, 4], &device);
+        MoeFeedForwardConfig::new(4, 8, 2).init(&device).forward(MoeInput::new(x).valid(mask));
+    }
+
+    #[test]
+    fn capacity_is_limited_in_training_only() {
+        let device = Device::default().autodiff();
+        let tight = TokenChoiceConfig::new().with_training_capacity(Capacity::Fixed(1));
+        let layer = MoeFeedForwardConfig::new(4, 8, 2).with_assignment(tight.into()).init(&device);
+        let x = Tensor::<2>::ones([6, 4], &device);
+        assert_eq!(layer.forward(x.clone()).routing.plan.num_rows(), 2);
+        assert_eq!(layer.clone().freeze().forward(x.clone()).routing.plan.num_rows(), 12);
+        assert_eq!(layer.valid().forward(x.inner()).routing.plan.num_rows(), 12);
+    }
+
+    #[test]
+    fn display() {
+        let layer = MoeFeedForwardConfig::new(4, 8, 2).init(&Device::default());
+        let text = "MoeFeedForward {d_model: 4, d_ff: 8, num_experts: 2, active_experts: 2, params: 161}";
+        assert_eq!(format!("{layer}"), text);
+    }
+}

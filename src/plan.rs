@@ -1,0 +1,223 @@
+//! Who sits where, and with which gate: the one contract between routing and compute.
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+
+/// Marks a choice without a row and a slot without a token.
+const NONE: i32 = -1;
+
+/// The seats that a router handed out, as a value.
+///
+/// A *choice* is one (token, expert) pair; each token has `M` of them (`M = K` for token choice). A choice that got a slot owns a
+/// *row*; rows are sorted by expert, and inside an expert in the order in which slots were filled. Rows of expert `e` are
+/// `offsets[e]..offsets[e + 1]`, so nothing is padded. The inverse map, from choices to rows, makes combining a gather.
+///
+/// Positions are data, not parameters: only [`gates`](Self::gates) carries a gradient.
+#[derive(Debug, Clone)]
+pub struct DispatchPlan {
+    num_tokens: usize,
+    num_choices: usize,
+    gates: Tensor<2>,
+    asked: Vec<usize>,
+    kept_per_choice: Vec<usize>,
+    offsets: Vec<usize>,
+    row_token: Vec<i32>,
+    choice_row: Vec<i32>,
+}
+
+/// What an assignment decides about one choice, in the order token by token, choice by choice.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Seat {
+    /// The token asks for nothing (padding).
+    Unasked,
+    /// Asked, but every slot of the expert was taken.
+    Dropped { expert: usize },
+    /// Asked, and seated in the expert's `position`-th slot.
+    Kept { expert: usize, position: usize },
+}
+
+impl DispatchPlan {
+    /// A plan from one seat per choice (`[T · M]`, token-major) and the gates `[T, M]`.
+    pub(crate) fn new(num_experts: usize, num_choices: usize, seats: &[Seat], gates: Tensor<2>) -> Self {
+        let num_tokens = seats.len().checked_div(num_choices).unwrap_or(0);
+        let mut asked = vec![0; num_experts];
+        let mut kept = vec![0; num_experts];
+        let mut kept_per_choice = vec![0; num_choices];
+        for (choice, seat) in seats.iter().enumerate() {
+            match *seat {
+                Seat::Unasked => {}
+                Seat::Dropped { expert } => asked[expert] += 1,
+                Seat::Kept { expert, .. } => {
+                    asked[expert] += 1;
+                    kept[expert] += 1;
+                    kept_per_choice[choice % num_choices] += 1;
+                }
+            }
+        }
+        let mut offsets = Vec::with_capacity(num_experts + 1);
+        offsets.push(0);
+        for load in &kept {
+            offsets.push(offsets.last().unwrap() + load);
+        }
+        let mut row_token = vec![NONE; offsets[num_experts]];
+        let choice_row = seats
+            .iter()
+            .enumerate()
+            .map(|(choice, seat)| match *seat {
+                Seat::Kept { expert, position } => {
+                    let row = offsets[expert] + position;
+                    row_token[row] = (choice / num_choices) as i32;
+                    row as i32
+                }
+                _ => NONE,
+            })
+            .collect();
+        debug_assert!(row_token.iter().all(|&token| token != NONE), "every row has a token");
+        Self { num_tokens, num_choices, gates, asked, kept_per_choice, offsets, row_token, choice_row }
+    }
+
+    /// Tokens, `T`, padding included.
+    pub fn num_tokens(&self) -> usize {
+        self.num_tokens
+    }
+
+    /// Experts, `E`.
+    pub fn num_experts(&self) -> usize {
+        self.asked.len()
+    }
+
+    /// Choices per token, `M` (`K` for token choice).
+    pub fn num_choices(&self) -> usize {
+        self.num_choices
+    }
+
+    /// Kept choices in all, `R`.
+    pub fn num_rows(&self) -> usize {
+        self.row_token.len()
+    }
+
+    /// Gate of each choice, `[T, M]`; exactly 0 where the choice has no slot. Carries the router's task gradient.
+    pub fn gates(&self) -> Tensor<2> {
+        self.gates.clone()
+    }
+
+    /// Choices that named each expert, before drops, `[E]`.
+    pub fn asked(&self) -> &[usize] {
+        &self.asked
+    }
+
+    /// First row of each expert, and the row count at the end, `[E + 1]`.
+    pub fn offsets(&self) -> &[usize] {
+        &self.offsets
+    }
+
+    /// Rows of each expert, `[E]`.
+    pub fn load(&self) -> Vec<usize> {
+        self.offsets.windows(2).map(|pair| pair[1] - pair[0]).collect()
+    }
+
+    /// Kept choices by rank (first choices, second choices, …), `[M]`.
+    pub fn kept_per_choice(&self) -> &[usize] {
+        &self.kept_per_choice
+    }
+
+    /// Share of asked choices without a slot, `1 − kept / asked`; 0 when nothing was asked.
+    pub fn dropped(&self) -> f64 {
+        match self.asked.iter().sum::<usize>() {
+            0 => 0.0,
+            asked => 1.0 - self.num_rows() as f64 / asked as f64,
+        }
+    }
+
+    /// Token of each row, `[R]`, sorted by expert.
+    pub fn row_token(&self) -> &[i32] {
+        &self.row_token
+    }
+
+    /// Row of each choice, `[T · M]`; -1 for a choice without a slot.
+    pub fn choice_row(&self) -> &[i32] {
+        &self.choice_row
+    }
+
+    /// Expert of each row, `[R]`.
+    pub fn row_expert(&self) -> Vec<usize> {
+        self.offsets.windows(2).enumerate().flat_map(|(expert, pair)| std::iter::repeat_n(expert, pair[1] - pair[0])).collect()
+    }
+
+    /// The plan as index tensors of a slot grid `[E, S]`, where `S` is the largest load, for batched matrix products.
+    pub(crate) fn slot_grid(&self, device: &Device) -> SlotGrid {
+        let slots = self.load().into_iter().max().unwrap_or(0);
+        let num_slots = slots * self.num_experts();
+        let mut slot_token = vec![self.num_tokens as i32; num_slots];
+        let mut row_slot = vec![0i32; self.num_rows()];
+        for (expert, pair) in self.offsets.windows(2).enumerate() {
+            for row in pair[0]..pair[1] {
+                let slot = expert * slots + row - pair[0];
+                slot_token[slot] = self.row_token[row];
+                row_slot[row] = slot as i32;
+            }
+        }
+        let choice_slot: Vec<i32> =
+            self.choice_row.iter().map(|&row| if row == NONE { num_slots as i32 } else { row_slot[row as usize] }).collect();
+        SlotGrid {
+            slots,
+            has_empty_slots: self.num_rows() < num_slots,
+            has_unseated_choices: self.num_rows() < self.choice_row.len(),
+            slot_token: int_tensor(slot_token, device),
+            choice_slot: int_tensor(choice_slot, device),
+        }
+    }
+}
+
+/// See [`DispatchPlan::slot_grid`].
+pub(crate) struct SlotGrid {
+    /// Slots per expert, `S`.
+    pub slots: usize,
+    /// Some slot has no token.
+    pub has_empty_slots: bool,
+    /// Some choice has no slot.
+    pub has_unseated_choices: bool,
+    /// Token of each slot, `[E · S]`; `T` for an empty one.
+    pub slot_token: Tensor<1, Int>,
+    /// Slot of each choice, `[T · M]`; `E · S` for a choice without one.
+    pub choice_slot: Tensor<1, Int>,
+}
+
+fn int_tensor(values: Vec<i32>, device: &Device) -> Tensor<1, Int> {
+    let len = values.len();
+    Tensor::from_data(TensorData::new(values, [len]), device)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_sorted_by_expert_and_the_inverse_map_finds_them() {
+        let device = Device::default();
+        let gates = Tensor::<2>::ones([3, 2], &device);
+        // Token 0: expert 1 (slot 1), expert 0. Token 1: padding. Token 2: expert 1 (slot 0), expert 0 dropped.
+        let seats = [
+            Seat::Kept { expert: 1, position: 1 },
+            Seat::Kept { expert: 0, position: 0 },
+            Seat::Unasked,
+            Seat::Unasked,
+            Seat::Kept { expert: 1, position: 0 },
+            Seat::Dropped { expert: 0 },
+        ];
+        let plan = DispatchPlan::new(3, 2, &seats, gates);
+        assert_eq!(plan.offsets(), [0, 1, 3, 3]);
+        assert_eq!(plan.row_token(), [0, 2, 0]);
+        assert_eq!(plan.choice_row(), [2, 0, -1, -1, 1, -1]);
+        assert_eq!(plan.asked(), [2, 2, 0]);
+        assert_eq!(plan.load(), [1, 2, 0]);
+        assert_eq!(plan.kept_per_choice(), [2, 1]);
+        assert_eq!(plan.row_expert(), [0, 1, 1]);
+
+        let grid = plan.slot_grid(&device);
+        assert_eq!(grid.slots, 2);
+        assert!(grid.has_empty_slots && grid.has_unseated_choices);
+        let ids = |t: Tensor<1, Int>| t.try_into_vec_as::<i32>().unwrap();
+        assert_eq!(ids(grid.slot_token), [0, 3, 2, 0, 3, 3]);
+        assert_eq!(ids(grid.choice_slot), [3, 0, 6, 6, 2, 6]);
+    }
+}

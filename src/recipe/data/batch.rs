@@ -1,0 +1,183 @@
+//! Batches in an order that only the seed decides.
+
+use std::{sync::mpsc, thread};
+
+use burn::config::Config;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use rand::{RngExt, SeedableRng, rngs::StdRng, seq::SliceRandom};
+
+use super::{AugmentConfig, DataError, ImageTextSet};
+use crate::clip::tokenizer::{ClipTokenizer, TokenizedTexts};
+
+/// How batches are drawn.
+#[derive(Config, Debug, Copy, PartialEq)]
+pub struct BatchConfig {
+    /// Pairs in a batch; no concept stands in it twice. Default: 256
+    #[config(default = 256)]
+    pub batch_size: usize,
+    /// Most tokens of a caption. Default: 24
+    #[config(default = 24)]
+    pub context_length: usize,
+    /// How often tags are added to a caption that has some. Default: 0.5
+    #[config(default = 0.5)]
+    pub tag_probability: f64,
+    /// Most tags that are added. Default: 3
+    #[config(default = 3)]
+    pub max_tags: usize,
+    /// Changes to images. Default: [`AugmentConfig::new`]
+    #[config(default = "AugmentConfig::new()")]
+    pub augment: AugmentConfig,
+}
+
+/// One batch, on the host.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Batch {
+    /// `[B, 3, image_size, image_size]`, normalised.
+    pub pixels: Vec<f32>,
+    /// Side of the images.
+    pub image_size: usize,
+    /// `[B, N]`
+    pub texts: TokenizedTexts,
+    /// The concept of each pair.
+    pub concepts: Vec<usize>,
+}
+
+impl Batch {
+    /// `[B, 3, image_size, image_size]`
+    pub fn images(&self, device: &Device) -> Tensor<4> {
+        let shape = [self.concepts.len(), 3, self.image_size, self.image_size];
+        Tensor::from_data(TensorData::new(self.pixels.clone(), shape), device)
+    }
+
+    /// `[B, N]`
+    pub fn tokens(&self, device: &Device) -> Tensor<2, Int> {
+        self.texts.tensor(device)
+    }
+}
+
+/// An endless row of batches, made ahead on another thread.
+#[derive(Debug)]
+pub struct Batches {
+    receiver: mpsc::Receiver<Batch>,
+}
+
+impl Batches {
+    /// Batches from `first_step` on; the batch of a step depends on the seed and the step alone.
+    ///
+    /// # Errors
+    /// When the set has fewer concepts with images than a batch needs, or a setting is out of range.
+    pub fn new(set: &ImageTextSet, config: BatchConfig, seed: u64, first_step: usize) -> Result<Self, DataError> {
+        config.augment.validate()?;
+        if !(0.0..=1.0).contains(&config.tag_probability) {
+            let (value, reason) = (config.tag_probability, "a probability lies between 0 and 1");
+            return Err(DataError::OutOfRange { field: "tag_probability", value, reason });
+        }
+        if config.context_length < 3 {
+            let reason = "a caption needs a start token, a word and an end token";
+            return Err(DataError::OutOfRange { field: "context_length", value: config.context_length as f64, reason });
+        }
+        let drawer = Drawer::new(set, config, seed);
+        let concepts = drawer.images_of_concept.len();
+        if config.batch_size == 0 || concepts < config.batch_size {
+            return Err(DataError::TooFewConcepts { batch_size: config.batch_size, concepts });
+        }
+        let (sender, receiver) = mpsc::sync_channel(2);
+        thread::spawn(move || {
+            // Ends when the receiver is gone.
+            (first_step..).map(|step| drawer.draw(step)).try_for_each(|batch| sender.send(batch))
+        });
+        Ok(Self { receiver })
+    }
+}
+
+impl Iterator for Batches {
+    type Item = Batch;
+
+    fn next(&mut self) -> Option<Batch> {
+        self.receiver.recv().ok()
+    }
+}
+
+struct Drawer {
+    set: ImageTextSet,
+    config: BatchConfig,
+    seed: u64,
+    tokenizer: ClipTokenizer,
+    comma: Vec<i32>,
+    captions: Vec<Vec<Vec<i32>>>,
+    tags: Vec<Vec<Vec<i32>>>,
+    /// Only concepts with images.
+    images_of_concept: Vec<Vec<usize>>,
+}
+
+impl Drawer {
+    fn new(set: &ImageTextSet, config: BatchConfig, seed: u64) -> Self {
+        let tokenizer = ClipTokenizer::new();
+        let encode = |texts: &Vec<String>| texts.iter().map(|text| tokenizer.encode(text)).collect();
+        let mut images_of_concept = vec![Vec::new(); set.concepts.len()];
+        for (image, &concept) in set.concept_of_image.iter().enumerate() {
+            images_of_concept[concept].push(image);
+        }
+        images_of_concept.retain(|images| !images.is_empty());
+        Self {
+            set: set.clone(),
+            config,
+            seed,
+            comma: tokenizer.encode(","),
+            captions: set.concepts.iter().map(|concept| encode(&concept.captions)).collect(),
+            tags: set.concepts.iter().map(|concept| encode(&concept.tags)).collect(),
+            images_of_concept,
+            tokenizer,
+        }
+    }
+
+    /// Every concept once in as many batches as it takes, then in a new order; for each a random image and caption.
+    fn draw(&self, step: usize) -> Batch {
+        let (size, side) = (self.config.batch_size, self.set.image_size);
+        let per_round = self.images_of_concept.len() / size;
+        let mut order: Vec<usize> = (0..self.images_of_concept.len()).collect();
+        order.shuffle(&mut self.rng(0, (step / per_round) as u64));
+        let chosen = &order[step % per_round * size..][..size];
+
+        let mut rng = self.rng(1, step as u64);
+        let len = 3 * side * side;
+        let mut pixels = vec![0.0; size * len];
+        let mut texts = Vec::with_capacity(size);
+        let mut concepts = Vec::with_capacity(size);
+        for (&index, out) in chosen.iter().zip(pixels.chunks_exact_mut(len)) {
+            let images = &self.images_of_concept[index];
+            let image = images[rng.random_range(0..images.len())];
+            let concept = self.set.concept_of_image[image];
+            self.config.augment.apply(self.set.image(image), side, out, &mut rng);
+            texts.push(self.caption(concept, &mut rng));
+            concepts.push(concept);
+        }
+        let texts = self.tokenizer.pack(&texts, self.config.context_length);
+        Batch { pixels, image_size: side, texts, concepts }
+    }
+
+    /// A caption of the concept, sometimes with a few of its tags behind it.
+    fn caption(&self, concept: usize, rng: &mut StdRng) -> Vec<i32> {
+        let captions = &self.captions[concept];
+        let mut caption = captions[rng.random_range(0..captions.len())].clone();
+        let tags = &self.tags[concept];
+        let most = self.config.max_tags.min(tags.len());
+        if most > 0 && rng.random_bool(self.config.tag_probability) {
+            let count = rng.random_range(1..=most);
+            let mut order: Vec<usize> = (0..tags.len()).collect();
+            for &tag in order.partial_shuffle(rng, count).0.iter() {
+                caption.extend_from_slice(&self.comma);
+                caption.extend_from_slice(&tags[tag]);
+            }
+        }
+        caption
+    }
+
+    fn rng(&self, stream: u64, index: u64) -> StdRng {
+        let mut seed = [0; 32];
+        for (bytes, word) in seed.chunks_exact_mut(8).zip([self.seed, stream, index, 0]) {
+            bytes.copy_from_slice(&word.to_le_bytes());
+        }
+        StdRng::from_seed(seed)
+    }
+}

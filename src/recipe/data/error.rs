@@ -1,0 +1,69 @@
+//! What can be wrong with a data set.
+
+use std::{io, path::PathBuf};
+
+/// Data that cannot be read or trained on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DataError {
+    /// The file system said no.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What it said.
+        source: io::Error,
+    },
+    /// The embedded emoji are not in the published package.
+    #[error(
+        "no emoji pack in {}: the data is not in the published package; take it from the repository's `data/emoji`, or build it \
+         with `tools/emoji-pack/build.sh`",
+        path.display()
+    )]
+    NoPack {
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+    /// A line cannot be understood.
+    #[error("{}, line {line}: {reason}", path.display())]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// From 1.
+        line: u64,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A file that should be an image is none, or is damaged.
+    #[error("{} is no readable image: {reason}", path.display())]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// What the decoder said.
+        reason: String,
+    },
+    /// The file of captions is of no known kind.
+    #[error("{}: expected a `.csv`, `.jsonl` or `.ndjson` file of image paths and captions", path.display())]
+    Kind {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Fewer concepts than a batch needs.
+    #[error("a batch of {batch_size} needs as many concepts, because none may stand in it twice; the data has {concepts}")]
+    TooFewConcepts {
+        /// Samples in a batch.
+        batch_size: usize,
+        /// Concepts in the set.
+        concepts: usize,
+    },
+    /// A number outside its range.
+    #[error("`{field}` is {value}: {reason}")]
+    OutOfRange {
+        /// Name of the field.
+        field: &'static str,
+        /// The value as written.
+        value: f64,
+        /// The range that is allowed, in words.
+        reason: &'static str,
+    },
+}

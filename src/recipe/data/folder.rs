@@ -1,0 +1,93 @@
+//! A user's own images with captions.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use fast_image_resize::{FilterType, IntoImageView, PixelType, ResizeAlg, ResizeOptions, Resizer, images::Image};
+use image::{DynamicImage, ImageReader, Limits};
+use serde::Deserialize;
+
+use super::{Concept, DataError, ImageTextSet};
+
+#[derive(Deserialize)]
+struct Row {
+    path: PathBuf,
+    caption: String,
+}
+
+/// Reads a list of image paths and captions, and the images. Paths are relative to the list. The list is a `.csv` with a header
+/// line `path,caption`, or a `.jsonl` with `{"path": …, "caption": …}` in every line. Several lines may name one image: it then
+/// has several captions. Each image is a concept of its own. Images are resized (bicubic, shorter side) and cropped to the middle.
+///
+/// # Errors
+/// When the list cannot be understood, a caption is empty, or an image is none; each with the file and the line.
+pub fn load_folder(list: impl AsRef<Path>, image_size: usize) -> Result<ImageTextSet, DataError> {
+    let list = list.as_ref();
+    let text = fs::read_to_string(list).map_err(|source| DataError::Io { path: list.to_path_buf(), source })?;
+    let bad = |line: u64, reason: String| DataError::Line { path: list.to_path_buf(), line, reason };
+    let rows: Vec<(u64, Row)> = match list.extension().and_then(|e| e.to_str()) {
+        Some("csv") => csv::Reader::from_reader(text.as_bytes())
+            .into_deserialize()
+            .enumerate()
+            .map(|(index, row)| {
+                // The header is line 1. A quoted line break makes this a row number, which csv's own text corrects.
+                let line = index as u64 + 2;
+                row.map(|row| (line, row)).map_err(|error| bad(line, error.to_string()))
+            })
+            .collect::<Result<_, _>>()?,
+        Some("jsonl" | "ndjson") => text
+            .lines()
+            .enumerate()
+            .filter(|(_, line)| !line.trim().is_empty())
+            .map(|(index, line)| {
+                let number = index as u64 + 1;
+                serde_json::from_str(line).map(|row| (number, row)).map_err(|error| bad(number, error.to_string()))
+            })
+            .collect::<Result<_, _>>()?,
+        _ => return Err(DataError::Kind { path: list.to_path_buf() }),
+    };
+    let folder = list.parent().unwrap_or(Path::new("."));
+    let mut captions: BTreeMap<PathBuf, Vec<String>> = BTreeMap::new();
+    for (line, row) in rows {
+        let caption = row.caption.trim();
+        if caption.is_empty() {
+            return Err(bad(line, format!("the caption of {} is empty", row.path.display())));
+        }
+        captions.entry(folder.join(row.path)).or_default().push(caption.to_string());
+    }
+    let mut pixels = Vec::new();
+    for path in captions.keys() {
+        let image = open(path).map_err(|reason| DataError::Image { path: path.clone(), reason })?;
+        pixels.extend(square(&image, image_size).map_err(|reason| DataError::Image { path: path.clone(), reason })?);
+    }
+    let concepts: Vec<Concept> = captions.into_values().map(|captions| Concept { captions, tags: Vec::new() }).collect();
+    Ok(ImageTextSet::new(image_size, pixels, (0..concepts.len()).collect(), concepts))
+}
+
+/// Decodes within limits: a small file may claim a huge image.
+fn open(path: &Path) -> Result<DynamicImage, String> {
+    let mut reader = ImageReader::open(path).and_then(ImageReader::with_guessed_format).map_err(|error| error.to_string())?;
+    let mut limits = Limits::default();
+    limits.max_alloc = Some(256 << 20);
+    reader.limits(limits);
+    reader.decode().map(|image| DynamicImage::ImageRgb8(image.into_rgb8())).map_err(|error| error.to_string())
+}
+
+/// Shorter side to `size`, then the middle.
+fn square(image: &DynamicImage, size: usize) -> Result<Vec<u8>, String> {
+    let (width, height) = (f64::from(image.width()), f64::from(image.height()));
+    let side = width.min(height);
+    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom)).crop(
+        (width - side) / 2.0,
+        (height - side) / 2.0,
+        side,
+        side,
+    );
+    debug_assert_eq!(image.pixel_type(), Some(PixelType::U8x3));
+    let mut out = Image::new(size as u32, size as u32, PixelType::U8x3);
+    Resizer::new().resize(image, &mut out, &options).map_err(|error| error.to_string())?;
+    Ok(out.into_vec())
+}

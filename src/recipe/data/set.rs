@@ -1,0 +1,106 @@
+//! Images and what they show.
+
+use burn::tensor::{Device, Tensor, TensorData};
+
+/// Mean of each channel, red first, as CLIP's preprocessing subtracts it (values from 0 to 1).
+pub const IMAGE_MEAN: [f32; 3] = [0.48145466, 0.4578275, 0.40821073];
+/// Standard deviation of each channel, by which CLIP's preprocessing divides.
+pub const IMAGE_STD: [f32; 3] = [0.26862954, 0.26130258, 0.27577711];
+
+/// What an image can show. Two images of one concept are never in the same batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Concept {
+    /// Captions; at least one. Evaluation uses all of them, training one at a time.
+    pub captions: Vec<String>,
+    /// Words that training may add to a caption.
+    pub tags: Vec<String>,
+}
+
+/// Square RGB images of one size with their concepts.
+#[derive(Debug, Clone)]
+pub struct ImageTextSet {
+    pub(super) image_size: usize,
+    /// `[images, image_size, image_size, 3]`
+    pub(super) pixels: Vec<u8>,
+    pub(super) concept_of_image: Vec<usize>,
+    pub(super) concepts: Vec<Concept>,
+}
+
+impl ImageTextSet {
+    /// A set from its parts. `pixels` is `[images, image_size, image_size, 3]`, RGB.
+    ///
+    /// # Panics
+    /// When the sizes do not fit each other, a concept does not exist, or one has no caption.
+    pub fn new(image_size: usize, pixels: Vec<u8>, concept_of_image: Vec<usize>, concepts: Vec<Concept>) -> Self {
+        assert!(
+            pixels.len() == concept_of_image.len() * image_size * image_size * 3,
+            "{} bytes are not {} RGB images of {image_size} x {image_size} pixels",
+            pixels.len(),
+            concept_of_image.len(),
+        );
+        assert!(concept_of_image.iter().all(|&concept| concept < concepts.len()), "an image shows a concept that does not exist");
+        assert!(concepts.iter().all(|concept| !concept.captions.is_empty()), "a concept has no caption");
+        Self { image_size, pixels, concept_of_image, concepts }
+    }
+
+    /// Number of images.
+    pub fn len(&self) -> usize {
+        self.concept_of_image.len()
+    }
+
+    /// Whether there is no image.
+    pub fn is_empty(&self) -> bool {
+        self.concept_of_image.is_empty()
+    }
+
+    /// Side of the images, in pixels.
+    pub fn image_size(&self) -> usize {
+        self.image_size
+    }
+
+    /// The concepts; some may have no image.
+    pub fn concepts(&self) -> &[Concept] {
+        &self.concepts
+    }
+
+    /// The concept of each image.
+    pub fn concept_of_image(&self) -> &[usize] {
+        &self.concept_of_image
+    }
+
+    /// Only the chosen images, with all concepts.
+    pub fn select(&self, keep: impl Fn(usize) -> bool) -> Self {
+        let chosen: Vec<usize> = (0..self.len()).filter(|&image| keep(image)).collect();
+        Self {
+            image_size: self.image_size,
+            pixels: chosen.iter().flat_map(|&image| self.image(image)).copied().collect(),
+            concept_of_image: chosen.iter().map(|&image| self.concept_of_image[image]).collect(),
+            concepts: self.concepts.clone(),
+        }
+    }
+
+    /// Images of a range as a model takes them, `[B, 3, image_size, image_size]`.
+    pub fn images(&self, range: std::ops::Range<usize>, device: &Device) -> Tensor<4> {
+        let area = self.image_size * self.image_size;
+        let mut values = vec![0.0; range.len() * 3 * area];
+        for (planes, image) in values.chunks_exact_mut(3 * area).zip(range.clone()) {
+            for (pixel, rgb) in self.image(image).chunks_exact(3).enumerate() {
+                for channel in 0..3 {
+                    planes[channel * area + pixel] = normalize(f32::from(rgb[channel]), channel);
+                }
+            }
+        }
+        Tensor::from_data(TensorData::new(values, [range.len(), 3, self.image_size, self.image_size]), device)
+    }
+
+    /// RGB bytes of one image, row by row.
+    pub fn image(&self, index: usize) -> &[u8] {
+        let size = self.image_size * self.image_size * 3;
+        &self.pixels[index * size..][..size]
+    }
+}
+
+/// From 0..=255 to what a model takes.
+pub(super) fn normalize(value: f32, channel: usize) -> f32 {
+    (value / 255.0 - IMAGE_MEAN[channel]) / IMAGE_STD[channel]
+}

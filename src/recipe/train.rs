@@ -1,0 +1,441 @@
+//! The training loop.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use burn::config::Config;
+use burn::module::{Module, ParamGroup};
+use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
+use burn::tensor::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    CompactVocabulary, Evaluation, WarmupCosine,
+    data::{Batch, BatchConfig, Batches, DataError, ImageTextSet},
+    evaluate,
+};
+use crate::{
+    clip::{Clip, EndOfText, RetrievalError, contrastive_loss, tokenizer::ClipTokenizer},
+    error::ConfigError,
+    finite::{NonFiniteError, check_finite, check_finite_module},
+    loss::AuxiliaryLossConfig,
+};
+
+/// AdamW and its learning rate. Biases, norms, embeddings, the logit scale and routers are not decayed.
+#[derive(Config, Debug, PartialEq)]
+pub struct OptimizerConfig {
+    /// The learning rate over the steps.
+    pub schedule: WarmupCosine,
+    /// Weight decay, times the learning rate at each step. Default: 0.1
+    #[config(default = 0.1)]
+    pub weight_decay: f32,
+    /// Decay of the first moment. Default: 0.9
+    #[config(default = 0.9)]
+    pub beta_1: f32,
+    /// Decay of the second moment. Default: 0.98
+    #[config(default = 0.98)]
+    pub beta_2: f32,
+    /// Added to the root of the second moment. Default: 1e-8
+    #[config(default = 1e-8)]
+    pub epsilon: f32,
+}
+
+impl OptimizerConfig {
+    fn init(&self) -> ModuleOptimizer {
+        let adamw = AdamWConfig::new().with_beta_1(self.beta_1).with_beta_2(self.beta_2).with_epsilon(self.epsilon);
+        let undecayed = [
+            ".bias",
+            ".gamma",
+            ".beta",
+            ".b_in",
+            ".b_out",
+            ".router.",
+            "logit_scale",
+            "class_embedding",
+            "position_embedding",
+            "token_embedding",
+        ];
+        adamw.clone().with_weight_decay(self.weight_decay).init().with_group(
+            ParamGroup::from_any_predicates(undecayed.to_vec()),
+            adamw.with_weight_decay(0.0).build(),
+            None,
+        )
+    }
+}
+
+/// Everything that the arms of a run share.
+#[derive(Config, Debug)]
+pub struct TrainConfig {
+    /// Optimiser steps.
+    pub steps: usize,
+    /// How batches are drawn. Default: [`BatchConfig::new`]
+    #[config(default = "BatchConfig::new()")]
+    pub batch: BatchConfig,
+    /// Steps between evaluations; there is always one at the end. Default: 250
+    #[config(default = 250)]
+    pub eval_every: usize,
+    /// Decides the order of the data, captions and image changes. Default: 0
+    #[config(default = 0)]
+    pub seed: u64,
+}
+
+/// One model of a run.
+#[derive(Debug, Clone)]
+pub struct Arm {
+    /// For progress and reports.
+    pub name: String,
+    /// Where it starts.
+    pub model: Clip,
+    /// How it is optimised.
+    pub optimizer: OptimizerConfig,
+    /// Weights of the auxiliary losses; without effect on a dense model.
+    pub auxiliary: AuxiliaryLossConfig,
+}
+
+/// One model at the end of a run.
+#[derive(Debug, Clone)]
+pub struct TrainedArm {
+    /// As given.
+    pub name: String,
+    /// Where it ended.
+    pub model: Clip,
+    /// Evaluations by the number of steps before them, the first one at 0.
+    pub history: Vec<(usize, Evaluation)>,
+    /// Mean over the last tenth of the steps of the share of choices that were dropped in training; 0 for a dense model.
+    pub dropped: f64,
+    /// Time spent in this arm's own steps since the start or the last resumption, evaluations aside.
+    pub time: Duration,
+    /// Steps that `time` covers.
+    pub timed_steps: usize,
+}
+
+/// What one step of one arm cost.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepLosses {
+    /// The contrastive loss.
+    pub contrastive: f64,
+    /// The weighted auxiliary losses; 0 for a dense model.
+    pub auxiliary: f64,
+    /// Share of choices that were dropped.
+    pub dropped: f64,
+    /// The learning rate.
+    pub learning_rate: f64,
+}
+
+/// Watches a run: progress bars, logs. Every method does nothing by default.
+pub trait Observer {
+    /// After each step of each arm; `step` counts from 1.
+    fn on_step(&mut self, _arm: usize, _step: usize, _losses: &StepLosses) {}
+    /// After each evaluation.
+    fn on_evaluation(&mut self, _arm: usize, _step: usize, _evaluation: &Evaluation) {}
+}
+
+impl Observer for () {}
+
+/// Where a run is kept, so that it can go on after it was stopped.
+#[derive(Debug, Clone)]
+pub struct Checkpointing {
+    /// A folder of this run's own.
+    pub folder: PathBuf,
+    /// Steps between checkpoints.
+    pub every: usize,
+}
+
+/// Why a run stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrainError {
+    /// The data cannot be trained on.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The model cannot be evaluated.
+    #[error(transparent)]
+    Evaluation(#[from] RetrievalError),
+    /// A setting cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A number is not one. The first tensor that is affected is named.
+    #[error("{arm}, step {step}: {source}; a lower learning rate is the usual cure")]
+    NonFinite {
+        /// Name of the arm.
+        arm: String,
+        /// Counts from 1.
+        step: usize,
+        /// The tensor.
+        source: NonFiniteError,
+    },
+    /// Captions of a model with a fixed end-of-text id cannot be compacted.
+    #[error("{arm}: training needs a text tower that takes the highest id as the end of a text, found {found:?}")]
+    EndOfText {
+        /// Name of the arm.
+        arm: String,
+        /// The rule that was found.
+        found: EndOfText,
+    },
+    /// A checkpoint of the run cannot be read or written.
+    #[error("{}: {reason}", path.display())]
+    Checkpoint {
+        /// The file or folder.
+        path: PathBuf,
+        /// What went wrong.
+        reason: String,
+    },
+}
+
+/// Trains all arms on the same batches, step by step, and evaluates each on `test` at the start, every
+/// [`eval_every`](TrainConfig::eval_every) steps and at the end.
+///
+/// The order of the data depends on the seed alone. With `checkpointing` the run leaves a checkpoint now and then, and goes on
+/// from the last one when it is started again with the same configuration.
+///
+/// # Errors
+/// When the data does not fit, a loss or a parameter is not finite, or a checkpoint cannot be read or written.
+pub fn train(
+    arms: Vec<Arm>,
+    set: &ImageTextSet,
+    test: &ImageTextSet,
+    config: &TrainConfig,
+    checkpointing: Option<&Checkpointing>,
+    device: &Device,
+    observer: &mut dyn Observer,
+) -> Result<Vec<TrainedArm>, TrainError> {
+    for (field, value) in [("steps", config.steps), ("eval_every", config.eval_every)] {
+        ConfigError::non_zero(field, value)?;
+    }
+    let vocabulary = CompactVocabulary::of_sets(&[set, test]);
+    let mut runs = Vec::new();
+    for arm in arms {
+        arm.auxiliary.validate()?;
+        if arm.model.text.end_of_text != EndOfText::HighestId {
+            return Err(TrainError::EndOfText { arm: arm.name, found: arm.model.text.end_of_text });
+        }
+        runs.push(Run::new(arm, &vocabulary, device));
+    }
+    let resumed = match checkpointing {
+        Some(checkpointing) => resume(checkpointing, config, &mut runs)?,
+        None => None,
+    };
+    let first_step = match resumed {
+        Some(step) => step,
+        None => {
+            for (index, run) in runs.iter_mut().enumerate() {
+                run.evaluate(index, 0, test, config, &vocabulary, device, observer)?;
+            }
+            0
+        }
+    };
+    let mut batches = Batches::new(set, config.batch, config.seed, first_step)?;
+    for step in first_step..config.steps {
+        let mut batch = batches.next().expect("batches have no end");
+        vocabulary.compact_ids(&mut batch.texts.ids);
+        for (index, run) in runs.iter_mut().enumerate() {
+            let losses = run.step(&batch, step, config, device)?;
+            observer.on_step(index, step + 1, &losses);
+            if (step + 1) % config.eval_every == 0 || step + 1 == config.steps {
+                run.evaluate(index, step + 1, test, config, &vocabulary, device, observer)?;
+            }
+        }
+        if let Some(checkpointing) = checkpointing
+            && ((step + 1) % checkpointing.every == 0 || step + 1 == config.steps)
+        {
+            save(checkpointing, config, &runs, step + 1)?;
+        }
+    }
+    runs.into_iter().map(|run| run.finish(config.steps, &vocabulary)).collect()
+}
+
+/// One arm while it runs.
+struct Run {
+    arm: Arm,
+    model: Clip,
+    optimizer: ModuleOptimizer,
+    progress: Progress,
+    history: Vec<(usize, Evaluation)>,
+    time: Duration,
+    timed_steps: usize,
+}
+
+/// What a checkpoint keeps of an arm beside its weights.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Progress {
+    /// Dropped share of each step so far.
+    dropped: Vec<f64>,
+    /// Ranks of each evaluation so far: (step, text ranks, image ranks).
+    evaluations: Vec<(usize, Vec<usize>, Vec<usize>)>,
+}
+
+impl Run {
+    fn new(arm: Arm, vocabulary: &CompactVocabulary, device: &Device) -> Self {
+        let model = vocabulary.compact(arm.model.clone()).valid().fork(&device.clone().inner()).train();
+        let optimizer = arm.optimizer.init();
+        Self { arm, model, optimizer, progress: Progress::default(), history: Vec::new(), time: Duration::ZERO, timed_steps: 0 }
+    }
+
+    fn step(&mut self, batch: &Batch, step: usize, config: &TrainConfig, device: &Device) -> Result<StepLosses, TrainError> {
+        let start = Instant::now();
+        let device = device.clone().autodiff();
+        let output = self.model.forward(batch.images(&device), batch.tokens(&device));
+        let contrastive = contrastive_loss(output.logits_per_image.clone());
+        let routings: Vec<_> = output.image_routings.iter().chain(&output.text_routings).cloned().collect();
+        let (auxiliary, dropped) = if routings.is_empty() {
+            (None, 0.0)
+        } else {
+            let dropped = routings.iter().map(|routing| routing.plan.dropped()).sum::<f64>() / routings.len() as f64;
+            (Some(self.arm.auxiliary.init().forward(&routings).total), dropped)
+        };
+        let total = match &auxiliary {
+            Some(auxiliary) => contrastive.clone() + auxiliary.clone(),
+            None => contrastive.clone(),
+        };
+        let learning_rate = self.arm.optimizer.schedule.at(step, config.steps);
+        let scalar = |loss: &Tensor<1>| f64::from(loss.clone().detach().into_scalar::<f32>());
+        let losses = StepLosses {
+            contrastive: scalar(&contrastive),
+            auxiliary: auxiliary.as_ref().map_or(0.0, scalar),
+            dropped,
+            learning_rate,
+        };
+        if !(losses.contrastive + losses.auxiliary).is_finite() {
+            return Err(self.non_finite(step + 1, &output.image_embeds, &output.text_embeds, &total));
+        }
+        let gradients = GradientsParams::from_grads(total.backward(), &self.model);
+        self.model = self.optimizer.step(learning_rate, self.model.clone(), gradients).clamp_logit_scale();
+        self.progress.dropped.push(dropped);
+        self.time += start.elapsed();
+        self.timed_steps += 1;
+        Ok(losses)
+    }
+
+    /// The first bad tensor in the order in which they were computed.
+    fn non_finite(&self, step: usize, images: &Tensor<2>, texts: &Tensor<2>, loss: &Tensor<1>) -> TrainError {
+        let first = check_finite_module(&self.model)
+            .and_then(|()| check_finite("image embeddings", images))
+            .and_then(|()| check_finite("text embeddings", texts))
+            .and_then(|()| check_finite("loss", loss));
+        let source = first.expect_err("the loss is not finite");
+        TrainError::NonFinite { arm: self.arm.name.clone(), step, source }
+    }
+
+    #[allow(clippy::too_many_arguments)] // one call site, and a struct for it would be this list again
+    fn evaluate(
+        &mut self,
+        index: usize,
+        step: usize,
+        test: &ImageTextSet,
+        config: &TrainConfig,
+        vocabulary: &CompactVocabulary,
+        device: &Device,
+        observer: &mut dyn Observer,
+    ) -> Result<(), TrainError> {
+        let named = |source| TrainError::NonFinite { arm: self.arm.name.clone(), step, source };
+        check_finite_module(&self.model).map_err(named)?;
+        let evaluation = evaluate(&self.model, test, config.batch.context_length, Some(vocabulary), device)?;
+        observer.on_evaluation(index, step, &evaluation);
+        let ranks = (step, evaluation.retrieval.text_ranks.clone(), evaluation.retrieval.image_ranks.clone());
+        self.progress.evaluations.push(ranks);
+        self.history.push((step, evaluation));
+        Ok(())
+    }
+
+    fn finish(self, steps: usize, vocabulary: &CompactVocabulary) -> Result<TrainedArm, TrainError> {
+        let last = self.progress.dropped.len().saturating_sub(steps.div_ceil(10));
+        let tail = &self.progress.dropped[last..];
+        Ok(TrainedArm {
+            dropped: tail.iter().sum::<f64>() / tail.len().max(1) as f64,
+            model: vocabulary.restore(self.model.valid(), &self.arm.model),
+            name: self.arm.name,
+            history: self.history,
+            time: self.time,
+            timed_steps: self.timed_steps,
+        })
+    }
+}
+
+/// What `latest.json` says: written last, so that what it names is whole.
+#[derive(Serialize, Deserialize)]
+struct Latest {
+    step: usize,
+    fingerprint: String,
+    progress: Vec<Progress>,
+}
+
+fn fingerprint(config: &TrainConfig, runs: &[Run]) -> String {
+    let arms: Vec<_> = runs.iter().map(|run| (&run.arm.name, &run.arm.optimizer, &run.arm.auxiliary)).collect();
+    serde_json::to_string(&(config, arms)).expect("configurations are JSON")
+}
+
+fn record_paths(folder: &Path, step: usize, arm: usize) -> [PathBuf; 2] {
+    ["model", "optimizer"].map(|part| folder.join(format!("step-{step}-arm-{arm}-{part}.bpk")))
+}
+
+fn save(checkpointing: &Checkpointing, config: &TrainConfig, runs: &[Run], step: usize) -> Result<(), TrainError> {
+    let folder = &checkpointing.folder;
+    let io = |path: &Path| {
+        let path = path.to_path_buf();
+        move |error: io::Error| TrainError::Checkpoint { path, reason: error.to_string() }
+    };
+    let record = |path: &Path, result: Result<(), burn::store::RecordError>| {
+        result.map_err(|error| TrainError::Checkpoint { path: path.to_path_buf(), reason: format!("{error:?}") })
+    };
+    fs::create_dir_all(folder).map_err(io(folder))?;
+    let mut current = Vec::new();
+    for (index, run) in runs.iter().enumerate() {
+        let [model, optimizer] = record_paths(folder, step, index);
+        record(&model, run.model.valid().save_file(&model))?;
+        record(&optimizer, run.optimizer.save(&optimizer))?;
+        current.extend([model, optimizer]);
+    }
+    let latest =
+        Latest { step, fingerprint: fingerprint(config, runs), progress: runs.iter().map(|run| run.progress.clone()).collect() };
+    let path = folder.join("latest.json");
+    crate::write_atomic(&path, &serde_json::to_vec(&latest).expect("progress is JSON")).map_err(io(&path))?;
+    // Older records: nothing names them any more.
+    for entry in fs::read_dir(folder).map_err(io(folder))?.flatten() {
+        let path = entry.path();
+        if path.extension().is_some_and(|e| e == "bpk") && !current.contains(&path) {
+            fs::remove_file(&path).map_err(io(&path))?;
+        }
+    }
+    Ok(())
+}
+
+/// The step to go on from, if the folder has a checkpoint; the runs are then as they were.
+fn resume(checkpointing: &Checkpointing, config: &TrainConfig, runs: &mut [Run]) -> Result<Option<usize>, TrainError> {
+    let path = checkpointing.folder.join("latest.json");
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let bad = |reason: String| TrainError::Checkpoint { path: path.clone(), reason };
+    let text = fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
+    let latest: Latest = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
+    if latest.fingerprint != fingerprint(config, runs) {
+        return Err(bad("the run in this folder has another configuration; take another folder or remove this one".into()));
+    }
+    for (index, (run, progress)) in runs.iter_mut().zip(latest.progress).enumerate() {
+        let [model, optimizer] = record_paths(&checkpointing.folder, latest.step, index);
+        run.model = run.model.valid().try_load_file(&model).map_err(|error| bad(format!("{error:?}")))?.train();
+        run.optimizer = run.arm.optimizer.init().load(&optimizer).map_err(|error| bad(format!("{error:?}")))?;
+        run.history = progress
+            .evaluations
+            .iter()
+            .map(|(step, text, image)| (*step, Evaluation::from_ranks(text.clone(), image.clone())))
+            .collect();
+        run.progress = progress;
+    }
+    Ok(Some(latest.step))
+}
+
+impl CompactVocabulary {
+    /// The ids of all captions and tags of some sets.
+    pub fn of_sets(sets: &[&ImageTextSet]) -> Self {
+        let tokenizer = ClipTokenizer::new();
+        let texts = sets.iter().flat_map(|set| set.concepts()).flat_map(|concept| concept.captions.iter().chain(&concept.tags));
+        let mut ids: Vec<i32> = texts.flat_map(|text| tokenizer.encode(text)).collect();
+        ids.extend(tokenizer.encode(","));
+        ids.extend(tokenizer.pack::<[i32; 0]>(&[[]], 2).ids);
+        Self::new(ids)
+    }
+}

@@ -1,0 +1,69 @@
+//! One pre-norm block.
+
+use burn::module::Module;
+use burn::nn::LayerNorm;
+use burn::nn::attention::{MhaInput, MultiHeadAttention};
+use burn::tensor::{Bool, Tensor};
+
+use super::Mlp;
+use crate::{
+    moe::{MoeFeedForward, MoeInput},
+    routing::Routing,
+};
+
+/// The feed-forward network of a block.
+#[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant)] // a handful per model
+pub enum FeedForward {
+    /// Every token passes the same network.
+    Dense(Mlp),
+    /// Each token passes its own choice of experts.
+    Moe(MoeFeedForward),
+}
+
+/// `h = x + MHA(LN₁(x))`, `y = h + FFN(LN₂(h))`; made by [`EncoderConfig`](super::EncoderConfig).
+#[derive(Module, Debug)]
+pub struct TransformerBlock {
+    /// Before attention.
+    pub norm_attention: LayerNorm,
+    /// Self-attention.
+    pub attention: MultiHeadAttention,
+    /// Before the feed-forward network.
+    pub norm_feed_forward: LayerNorm,
+    /// Dense or sparse.
+    pub feed_forward: FeedForward,
+}
+
+impl TransformerBlock {
+    /// One block; also the routing if the block is sparse.
+    ///
+    /// # Shapes (`B` samples of `N` tokens)
+    /// - x, output: `[B, N, D]`
+    /// - mask: `[B, N, N]`, true where a token must not look
+    /// - valid: `[B, N]`, false for padding; only routing reads it
+    pub fn forward(
+        &self,
+        x: Tensor<3>,
+        mask: Option<Tensor<3, Bool>>,
+        valid: Option<Tensor<2, Bool>>,
+    ) -> (Tensor<3>, Option<Routing>) {
+        let input = MhaInput::self_attn(self.norm_attention.forward(x.clone()));
+        let input = match mask {
+            Some(mask) => input.mask_attn(mask),
+            None => input,
+        };
+        let x = x + self.attention.forward(input).context;
+        let normed = self.norm_feed_forward.forward(x.clone());
+        match &self.feed_forward {
+            FeedForward::Dense(mlp) => (x + mlp.forward(normed), None),
+            FeedForward::Moe(moe) => {
+                let input = MoeInput::new(normed);
+                let moe = moe.forward(match valid {
+                    Some(valid) => input.valid(valid),
+                    None => input,
+                });
+                (x + moe.output, Some(moe.routing))
+            }
+        }
+    }
+}

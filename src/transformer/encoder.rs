@@ -1,0 +1,188 @@
+//! A stack of blocks.
+
+use burn::config::Config;
+use burn::module::Module;
+use burn::nn::attention::{MultiHeadAttentionConfig, generate_autoregressive_mask};
+use burn::nn::{LayerNorm, LayerNormConfig};
+use burn::tensor::{Bool, Device, Tensor, assert_shape};
+
+use super::{FeedForward, MlpConfig, SparseEncoderConfig, TransformerBlock};
+use crate::{
+    cost::Cost,
+    error::{ConfigError, expect_valid},
+    experts::{Activation, ExpertMlpConfig},
+    moe::MoeFeedForwardConfig,
+    routing::Routing,
+};
+
+/// Configuration of an [`Encoder`].
+#[derive(Config, Debug)]
+pub struct EncoderConfig {
+    /// Token width, `D`.
+    pub d_model: usize,
+    /// Attention heads; must divide `d_model`.
+    pub n_heads: usize,
+    /// Number of blocks.
+    pub n_layers: usize,
+    /// Hidden width of the feed-forward networks, `F`.
+    pub d_ff: usize,
+    /// Non-linearity of the feed-forward networks. Default: `Gelu`
+    #[config(default = "Activation::Gelu")]
+    pub activation: Activation,
+    /// Added to the variance in layer norms. Default: 1e-5
+    #[config(default = 1e-5)]
+    pub norm_epsilon: f64,
+    /// The sparse blocks. Default: none
+    pub sparse: Option<SparseEncoderConfig>,
+}
+
+/// Pre-norm transformer blocks, one after the other.
+#[derive(Module, Debug)]
+pub struct Encoder {
+    /// The blocks.
+    pub blocks: Vec<TransformerBlock>,
+}
+
+/// What an [`Encoder`] returns.
+#[derive(Debug, Clone)]
+pub struct EncoderOutput {
+    /// `[B, N, D]`
+    pub hidden: Tensor<3>,
+    /// One per sparse block, in order.
+    pub routings: Vec<Routing>,
+}
+
+impl EncoderConfig {
+    /// Refuses what no encoder can be built from.
+    ///
+    /// # Errors
+    /// The first field that cannot be used, with its value.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        for (field, value) in
+            [("d_model", self.d_model), ("n_heads", self.n_heads), ("n_layers", self.n_layers), ("d_ff", self.d_ff)]
+        {
+            ConfigError::non_zero(field, value)?;
+        }
+        if !self.d_model.is_multiple_of(self.n_heads) {
+            return Err(ConfigError::NotDivisible {
+                field: "d_model",
+                value: self.d_model,
+                divisor: "n_heads",
+                divisor_value: self.n_heads,
+            });
+        }
+        if let Some(sparse) = &self.sparse {
+            sparse.blocks.validate(self.n_layers)?;
+            self.moe(sparse).validate()?;
+        }
+        Ok(())
+    }
+
+    /// New blocks.
+    ///
+    /// # Panics
+    /// With the text of [`validate`](Self::validate).
+    pub fn init(&self, device: &Device) -> Encoder {
+        expect_valid(self.validate());
+        Encoder { blocks: (0..self.n_layers).map(|index| self.init_block(index, device)).collect() }
+    }
+
+    /// The layer of each sparse block.
+    pub fn moe(&self, sparse: &SparseEncoderConfig) -> MoeFeedForwardConfig {
+        MoeFeedForwardConfig::new(self.d_model, self.d_ff, sparse.num_experts)
+            .with_router(sparse.router.clone())
+            .with_assignment(sparse.assignment.clone())
+            .with_experts(ExpertMlpConfig::new().with_activation(self.activation))
+    }
+
+    /// The sparse settings of block `index`, if it is sparse.
+    pub fn sparse_block(&self, index: usize) -> Option<&SparseEncoderConfig> {
+        self.sparse.as_ref().filter(|sparse| sparse.blocks.contains(index, self.n_layers))
+    }
+
+    /// Cost for one sample of `num_tokens` tokens; both attention products counted in full, causal or not.
+    pub fn cost(&self, num_tokens: usize) -> Cost {
+        let d = self.d_model;
+        let products = Cost { flops: 4 * (num_tokens * num_tokens * d) as u64, ..Cost::default() };
+        let attention = (0..4).map(|_| Cost::linear(num_tokens, d, d, true)).sum::<Cost>() + products;
+        (0..self.n_layers)
+            .map(|index| {
+                let feed_forward = match self.sparse_block(index) {
+                    None => Cost::feed_forward(num_tokens, d, self.d_ff, true),
+                    Some(sparse) => {
+                        let active = sparse.assignment.active_experts();
+                        Cost::moe_feed_forward(num_tokens, d, self.d_ff, true, sparse.num_experts, active)
+                    }
+                };
+                attention + feed_forward + Cost::params(4 * d)
+            })
+            .sum()
+    }
+
+    fn init_block(&self, index: usize, device: &Device) -> TransformerBlock {
+        let norm = || -> LayerNorm { LayerNormConfig::new(self.d_model).with_epsilon(self.norm_epsilon).init(device) };
+        TransformerBlock {
+            norm_attention: norm(),
+            attention: MultiHeadAttentionConfig::new(self.d_model, self.n_heads).with_dropout(0.0).init(device),
+            norm_feed_forward: norm(),
+            feed_forward: match self.sparse_block(index) {
+                None => FeedForward::Dense(MlpConfig::new(self.d_model, self.d_ff).with_activation(self.activation).init(device)),
+                Some(sparse) => FeedForward::Moe(self.moe(sparse).init(device)),
+            },
+        }
+    }
+}
+
+impl Encoder {
+    /// Indices of the sparse blocks, in the order of [`EncoderOutput::routings`].
+    pub fn sparse_blocks(&self) -> impl Iterator<Item = usize> {
+        let is_sparse = |block: &TransformerBlock| matches!(block.feed_forward, FeedForward::Moe(_));
+        self.blocks.iter().enumerate().filter(move |(_, block)| is_sparse(block)).map(|(index, _)| index)
+    }
+
+    /// Passes tokens through all blocks.
+    ///
+    /// # Shapes (`B` samples of `N` tokens)
+    /// - x, hidden: `[B, N, D]`
+    /// - valid: `[B, N]`, false for padding, which gets no expert; attention does not read it
+    ///
+    /// With `causal`, a token looks only at itself and at those before it.
+    ///
+    /// # Panics
+    /// When a shape does not fit.
+    pub fn forward(&self, x: Tensor<3>, valid: Option<Tensor<2, Bool>>, causal: bool) -> EncoderOutput {
+        let [batch, num_tokens, _] = x.dims();
+        if let Some(valid) = &valid {
+            assert_shape!(valid, [batch, num_tokens]);
+        }
+        let mask = causal.then(|| generate_autoregressive_mask(batch, num_tokens, &x.device()));
+        let mut hidden = x;
+        let mut routings = Vec::new();
+        for block in &self.blocks {
+            let (next, routing) = block.forward(hidden, mask.clone(), valid.clone());
+            hidden = next;
+            routings.extend(routing);
+        }
+        EncoderOutput { hidden, routings }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[should_panic(expected = "`n_heads` (3) must divide `d_model` (8)")]
+    fn heads_must_divide_the_width() {
+        EncoderConfig::new(8, 3, 2, 16).init(&Device::default());
+    }
+
+    #[test]
+    fn every_second_block_is_sparse_by_default() {
+        let config = EncoderConfig::new(8, 2, 4, 16).with_sparse(Some(SparseEncoderConfig::new()));
+        let encoder = config.init(&Device::default());
+        let sparse: Vec<bool> = encoder.blocks.iter().map(|b| matches!(b.feed_forward, FeedForward::Moe(_))).collect();
+        assert_eq!(sparse, [false, true, false, true]);
+        assert_eq!(config.cost(1).params_total, encoder.num_params() as u64 - 2); // less the two training flags
+    }
+}

@@ -1,0 +1,90 @@
+//! The dense feed-forward network.
+
+use burn::config::Config;
+use burn::module::{Content, DisplaySettings, Module, ModuleDisplay};
+use burn::nn::{Linear, LinearConfig};
+use burn::tensor::{Device, Tensor, assert_shape};
+
+use crate::experts::Activation;
+
+/// Configuration of an [`Mlp`].
+#[derive(Config, Debug)]
+pub struct MlpConfig {
+    /// Token width, `D`.
+    pub d_model: usize,
+    /// Hidden width, `F`.
+    pub d_ff: usize,
+    /// The non-linearity. Default: `Gelu`
+    #[config(default = "Activation::Gelu")]
+    pub activation: Activation,
+}
+
+/// `FFN(x) = act(x · W_in + b_in) · W_out + b_out`.
+///
+/// burn's `PositionWiseFeedForward` without dropout and with the activations that CLIP needs.
+#[derive(Module, Debug)]
+#[module(custom_display)]
+pub struct Mlp {
+    /// `[D, F]`
+    pub linear_in: Linear,
+    /// `[F, D]`
+    pub linear_out: Linear,
+    /// The non-linearity.
+    #[module(skip)]
+    pub activation: Activation,
+}
+
+impl MlpConfig {
+    /// A new network.
+    pub fn init(&self, device: &Device) -> Mlp {
+        Mlp {
+            linear_in: LinearConfig::new(self.d_model, self.d_ff).init(device),
+            linear_out: LinearConfig::new(self.d_ff, self.d_model).init(device),
+            activation: self.activation,
+        }
+    }
+}
+
+impl Mlp {
+    /// Applies the network to every token.
+    ///
+    /// # Shapes
+    /// - x, output: `[.., D]`
+    ///
+    /// # Panics
+    /// When the last axis of `x` is not `D`.
+    pub fn forward<const R: usize>(&self, x: Tensor<R>) -> Tensor<R> {
+        let [d_model, _] = self.linear_in.weight.shape().dims();
+        assert_shape!(x, [.., d_model]);
+        self.linear_out.forward(self.activation.forward(self.linear_in.forward(x)))
+    }
+}
+
+impl ModuleDisplay for Mlp {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        DisplaySettings::new().with_new_line_after_attribute(false).optional()
+    }
+
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        let [d_model, d_ff] = self.linear_in.weight.shape().dims();
+        content.add("d_model", &d_model).add("d_ff", &d_ff).add_debug_attribute("activation", &self.activation).optional()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[should_panic(expected = "assert_shape!(x, [.., d_model]): axis 1 expected 4, got 3")]
+    fn token_width_must_match() {
+        let device = Device::default();
+        MlpConfig::new(4, 8).init(&device).forward(Tensor::<2>::zeros([5, 3], &device));
+    }
+
+    #[test]
+    fn display() {
+        let text = "Mlp {d_model: 4, d_ff: 8, activation: Gelu, params: 76}";
+        assert_eq!(format!("{}", MlpConfig::new(4, 8).init(&Device::default())), text);
+    }
+}

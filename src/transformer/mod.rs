@@ -1,0 +1,11 @@
+//! The pre-norm transformer that both CLIP towers are made of, with sparse blocks where the configuration says so.
+
+mod block;
+mod encoder;
+mod mlp;
+mod sparse;
+
+pub use block::{FeedForward, TransformerBlock};
+pub use encoder::{Encoder, EncoderConfig, EncoderOutput};
+pub use mlp::{Mlp, MlpConfig};
+pub use sparse::{BlockSelection, SparseEncoderConfig};

@@ -1,0 +1,84 @@
+//! Which blocks are sparse, and how.
+
+use burn::config::Config;
+use serde::{Deserialize, Serialize};
+
+use crate::{assignment::AssignmentConfig, error::ConfigError, router::RouterConfig};
+
+/// A choice of blocks, by index from 0.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BlockSelection {
+    /// Every `n`-th block: `EveryNth(2)` is 1, 3, 5, … (CLIP-UP).
+    EveryNth(usize),
+    /// The last `n` blocks.
+    Last(usize),
+    /// Exactly these.
+    List(Vec<usize>),
+}
+
+impl BlockSelection {
+    /// Refuses what an encoder of `num_layers` blocks cannot have.
+    ///
+    /// # Errors
+    /// A step of zero, and blocks that do not exist.
+    pub fn validate(&self, num_layers: usize) -> Result<(), ConfigError> {
+        let missing = match self {
+            Self::EveryNth(n) => return ConfigError::non_zero("every_nth", *n),
+            Self::Last(n) => n.checked_sub(1).filter(|_| *n > num_layers),
+            Self::List(list) => list.iter().copied().find(|index| *index >= num_layers),
+        };
+        missing.map_or(Ok(()), |index| Err(ConfigError::NoSuchBlock { index, num_layers }))
+    }
+
+    /// Whether block `index` of `num_layers` is chosen.
+    pub fn contains(&self, index: usize, num_layers: usize) -> bool {
+        match self {
+            Self::EveryNth(n) => (index + 1).is_multiple_of(*n),
+            Self::Last(n) => index + n >= num_layers,
+            Self::List(list) => list.contains(&index),
+        }
+    }
+}
+
+/// The sparse blocks of one encoder. Width, hidden width and activation are the encoder's.
+#[derive(Config, Debug)]
+pub struct SparseEncoderConfig {
+    /// Which blocks. Default: `EveryNth(2)`
+    #[config(default = "BlockSelection::EveryNth(2)")]
+    pub blocks: BlockSelection,
+    /// Number of experts, `E`. Default: 8
+    #[config(default = 8)]
+    pub num_experts: usize,
+    /// The router. Default: [`RouterConfig::new`]
+    #[config(default = "RouterConfig::new()")]
+    pub router: RouterConfig,
+    /// Who chooses whom. Default: top-2 token choice
+    #[config(default = "AssignmentConfig::default()")]
+    pub assignment: AssignmentConfig,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chosen(blocks: BlockSelection, num_layers: usize) -> Vec<usize> {
+        (0..num_layers).filter(|&i| blocks.contains(i, num_layers)).collect()
+    }
+
+    #[test]
+    fn every_second_block_starts_at_index_one() {
+        assert_eq!(chosen(BlockSelection::EveryNth(2), 6), [1, 3, 5]);
+        assert_eq!(chosen(BlockSelection::EveryNth(1), 3), [0, 1, 2]);
+        assert_eq!(chosen(BlockSelection::Last(2), 5), [3, 4]);
+        assert_eq!(chosen(BlockSelection::List(vec![0, 4]), 5), [0, 4]);
+    }
+
+    #[test]
+    fn blocks_that_do_not_exist_are_refused() {
+        let text = |blocks: BlockSelection| blocks.validate(3).unwrap_err().to_string();
+        assert_eq!(text(BlockSelection::EveryNth(0)), "`every_nth` must be at least 1, got 0");
+        assert_eq!(text(BlockSelection::List(vec![1, 7])), "block 7 is named sparse, but the encoder has 3 blocks");
+        assert_eq!(text(BlockSelection::Last(4)), "block 3 is named sparse, but the encoder has 3 blocks");
+        assert_eq!(BlockSelection::Last(3).validate(3), Ok(()));
+    }
+}

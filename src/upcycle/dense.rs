@@ -1,0 +1,73 @@
+//! What experts are made from.
+
+use burn::nn::{activation::Activation as NnActivation, transformer::PositionWiseFeedForward};
+use burn::tensor::{Tensor, module::linear};
+
+use super::UpcycleError;
+use crate::{experts::Activation, transformer::Mlp};
+
+/// The weights of a dense feed-forward network, `FFN(x) = act(x · w_in + b_in) · w_out + b_out`.
+#[derive(Clone, Debug)]
+pub struct DenseWeights {
+    /// `[D, F]`
+    pub w_in: Tensor<2>,
+    /// `[F]`
+    pub b_in: Option<Tensor<1>>,
+    /// `[F, D]`
+    pub w_out: Tensor<2>,
+    /// `[D]`
+    pub b_out: Option<Tensor<1>>,
+    /// The non-linearity.
+    pub activation: Activation,
+}
+
+/// A feed-forward network that experts can be made from. Implement it for your own, and a
+/// [`MoeFeedForward`](crate::MoeFeedForward) can be upcycled from it.
+pub trait DenseFeedForward {
+    /// The weights.
+    ///
+    /// # Errors
+    /// [`UpcycleError::Activation`] when the network's non-linearity is none of [`Activation`].
+    fn dense_weights(&self) -> Result<DenseWeights, UpcycleError>;
+}
+
+impl DenseWeights {
+    /// The dense network itself, `[T, D] -> [T, D]`.
+    pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        let hidden = self.activation.forward(linear(x, self.w_in.clone(), self.b_in.clone()));
+        linear(hidden, self.w_out.clone(), self.b_out.clone())
+    }
+}
+
+impl DenseFeedForward for Mlp {
+    fn dense_weights(&self) -> Result<DenseWeights, UpcycleError> {
+        Ok(DenseWeights {
+            w_in: self.linear_in.weight.val(),
+            b_in: self.linear_in.bias.as_ref().map(|b| b.val()),
+            w_out: self.linear_out.weight.val(),
+            b_out: self.linear_out.bias.as_ref().map(|b| b.val()),
+            activation: self.activation,
+        })
+    }
+}
+
+/// burn's own network. Its dropout is not taken over: the sparse layer has none.
+impl DenseFeedForward for PositionWiseFeedForward {
+    fn dense_weights(&self) -> Result<DenseWeights, UpcycleError> {
+        let activation = match &self.activation {
+            NnActivation::Gelu(gelu) if !gelu.approximate => Activation::Gelu,
+            NnActivation::Relu(_) => Activation::Relu,
+            other => {
+                let dense = format!("{other:?}");
+                return Err(UpcycleError::Activation { at: String::new(), dense, sparse: Activation::Gelu });
+            }
+        };
+        Ok(DenseWeights {
+            w_in: self.linear_inner.weight.val(),
+            b_in: self.linear_inner.bias.as_ref().map(|b| b.val()),
+            w_out: self.linear_outer.weight.val(),
+            b_out: self.linear_outer.bias.as_ref().map(|b| b.val()),
+            activation,
+        })
+    }
+}

@@ -1,0 +1,110 @@
+//! Why a dense model cannot be upcycled.
+
+use crate::experts::Activation;
+
+/// A dense and a sparse module that do not fit each other.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum UpcycleError {
+    /// A size differs.
+    #[error("{at}`{what}` is {dense:?} in the dense module and {sparse:?} in the sparse one")]
+    Shape {
+        /// Path of the module, empty for the module itself, else with ": " at its end.
+        at: String,
+        /// What was compared.
+        what: &'static str,
+        /// Sizes found in the dense module.
+        dense: Vec<usize>,
+        /// Sizes found in the sparse module.
+        sparse: Vec<usize>,
+    },
+    /// The feed-forward networks have different non-linearities.
+    #[error("{at}the dense activation is {dense}, the experts' is {sparse:?}")]
+    Activation {
+        /// Path of the module.
+        at: String,
+        /// Found in the dense module.
+        dense: String,
+        /// Found in the sparse module.
+        sparse: Activation,
+    },
+    /// One has a bias, the other has none.
+    #[error("{at}`{what}`: the dense module has {}, the sparse one has {}", bias(*dense), bias(!*dense))]
+    Bias {
+        /// Path of the module.
+        at: String,
+        /// Which bias.
+        what: &'static str,
+        /// Whether the dense module has it.
+        dense: bool,
+    },
+    /// A block that should be dense is sparse already.
+    #[error("{at}the module to upcycle from is sparse already")]
+    NotDense {
+        /// Path of the module.
+        at: String,
+    },
+    /// The module to upcycle to has no sparse block.
+    #[error("the module to upcycle to has no sparse block: its configuration names none")]
+    NotSparse,
+    /// A setting that changes what is computed differs.
+    #[error("{at}`{what}` is {dense} in the dense module and {sparse} in the sparse one")]
+    Setting {
+        /// Path of the module.
+        at: String,
+        /// Which setting.
+        what: &'static str,
+        /// Found in the dense module.
+        dense: String,
+        /// Found in the sparse module.
+        sparse: String,
+    },
+    /// The probe is not of the kind that the module takes.
+    #[error("the probe holds {found}, but this module takes {expected}")]
+    Probe {
+        /// What the module takes.
+        expected: &'static str,
+        /// What the probe holds.
+        found: &'static str,
+    },
+    /// Dense weights, or what the models say on the probe, are not finite.
+    #[error(transparent)]
+    NonFinite(#[from] crate::NonFiniteError),
+}
+
+fn bias(has: bool) -> &'static str {
+    if has { "a bias" } else { "no bias" }
+}
+
+impl UpcycleError {
+    /// The same error, one module further out.
+    pub(super) fn within(mut self, name: &str) -> Self {
+        match &mut self {
+            Self::Shape { at, .. }
+            | Self::Activation { at, .. }
+            | Self::Bias { at, .. }
+            | Self::Setting { at, .. }
+            | Self::NotDense { at } => {
+                let inner = if at.is_empty() { ": ".to_string() } else { format!(".{at}") };
+                *at = format!("{name}{inner}");
+            }
+            Self::NonFinite(error) => error.tensor = format!("{name}.{}", error.tensor),
+            Self::NotSparse | Self::Probe { .. } => {}
+        }
+        self
+    }
+
+    pub(super) fn shapes(what: &'static str, dense: &[usize], sparse: &[usize]) -> Result<(), Self> {
+        if dense == sparse {
+            return Ok(());
+        }
+        Err(Self::Shape { at: String::new(), what, dense: dense.to_vec(), sparse: sparse.to_vec() })
+    }
+
+    pub(super) fn settings<T: PartialEq + std::fmt::Debug>(what: &'static str, dense: T, sparse: T) -> Result<(), Self> {
+        if dense == sparse {
+            return Ok(());
+        }
+        Err(Self::Setting { at: String::new(), what, dense: format!("{dense:?}"), sparse: format!("{sparse:?}") })
+    }
+}

@@ -1,0 +1,106 @@
+//! One feed-forward layer.
+
+use burn::module::Param;
+use burn::tensor::{Bool, Tensor};
+
+use super::{
+    DenseFeedForward, DenseWeights, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy, Upcycled,
+    UpcycledLayer,
+    report::{count_params, deviation},
+};
+use crate::{
+    moe::{MoeFeedForward, MoeInput},
+    param::with_value,
+};
+
+impl<Dense: DenseFeedForward> UpcycleFromDense<Dense> for MoeFeedForward {
+    fn upcycle_from_dense(self, dense: &Dense, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
+        let probe = options.probe_tokens()?;
+        let weights = dense.dense_weights()?;
+        let (model, layer) = copy(self, &weights, options.strategy)?;
+        let max_deviation = match probe {
+            None => None,
+            Some((tokens, valid)) => Some(compare(&weights, &model, tokens, valid)?),
+        };
+        let [d_model, d_ff] = weights.w_in.dims();
+        let biases = [&weights.b_in, &weights.b_out].iter().filter_map(|b| b.as_ref().map(|b| b.dims()[0])).sum::<usize>();
+        let params_dense = 2 * d_model * d_ff + biases;
+        let report = UpcycleReport::with_counts(params_dense, count_params(&model), vec![layer], max_deviation);
+        Ok(Upcycled { model, report })
+    }
+}
+
+/// The layer with `weights` in every expert.
+pub(super) fn copy(
+    mut moe: MoeFeedForward,
+    weights: &DenseWeights,
+    strategy: UpcycleStrategy,
+) -> Result<(MoeFeedForward, UpcycledLayer), UpcycleError> {
+    let UpcycleStrategy::Copy = strategy;
+    let [num_experts, d_model, d_ff] = moe.experts.dims();
+    UpcycleError::shapes("w_in", &weights.w_in.dims(), &[d_model, d_ff])?;
+    UpcycleError::shapes("w_out", &weights.w_out.dims(), &[d_ff, d_model])?;
+    if weights.activation != moe.experts.activation {
+        let dense = format!("{:?}", weights.activation);
+        return Err(UpcycleError::Activation { at: String::new(), dense, sparse: moe.experts.activation });
+    }
+    for (what, dense, sparse, width) in
+        [("b_in", &weights.b_in, &moe.experts.b_in, d_ff), ("b_out", &weights.b_out, &moe.experts.b_out, d_model)]
+    {
+        if dense.is_some() != sparse.is_some() {
+            return Err(UpcycleError::Bias { at: String::new(), what, dense: dense.is_some() });
+        }
+        if let Some(dense) = dense {
+            UpcycleError::shapes(what, &dense.dims(), &[width])?;
+            crate::check_finite(what, dense)?;
+        }
+    }
+    crate::check_finite("w_in", &weights.w_in)?;
+    crate::check_finite("w_out", &weights.w_out)?;
+
+    let experts = &mut moe.experts;
+    experts.w_in = replace(experts.w_in.clone(), stack(&weights.w_in, num_experts));
+    experts.w_out = replace(experts.w_out.clone(), stack(&weights.w_out, num_experts));
+    for (bias, dense) in [(&mut experts.b_in, &weights.b_in), (&mut experts.b_out, &weights.b_out)] {
+        if let (Some(param), Some(dense)) = (bias.take(), dense) {
+            *bias = Some(replace(param, stack(dense, num_experts)));
+        }
+    }
+    let layer = UpcycledLayer {
+        path: String::new(),
+        num_experts,
+        active_experts: moe.assignment.active_experts(),
+        params_per_expert: count_params(&moe.experts) / num_experts,
+    };
+    Ok((moe, layer))
+}
+
+/// The parameter with a value from another model, which may live on another device.
+pub(super) fn replace<const D: usize>(param: Param<Tensor<D>>, value: Tensor<D>) -> Param<Tensor<D>> {
+    with_value(param, |old| Tensor::from_data(value.into_data(), &old.device()))
+}
+
+fn stack<const D: usize, const E: usize>(tensor: &Tensor<D>, num_experts: usize) -> Tensor<E> {
+    Tensor::stack(vec![tensor.clone().detach(); num_experts], 0)
+}
+
+fn compare(
+    dense: &DenseWeights,
+    sparse: &MoeFeedForward,
+    tokens: Tensor<3>,
+    valid: Option<Tensor<2, Bool>>,
+) -> Result<f64, UpcycleError> {
+    let [batch, len, d_model] = tokens.dims();
+    let expected = dense.forward(tokens.clone().reshape([batch * len, d_model])).reshape([batch, len, d_model]);
+    let input = MoeInput::new(tokens);
+    let (input, expected) = match valid {
+        None => (input, expected),
+        Some(valid) => {
+            let invalid = valid.clone().bool_not().unsqueeze_dim::<3>(2);
+            (input.valid(valid), expected.mask_fill(invalid, 0.0))
+        }
+    };
+    // Frozen: compared as at inference, where nothing is dropped by default.
+    let found = burn::module::Module::freeze(sparse.clone()).forward(input).output;
+    deviation("the outputs on the probe batch", expected.detach(), found.detach())
+}

@@ -1,0 +1,107 @@
+//! Turning a trained dense model into a sparse one that computes the same.
+//!
+//! Sparse Upcycling ([arXiv 2212.05055](https://arxiv.org/abs/2212.05055)), and CLIP-UP
+//! ([arXiv 2502.00965](https://arxiv.org/abs/2502.00965)) for the recipe on CLIP.
+
+#[cfg(feature = "clip")]
+mod clip;
+mod dense;
+mod error;
+mod layer;
+mod report;
+mod transformer;
+
+pub use dense::{DenseFeedForward, DenseWeights};
+pub use error::UpcycleError;
+pub use report::{UpcycleReport, UpcycledLayer};
+
+use burn::tensor::{Bool, Int, Tensor};
+use serde::{Deserialize, Serialize};
+
+/// Takes over the weights of a trained dense module.
+///
+/// `self` is a freshly made sparse module (its router is kept as it is: normal, std 0.02); what it shares with the dense one is
+/// copied, and every expert becomes a copy of the dense feed-forward network, biases included. With gates that sum to one
+/// and nothing dropped, which is the default outside of training, the result computes what the dense module computes.
+pub trait UpcycleFromDense<Dense>: Sized {
+    /// The sparse module with the dense one's weights.
+    ///
+    /// ```
+    /// # use burn::{nn::transformer::PositionWiseFeedForwardConfig, tensor::Device};
+    /// # use burn_moe::{MoeFeedForwardConfig, UpcycleFromDense, UpcycleOptions};
+    /// # let device = Device::default();
+    /// let dense = PositionWiseFeedForwardConfig::new(16, 64).init(&device);
+    /// let sparse = MoeFeedForwardConfig::new(16, 64, 8).init(&device);
+    /// let upcycled = sparse.upcycle_from_dense(&dense, &UpcycleOptions::default())?;
+    /// # assert_eq!(upcycled.report.layers.len(), 1);
+    /// # Ok::<(), burn_moe::UpcycleError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// When the two do not fit: sizes, activations, biases, number of blocks. Nothing is changed then; `self` is gone, and can be
+    /// made again from its configuration.
+    fn upcycle_from_dense(self, dense: &Dense, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError>;
+}
+
+/// How to upcycle.
+#[derive(Clone, Debug, Default)]
+pub struct UpcycleOptions {
+    /// How experts are made from the dense network. Default: copies.
+    pub strategy: UpcycleStrategy,
+    /// A batch on which both models are compared. Default: none, and the report has no deviation.
+    pub probe: Option<Probe>,
+}
+
+/// How experts are made from the dense network.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum UpcycleStrategy {
+    /// Every expert is a copy.
+    #[default]
+    Copy,
+}
+
+/// A batch on which a dense and a sparse model are compared.
+#[derive(Clone, Debug)]
+pub enum Probe {
+    /// For a layer, a block or an encoder.
+    Tokens {
+        /// `[B, N, D]`
+        tokens: Tensor<3>,
+        /// `[B, N]`, false for padding.
+        valid: Option<Tensor<2, Bool>>,
+    },
+    /// For a CLIP.
+    ImagesAndTexts {
+        /// `[B, channels, image_size, image_size]`
+        images: Tensor<4>,
+        /// `[B, N]` token ids.
+        tokens: Tensor<2, Int>,
+    },
+}
+
+/// A sparse module and what became of it.
+#[derive(Clone, Debug)]
+pub struct Upcycled<M> {
+    /// The module.
+    pub model: M,
+    /// What was done.
+    pub report: UpcycleReport,
+}
+
+impl UpcycleOptions {
+    /// Options with a batch to compare on.
+    pub fn with_probe(mut self, probe: Probe) -> Self {
+        self.probe = Some(probe);
+        self
+    }
+
+    /// The probe's tokens, for a module that takes tokens.
+    fn probe_tokens(&self) -> Result<Option<(Tensor<3>, Option<Tensor<2, Bool>>)>, UpcycleError> {
+        match &self.probe {
+            None => Ok(None),
+            Some(Probe::Tokens { tokens, valid }) => Ok(Some((tokens.clone(), valid.clone()))),
+            Some(Probe::ImagesAndTexts { .. }) => Err(UpcycleError::Probe { expected: "tokens", found: "images and texts" }),
+        }
+    }
+}

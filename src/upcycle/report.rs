@@ -1,0 +1,96 @@
+//! What an upcycling did.
+
+use std::fmt;
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::Tensor;
+
+use super::UpcycleError;
+
+/// What became sparse, what it costs, and how far the result is from the dense module.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct UpcycleReport {
+    /// The layers that became sparse.
+    pub layers: Vec<UpcycledLayer>,
+    /// Parameters of the dense module.
+    pub params_dense: usize,
+    /// Parameters of the sparse module.
+    pub params_total: usize,
+    /// Parameters of the sparse module that one token passes through: of the experts, `K` out of `E`.
+    pub params_active: usize,
+    /// Largest absolute difference of the outputs on the probe batch, over valid tokens; `None` without a probe.
+    pub max_deviation: Option<f64>,
+}
+
+/// One layer that became sparse.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct UpcycledLayer {
+    /// Path in the module; empty for the module itself.
+    pub path: String,
+    /// Experts, `E`.
+    pub num_experts: usize,
+    /// Experts that a token passes through, `K`.
+    pub active_experts: usize,
+    /// Parameters of one expert.
+    pub params_per_expert: usize,
+}
+
+impl UpcycledLayer {
+    pub(super) fn within(mut self, name: &str) -> Self {
+        self.path = if self.path.is_empty() { name.to_string() } else { format!("{name}.{}", self.path) };
+        self
+    }
+}
+
+impl UpcycleReport {
+    pub(super) fn new<D: Module, S: Module>(dense: &D, sparse: &S, layers: Vec<UpcycledLayer>, max_deviation: Option<f64>) -> Self {
+        Self::with_counts(count_params(dense), count_params(sparse), layers, max_deviation)
+    }
+
+    pub(super) fn with_counts(
+        params_dense: usize,
+        params_total: usize,
+        layers: Vec<UpcycledLayer>,
+        max_deviation: Option<f64>,
+    ) -> Self {
+        let idle: usize = layers.iter().map(|l| (l.num_experts - l.active_experts) * l.params_per_expert).sum();
+        Self { layers, params_dense, params_total, params_active: params_total - idle, max_deviation }
+    }
+}
+
+impl fmt::Display for UpcycleReport {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        writeln!(f, "{} sparse layers:", self.layers.len())?;
+        for layer in &self.layers {
+            let path = if layer.path.is_empty() { "(this layer)" } else { &layer.path };
+            let (active, experts, params) = (layer.active_experts, layer.num_experts, layer.params_per_expert);
+            writeln!(f, "  {path}: {active} of {experts} experts, {params} parameters each")?;
+        }
+        let (dense, total, active) = (self.params_dense, self.params_total, self.params_active);
+        write!(f, "parameters: {dense} dense, {total} sparse, of which {active} active")?;
+        if let Some(deviation) = self.max_deviation {
+            write!(f, "\nlargest deviation from the dense outputs on the probe batch: {deviation:.1e}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Number of trainable values; burn's own count takes flags along.
+pub(super) fn count_params<M: Module>(module: &M) -> usize {
+    struct Count(usize);
+    impl ModuleVisitor for Count {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.0 += param.lazy_shape().num_elements();
+        }
+    }
+    let mut count = Count(0);
+    module.visit(&mut count);
+    count.0
+}
+
+/// Largest absolute difference.
+pub(super) fn deviation<const R: usize>(what: &str, dense: Tensor<R>, sparse: Tensor<R>) -> Result<f64, UpcycleError> {
+    let difference = (dense - sparse).abs();
+    crate::check_finite(what, &difference)?;
+    Ok(difference.max().into_scalar::<f32>().into())
+}

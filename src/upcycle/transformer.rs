@@ -1,0 +1,127 @@
+//! Blocks and encoders.
+
+use burn::module::Module;
+use burn::nn::{LayerNorm, attention::MultiHeadAttention};
+use burn::tensor::{Bool, Tensor};
+
+use super::{
+    DenseFeedForward, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy, Upcycled, UpcycledLayer,
+    layer::copy, report::deviation,
+};
+use crate::transformer::{Encoder, FeedForward, TransformerBlock};
+
+impl UpcycleFromDense<TransformerBlock> for TransformerBlock {
+    fn upcycle_from_dense(self, dense: &TransformerBlock, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
+        let probe = options.probe_tokens()?;
+        let (model, layer) = block(self, dense, options.strategy)?;
+        let layers: Vec<UpcycledLayer> = layer.into_iter().collect();
+        if layers.is_empty() {
+            return Err(UpcycleError::NotSparse);
+        }
+        let max_deviation = match probe {
+            None => None,
+            Some((tokens, valid)) => {
+                let run = |block: &Self| block.clone().freeze().forward(tokens.clone(), None, valid.clone()).0;
+                Some(compare(run(dense), run(&model), valid.clone())?)
+            }
+        };
+        let report = UpcycleReport::new(dense, &model, layers, max_deviation);
+        Ok(Upcycled { model, report })
+    }
+}
+
+impl UpcycleFromDense<Encoder> for Encoder {
+    fn upcycle_from_dense(self, dense: &Encoder, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
+        let probe = options.probe_tokens()?;
+        let (model, layers) = encoder(self, dense, options.strategy)?;
+        if layers.is_empty() {
+            return Err(UpcycleError::NotSparse);
+        }
+        let max_deviation = match probe {
+            None => None,
+            Some((tokens, valid)) => {
+                let run = |encoder: &Self| encoder.clone().freeze().forward(tokens.clone(), valid.clone(), false).hidden;
+                Some(compare(run(dense), run(&model), valid.clone())?)
+            }
+        };
+        let report = UpcycleReport::new(dense, &model, layers, max_deviation);
+        Ok(Upcycled { model, report })
+    }
+}
+
+/// Padding rests on different ground in the two (a sparse block leaves it alone), so only valid tokens are compared.
+fn compare(dense: Tensor<3>, sparse: Tensor<3>, valid: Option<Tensor<2, Bool>>) -> Result<f64, UpcycleError> {
+    let only_valid = |x: Tensor<3>| match &valid {
+        None => x.detach(),
+        Some(valid) => x.detach().mask_fill(valid.clone().bool_not().unsqueeze_dim::<3>(2), 0.0),
+    };
+    deviation("the outputs on the probe batch", only_valid(dense), only_valid(sparse))
+}
+
+pub(super) fn encoder(
+    mut sparse: Encoder,
+    dense: &Encoder,
+    strategy: UpcycleStrategy,
+) -> Result<(Encoder, Vec<UpcycledLayer>), UpcycleError> {
+    UpcycleError::shapes("blocks", &[dense.blocks.len()], &[sparse.blocks.len()])?;
+    let mut layers = Vec::new();
+    let blocks = std::mem::take(&mut sparse.blocks);
+    for (index, (target, source)) in blocks.into_iter().zip(&dense.blocks).enumerate() {
+        let name = format!("blocks.{index}");
+        let (block, layer) = block(target, source, strategy).map_err(|error| error.within(&name))?;
+        layers.extend(layer.map(|layer| layer.within(&name)));
+        sparse.blocks.push(block);
+    }
+    Ok((sparse, layers))
+}
+
+fn block(
+    mut sparse: TransformerBlock,
+    dense: &TransformerBlock,
+    strategy: UpcycleStrategy,
+) -> Result<(TransformerBlock, Option<UpcycledLayer>), UpcycleError> {
+    attention(&mut sparse.attention, &dense.attention).map_err(|error| error.within("attention"))?;
+    norm(&mut sparse.norm_attention, &dense.norm_attention).map_err(|error| error.within("norm_attention"))?;
+    norm(&mut sparse.norm_feed_forward, &dense.norm_feed_forward).map_err(|error| error.within("norm_feed_forward"))?;
+    let FeedForward::Dense(mlp) = &dense.feed_forward else {
+        return Err(UpcycleError::NotDense { at: String::new() }.within("feed_forward"));
+    };
+    let within = |error: UpcycleError| error.within("feed_forward");
+    let layer;
+    (sparse.feed_forward, layer) = match sparse.feed_forward {
+        FeedForward::Dense(target) => {
+            let widths = |mlp: &crate::Mlp| mlp.linear_in.weight.dims();
+            UpcycleError::shapes("linear_in", &widths(mlp), &widths(&target)).map_err(within)?;
+            UpcycleError::settings("activation", mlp.activation, target.activation).map_err(within)?;
+            (FeedForward::Dense(same_place(mlp, &target)), None)
+        }
+        FeedForward::Moe(target) => {
+            let weights = mlp.dense_weights()?;
+            let (moe, layer) = copy(target, &weights, strategy).map_err(within)?;
+            (FeedForward::Moe(moe), Some(layer.within("feed_forward")))
+        }
+    };
+    Ok((sparse, layer))
+}
+
+pub(super) fn norm(target: &mut LayerNorm, source: &LayerNorm) -> Result<(), UpcycleError> {
+    UpcycleError::shapes("gamma", &source.gamma.dims(), &target.gamma.dims())?;
+    *target = same_place(source, target);
+    Ok(())
+}
+
+fn attention(target: &mut MultiHeadAttention, source: &MultiHeadAttention) -> Result<(), UpcycleError> {
+    UpcycleError::shapes("query", &source.query.weight.dims(), &target.query.weight.dims())?;
+    UpcycleError::settings("n_heads", source.n_heads, target.n_heads)?;
+    *target = same_place(source, target);
+    Ok(())
+}
+
+/// The source on the target's device. Parameters keep the source's identity, so that records and optimiser states of the dense
+/// model still find them.
+pub(super) fn same_place<M: Module>(source: &M, target: &M) -> M {
+    match target.devices().first() {
+        Some(device) => source.clone().fork(device),
+        None => source.clone(),
+    }
+}

@@ -3,6 +3,7 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -231,9 +232,14 @@ pub fn train(
     for step in first_step..config.steps {
         let mut batch = batches.next().expect("batches have no end");
         vocabulary.compact_ids(&mut batch.texts.ids);
-        for (index, run) in runs.iter_mut().enumerate() {
-            let losses = run.step(&batch, step, config, device)?;
-            observer.on_step(index, step + 1, &losses);
+        // One thread per arm: small models leave most of a processor idle.
+        let losses: Vec<Result<StepLosses, TrainError>> = thread::scope(|scope| {
+            let batch = &batch;
+            let steps: Vec<_> = runs.iter_mut().map(|run| scope.spawn(move || run.step(batch, step, config, device))).collect();
+            steps.into_iter().map(|step| step.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+        });
+        for (index, (run, losses)) in runs.iter_mut().zip(losses).enumerate() {
+            observer.on_step(index, step + 1, &losses?);
             if (step + 1) % config.eval_every == 0 || step + 1 == config.steps {
                 run.evaluate(index, step + 1, test, config, &vocabulary, device, observer)?;
             }

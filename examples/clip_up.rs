@@ -1,0 +1,370 @@
+//! The main job: upcycles a real dense CLIP, trains it and the dense one on side by side, and compares what they retrieve.
+//!
+//! ```sh
+//! cargo run --release --example clip_up
+//! ```
+//!
+//! It takes the small CLIP of this repository (`data/clip-tiny`) and the emoji pack (`data/emoji`): five vendors' drawings to
+//! train on, Twemoji's to test on. Everything is written into `--out`: the sparse checkpoint, `report.json` and `clip_up.png`.
+//! With `--data pairs.csv` (or `.jsonl`; image path, caption) it takes your own images, of which every tenth is held out.
+
+use std::{
+    error::Error,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use burn_moe::{
+    AuxiliaryLossConfig, BlockSelection, Cost, Probe, SparseEncoderConfig, UpcycleFromDense, UpcycleOptions,
+    clip::{
+        SparseClipConfig,
+        checkpoint::{ClipCheckpoint, Precision},
+        tokenizer::ClipTokenizer,
+    },
+    device_by_name,
+    recipe::{
+        Arm, Evaluation, Observer, OptimizerConfig, PairedBootstrap, StepLosses, TrainConfig, TrainedArm, WarmupCosine,
+        data::{EmojiPack, EmojiVendor, ImageTextSet, load_folder},
+        paired_bootstrap, train,
+    },
+    write_atomic,
+};
+use clap::Parser;
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use plotters::prelude::*;
+use serde_json::{Value, json};
+
+#[derive(Parser)]
+#[command(about = "Upcycles a dense CLIP and trains it on beside the dense one")]
+struct Args {
+    /// Decides routers, data order and image changes
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Optimiser steps of both models
+    #[arg(long, default_value_t = 2000)]
+    steps: usize,
+    /// Where the results go
+    #[arg(long, default_value = "out/clip_up")]
+    out: PathBuf,
+    /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// A few steps only, to see that everything works
+    #[arg(long)]
+    quick: bool,
+    /// A `.csv` or `.jsonl` file of image paths and captions, instead of the emoji
+    #[arg(long)]
+    data: Option<PathBuf>,
+    /// The dense checkpoint (Hugging Face or open_clip)
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-tiny"))]
+    dense: PathBuf,
+    /// A training vendor to test on instead of Twemoji; for tuning, with a `--dense` that has not seen it either
+    #[arg(long)]
+    hold_out: Option<String>,
+    /// Which blocks become sparse: every N-th
+    #[arg(long, default_value_t = 2)]
+    every: usize,
+    /// Experts of each sparse block
+    #[arg(long, default_value_t = 8)]
+    experts: usize,
+    /// Highest learning rate of the dense model
+    #[arg(long, default_value_t = 8e-3)]
+    dense_lr: f64,
+    /// Highest learning rate of the sparse model
+    #[arg(long, default_value_t = 8e-3)]
+    sparse_lr: f64,
+    #[arg(long, default_value_t = 0.05)]
+    weight_decay: f32,
+    #[arg(long, default_value_t = 256)]
+    batch_size: usize,
+    /// Steps between evaluations
+    #[arg(long, default_value_t = 250)]
+    eval_every: usize,
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let mut args = Args::parse();
+    if args.quick {
+        args.steps = args.steps.min(20);
+        args.eval_every = args.eval_every.min(10);
+    }
+    let device = device_by_name(&args.device)?;
+    device.seed(args.seed);
+
+    let dense = ClipCheckpoint::load(&args.dense, &device)?;
+    let (set, test) = data(&args, dense.config.vision.image_size)?;
+    println!("{} images to train on, {} to test on", set.len(), test.len());
+
+    let experts = SparseEncoderConfig::new().with_blocks(BlockSelection::EveryNth(args.every)).with_num_experts(args.experts);
+    let towers = SparseClipConfig::new().with_vision(Some(experts.clone())).with_text(Some(experts));
+    let sparse_config = dense.config.clone().sparse(towers);
+    sparse_config.validate()?;
+    let context_length = dense.config.text.context_length;
+    let probe = Probe::ImagesAndTexts {
+        images: test.images(0..test.len().min(32), &device),
+        tokens: ClipTokenizer::new().tokenize(&captions(&test, 32), context_length).tensor(&device),
+    };
+    let options = UpcycleOptions::default().with_probe(probe);
+    let upcycled = sparse_config.init(&device).upcycle_from_dense(&dense.model, &options)?;
+    println!("{}", upcycled.report);
+
+    let optimizer = |rate| OptimizerConfig::new(WarmupCosine::new(rate)).with_weight_decay(args.weight_decay);
+    let arm = |name: &str, model, rate| Arm {
+        name: name.to_string(),
+        model,
+        optimizer: optimizer(rate),
+        auxiliary: AuxiliaryLossConfig::new(),
+    };
+    let arms =
+        vec![arm("dense_continued", dense.model.clone(), args.dense_lr), arm("sparse", upcycled.model.clone(), args.sparse_lr)];
+    let mut config = TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed);
+    config.batch = config.batch.with_batch_size(args.batch_size.min(set.len())).with_context_length(context_length);
+    let mut progress = Progress::new(&arms, args.steps)?;
+    let trained = train(arms, &set, &test, &config, None, &device, &mut progress)?;
+    progress.finish();
+    let [dense_continued, sparse] = &trained[..] else { unreachable!("two arms were trained") };
+
+    let before = &dense_continued.history[0].1;
+    let results = [
+        Outcome { name: "dense", evaluation: before, cost: dense.config.cost(), dropped: 0.0 },
+        Outcome::of("dense_continued", dense_continued, dense.config.cost()),
+        Outcome::of("sparse", sparse, sparse_config.cost()),
+    ];
+    print_table(&results);
+    let gain = gain(dense_continued, sparse);
+    println!(
+        "text to image R@1, sparse minus dense_continued: {:+.2} points (95 % interval {:+.2} to {:+.2})",
+        100.0 * gain.difference,
+        100.0 * gain.low,
+        100.0 * gain.high
+    );
+    let step_ratio = sparse.time.as_secs_f64() / dense_continued.time.as_secs_f64();
+    println!("a sparse step took {step_ratio:.2} times as long as a dense one");
+
+    fs::create_dir_all(&args.out)?;
+    let report = json!({
+        "dense": results[0].json(),
+        "dense_continued": results[1].json(),
+        "sparse": results[2].json(),
+        "t2i_r1_gain": gain,
+        "step_time_ratio": step_ratio,
+        "upcycling": upcycled.report,
+        "history": trained.iter().map(|arm| (arm.name.clone(), history(arm))).collect::<serde_json::Map<_, _>>(),
+        "seed": args.seed,
+        "config": {
+            "train": config,
+            "optimizer": { "dense_continued": optimizer(args.dense_lr), "sparse": optimizer(args.sparse_lr) },
+            "auxiliary": AuxiliaryLossConfig::new(),
+            "model": sparse_config,
+            "device": args.device,
+            "dense_checkpoint": args.dense,
+            "data": args.data,
+        },
+    });
+    let checkpoint = ClipCheckpoint { config: sparse_config, model: sparse.model.clone() };
+    checkpoint.save_sparse(args.out.join("sparse"), Precision::F32)?;
+    write_atomic(args.out.join("report.json"), serde_json::to_string_pretty(&report)?.as_bytes())?;
+    picture(&args.out.join("clip_up.png"), &trained, args.steps)?;
+    println!("checkpoint, report.json and clip_up.png are in {}", args.out.display());
+    Ok(())
+}
+
+fn data(args: &Args, image_size: usize) -> Result<(ImageTextSet, ImageTextSet), Box<dyn Error>> {
+    if let Some(list) = &args.data {
+        let all = load_folder(list, image_size)?;
+        return Ok((all.select(|image| image % 10 != 9), all.select(|image| image % 10 == 9)));
+    }
+    let pack = EmojiPack::open(concat!(env!("CARGO_MANIFEST_DIR"), "/data/emoji"))?;
+    let test = match &args.hold_out {
+        None => EmojiVendor::Twemoji,
+        Some(name) => EmojiVendor::TRAINING.into_iter().find(|v| v.name() == name).ok_or_else(|| {
+            let names: Vec<_> = EmojiVendor::TRAINING.iter().map(EmojiVendor::name).collect();
+            format!("`{name}` is no training vendor: expected one of {names:?}")
+        })?,
+    };
+    let vendors: Vec<_> = EmojiVendor::TRAINING.into_iter().filter(|vendor| *vendor != test).collect();
+    Ok((pack.load(&vendors, true)?, pack.load(&[test], false)?))
+}
+
+fn captions(set: &ImageTextSet, count: usize) -> Vec<String> {
+    set.concept_of_image().iter().take(count).map(|&concept| set.concepts()[concept].captions[0].clone()).collect()
+}
+
+/// One row of the table.
+struct Outcome<'a> {
+    name: &'a str,
+    evaluation: &'a Evaluation,
+    cost: Cost,
+    dropped: f64,
+}
+
+impl<'a> Outcome<'a> {
+    fn of(name: &'a str, arm: &'a TrainedArm, cost: Cost) -> Self {
+        Self { name, evaluation: last(arm), cost, dropped: arm.dropped }
+    }
+
+    fn json(&self) -> Value {
+        let (t2i, i2t) = (self.evaluation.retrieval.text_to_image, self.evaluation.retrieval.image_to_text);
+        json!({
+            "t2i_r1": t2i.r1, "t2i_r5": t2i.r5, "t2i_r10": t2i.r10,
+            "i2t_r1": i2t.r1, "i2t_r5": i2t.r5, "i2t_r10": i2t.r10,
+            "gflops_per_pair": self.cost.gflops(),
+            "params_total": self.cost.params_total,
+            "params_active": self.cost.params_active,
+            "dropped_in_training": self.dropped,
+            "layers": self.evaluation.layers,
+            "truncated_captions": self.evaluation.truncated,
+        })
+    }
+}
+
+fn last(arm: &TrainedArm) -> &Evaluation {
+    &arm.history.last().expect("there is an evaluation at the end").1
+}
+
+fn history(arm: &TrainedArm) -> Value {
+    arm.history
+        .iter()
+        .map(|(step, e)| json!({ "step": step, "t2i_r1": e.retrieval.text_to_image.r1, "i2t_r1": e.retrieval.image_to_text.r1 }))
+        .collect()
+}
+
+fn gain(dense: &TrainedArm, sparse: &TrainedArm) -> PairedBootstrap {
+    let hits = |arm| -> Vec<f64> { last(arm).retrieval.text_ranks.iter().map(|&rank| f64::from(rank == 0)).collect() };
+    paired_bootstrap(&hits(dense), &hits(sparse), 0)
+}
+
+fn print_table(results: &[Outcome]) {
+    println!(
+        "\n{:<16} {:^23} {:^23} {:>11} {:>10} {:>10} {:>8}",
+        "", "text to image, %", "image to text, %", "GFLOPs per", "parameters", "parameters", "dropped"
+    );
+    println!(
+        "{:<16} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7} {:>11} {:>10} {:>10} {:>8}",
+        "", "R@1", "R@5", "R@10", "R@1", "R@5", "R@10", "pair", "total", "active", "choices"
+    );
+    for row in results {
+        let (t2i, i2t) = (row.evaluation.retrieval.text_to_image, row.evaluation.retrieval.image_to_text);
+        print!("{:<16}", row.name);
+        for recall in [t2i.r1, t2i.r5, t2i.r10, i2t.r1, i2t.r5, i2t.r10] {
+            print!(" {:>7.2}", 100.0 * recall);
+        }
+        let Cost { params_total, params_active, .. } = row.cost;
+        println!(" {:>11.5} {params_total:>10} {params_active:>10} {:>7.2}%", row.cost.gflops(), 100.0 * row.dropped);
+    }
+    for layer in results.iter().flat_map(|row| &row.evaluation.layers) {
+        let load: Vec<String> = layer.stats.load.iter().map(|share| format!("{:.0}", 100.0 * share)).collect();
+        println!("load of {}, % by expert: {} (entropy {:.2} nats)", layer.path, load.join(" "), layer.stats.entropy);
+    }
+    let truncated: usize = results.last().map_or(0, |row| row.evaluation.truncated);
+    if truncated > 0 {
+        println!("{truncated} test captions did not fit the context and were cut");
+    }
+    println!();
+}
+
+struct Progress {
+    bars: Vec<ProgressBar>,
+    names: Vec<String>,
+}
+
+impl Progress {
+    fn new(arms: &[Arm], steps: usize) -> Result<Self, Box<dyn Error>> {
+        let all = MultiProgress::new();
+        let style = ProgressStyle::with_template("{prefix:>16} {wide_bar} {pos}/{len} {elapsed} of {duration} {msg}")?;
+        let bars = arms.iter().map(|arm| {
+            let bar = all.add(ProgressBar::new(steps as u64));
+            bar.with_style(style.clone()).with_prefix(arm.name.clone())
+        });
+        Ok(Self { bars: bars.collect(), names: arms.iter().map(|arm| arm.name.clone()).collect() })
+    }
+
+    fn finish(&self) {
+        self.bars.iter().for_each(|bar| bar.finish());
+    }
+}
+
+impl Observer for Progress {
+    fn on_step(&mut self, arm: usize, step: usize, losses: &StepLosses) {
+        self.bars[arm].set_position(step as u64);
+        self.bars[arm].set_message(format!("loss {:.3}", losses.contrastive));
+    }
+
+    fn on_evaluation(&mut self, arm: usize, step: usize, evaluation: &Evaluation) {
+        let recall = evaluation.retrieval.text_to_image;
+        let (name, r1, r5) = (&self.names[arm], 100.0 * recall.r1, 100.0 * recall.r5);
+        let line = format!("step {step:>5}, {name:<15}: text to image R@1 {r1:5.2} %, R@5 {r5:5.2} %");
+        // A bar that is not on a terminal prints nothing by itself.
+        if self.bars[arm].is_hidden() { println!("{line}") } else { self.bars[arm].println(line) }
+    }
+}
+
+/// Recall over the steps on the left, load per expert and layer on the right; written aside and renamed.
+fn picture(path: &Path, arms: &[TrainedArm], steps: usize) -> Result<(), Box<dyn Error>> {
+    plotters::style::register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular())
+        .map_err(|_| "the font cannot be read")?;
+    let (width, height) = (1200, 520);
+    let mut pixels = vec![0; width as usize * height as usize * 3];
+    {
+        let root = BitMapBackend::with_buffer(&mut pixels, (width, height)).into_drawing_area();
+        root.fill(&WHITE)?;
+        let (left, right) = root.split_horizontally(640);
+        draw_recall(&left, arms, steps)?;
+        draw_load(&right, last(&arms[1]))?;
+        root.present()?;
+    }
+    let mut png = std::io::Cursor::new(Vec::new());
+    image::RgbImage::from_raw(width, height, pixels)
+        .ok_or("the picture has another size")?
+        .write_to(&mut png, image::ImageFormat::Png)?;
+    write_atomic(path, png.get_ref())?;
+    Ok(())
+}
+
+type Area<'a> = DrawingArea<BitMapBackend<'a>, plotters::coord::Shift>;
+
+fn draw_recall(area: &Area, arms: &[TrainedArm], steps: usize) -> Result<(), Box<dyn Error>> {
+    let points = |arm: &TrainedArm| -> Vec<(f64, f64)> {
+        arm.history.iter().map(|(step, e)| (*step as f64, 100.0 * e.retrieval.text_to_image.r1)).collect()
+    };
+    let top = arms.iter().flat_map(points).map(|(_, y)| y).fold(1.0, f64::max) * 1.15;
+    let mut chart = ChartBuilder::on(area)
+        .caption("Text to image R@1 on the test set", ("sans-serif", 20))
+        .margin(14)
+        .x_label_area_size(42)
+        .y_label_area_size(50)
+        .build_cartesian_2d(0.0..steps as f64, 0.0..top)?;
+    chart.configure_mesh().x_desc("steps").y_desc("%").x_label_formatter(&|x| format!("{x:.0}")).light_line_style(WHITE).draw()?;
+    for (arm, color) in arms.iter().zip([RGBColor(90, 90, 90), RGBColor(200, 60, 30)]) {
+        let name = if arm.name == "sparse" { "sparse (upcycled)" } else { "dense (trained on)" };
+        chart
+            .draw_series(LineSeries::new(points(arm), color.stroke_width(3)))?
+            .label(name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 24, y)], color.stroke_width(3)));
+        chart.draw_series(points(arm).into_iter().map(|point| Circle::new(point, 4, color.filled())))?;
+    }
+    chart.configure_series_labels().position(SeriesLabelPosition::LowerRight).border_style(BLACK).background_style(WHITE).draw()?;
+    Ok(())
+}
+
+/// One row of squares per sparse layer, one square per expert.
+fn draw_load(area: &Area, evaluation: &Evaluation) -> Result<(), Box<dyn Error>> {
+    area.titled("Load per expert, % of a layer's rows (test set)", ("sans-serif", 20))?;
+    let (layers, experts) = (evaluation.layers.len() as i32, evaluation.layers.first().map_or(0, |l| l.stats.load.len()) as i32);
+    let (left, top) = (150, 60);
+    let (width, height) = (380 / experts.max(1), (400 / layers.max(1)).min(60));
+    let label = ("sans-serif", 14).into_font();
+    for (row, layer) in evaluation.layers.iter().enumerate() {
+        let y = top + row as i32 * height;
+        let path = layer.path.replace(".encoder.blocks.", " block ");
+        area.draw(&Text::new(path, (10, y + height / 2 - 7), label.clone()))?;
+        for (expert, share) in layer.stats.load.iter().enumerate() {
+            let x = left + expert as i32 * width;
+            let dark = (share * f64::from(experts) / 2.0).min(1.0);
+            let shade = RGBColor(255 - (200.0 * dark) as u8, 255 - (160.0 * dark) as u8, 255 - (60.0 * dark) as u8);
+            area.draw(&Rectangle::new([(x, y), (x + width - 2, y + height - 2)], shade.filled()))?;
+            area.draw(&Text::new(format!("{:.0}", 100.0 * share), (x + width / 2 - 9, y + height / 2 - 7), label.clone()))?;
+        }
+    }
+    Ok(())
+}

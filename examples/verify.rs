@@ -54,7 +54,7 @@ fn main() -> ExitCode {
     let mut failed = 0;
     for case in &args.cases {
         println!("{}", case.display());
-        let mut errors = Errors { above: 0 };
+        let mut errors = Errors::default();
         match run(case, &device, &mut errors) {
             Ok(()) if errors.above == 0 => {}
             Ok(()) => failed += 1,
@@ -68,7 +68,7 @@ fn main() -> ExitCode {
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn run(folder: &Path, device: &Device, errors: &mut Errors) -> Result<(), Box<dyn Error>> {
+pub(crate) fn run(folder: &Path, device: &Device, errors: &mut Errors) -> Result<(), Box<dyn Error>> {
     if folder.join("case.json").is_file() {
         return layer_case(folder, device, errors);
     }
@@ -79,8 +79,10 @@ fn run(folder: &Path, device: &Device, errors: &mut Errors) -> Result<(), Box<dy
 }
 
 /// Prints errors and counts those above their tolerance.
-struct Errors {
-    above: usize,
+#[derive(Default)]
+pub(crate) struct Errors {
+    pub(crate) checked: usize,
+    pub(crate) above: usize,
 }
 
 impl Errors {
@@ -97,6 +99,7 @@ impl Errors {
             (false, false) => format!("SIZE {} instead of {}", found.len(), expected.len()),
         };
         println!("  {name:<22} {error:.2e}  {verdict}");
+        self.checked += 1;
         self.above += usize::from(!good);
     }
 

@@ -261,7 +261,7 @@ mod tests {
     #[test]
     fn display() {
         let layer = MoeFeedForwardConfig::new(4, 8, 2).init(&Device::default());
-        let text = "MoeFeedForward {d_model: 4, d_ff: 8, num_experts: 2, active_experts: 2, params: 161}";
+        let text = "MoeFeedForward {d_model: 4, d_ff: 8, num_experts: 2, active_experts: 2, params: 160}";
         assert_eq!(format!("{layer}"), text);
     }
 }

@@ -174,8 +174,8 @@ mod tests {
     #[test]
     fn ties_go_to_the_lower_expert() {
         let plan = plan(&TokenChoiceConfig::new(), &[[0.25, 0.5, 0.25], [0.4, 0.2, 0.4]], None, Capacity::Dropless);
-        assert_eq!(plan.row_token(), [0, 1, 0, 1]); // expert 0: tokens 0 and 1; expert 1: token 0; expert 2: token 1
-        assert_eq!(plan.choice_row(), [2, 0, 1, 3]);
+        assert_eq!(plan.row_token(), [1, 0, 0, 1]); // expert 0: token 1 first, token 0 second; expert 1: token 0; expert 2: token 1
+        assert_eq!(plan.choice_row(), [2, 1, 0, 3]);
     }
 
     #[test]

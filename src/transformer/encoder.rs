@@ -183,6 +183,6 @@ mod tests {
         let encoder = config.init(&Device::default());
         let sparse: Vec<bool> = encoder.blocks.iter().map(|b| matches!(b.feed_forward, FeedForward::Moe(_))).collect();
         assert_eq!(sparse, [false, true, false, true]);
-        assert_eq!(config.cost(1).params_total, encoder.num_params() as u64 - 2); // less the two training flags
+        assert_eq!(config.cost(1).params_total, encoder.num_params() as u64);
     }
 }

@@ -1,12 +1,11 @@
 //! One feed-forward layer.
 
-use burn::module::Param;
+use burn::module::{Module, Param};
 use burn::tensor::{Bool, Tensor};
 
 use super::{
     DenseFeedForward, DenseWeights, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy, Upcycled,
-    UpcycledLayer,
-    report::{count_params, deviation},
+    UpcycledLayer, report::deviation,
 };
 use crate::{
     moe::{MoeFeedForward, MoeInput},
@@ -25,7 +24,7 @@ impl<Dense: DenseFeedForward> UpcycleFromDense<Dense> for MoeFeedForward {
         let [d_model, d_ff] = weights.w_in.dims();
         let biases = [&weights.b_in, &weights.b_out].iter().filter_map(|b| b.as_ref().map(|b| b.dims()[0])).sum::<usize>();
         let params_dense = 2 * d_model * d_ff + biases;
-        let report = UpcycleReport::with_counts(params_dense, count_params(&model), vec![layer], max_deviation);
+        let report = UpcycleReport::with_counts(params_dense, model.num_params(), vec![layer], max_deviation);
         Ok(Upcycled { model, report })
     }
 }
@@ -70,7 +69,7 @@ pub(super) fn copy(
         path: String::new(),
         num_experts,
         active_experts: moe.assignment.active_experts(),
-        params_per_expert: count_params(&moe.experts) / num_experts,
+        params_per_expert: moe.experts.num_params() / num_experts,
     };
     Ok((moe, layer))
 }
@@ -101,6 +100,6 @@ fn compare(
         }
     };
     // Frozen: compared as at inference, where nothing is dropped by default.
-    let found = burn::module::Module::freeze(sparse.clone()).forward(input).output;
+    let found = sparse.clone().freeze().forward(input).output;
     deviation("the outputs on the probe batch", expected.detach(), found.detach())
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::Module;
 use burn::tensor::Tensor;
 
 use super::UpcycleError;
@@ -44,7 +44,7 @@ impl UpcycledLayer {
 
 impl UpcycleReport {
     pub(super) fn new<D: Module, S: Module>(dense: &D, sparse: &S, layers: Vec<UpcycledLayer>, max_deviation: Option<f64>) -> Self {
-        Self::with_counts(count_params(dense), count_params(sparse), layers, max_deviation)
+        Self::with_counts(dense.num_params(), sparse.num_params(), layers, max_deviation)
     }
 
     pub(super) fn with_counts(
@@ -73,19 +73,6 @@ impl fmt::Display for UpcycleReport {
         }
         Ok(())
     }
-}
-
-/// Number of trainable values; burn's own count takes flags along.
-pub(super) fn count_params<M: Module>(module: &M) -> usize {
-    struct Count(usize);
-    impl ModuleVisitor for Count {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            self.0 += param.lazy_shape().num_elements();
-        }
-    }
-    let mut count = Count(0);
-    module.visit(&mut count);
-    count.0
 }
 
 /// Largest absolute difference.

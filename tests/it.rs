@@ -1,0 +1,13 @@
+//! One binary for all integration tests: linking burn takes longer than running them.
+
+mod it {
+    mod bad_input;
+    mod clip;
+    mod fixtures;
+    mod layer;
+    mod losses;
+    mod recipe;
+    mod structure;
+    mod support;
+    mod upcycle;
+}

@@ -1,0 +1,156 @@
+//! Bad data gets an error that names it.
+
+use std::{fs, path::Path};
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
+use burn_moe::{
+    AuxiliaryLossConfig, EncoderConfig, check_finite, check_finite_module,
+    clip::{Clip, ClipConfig, EndOfText, TextConfig, VisionConfig},
+    device_by_name,
+    recipe::{
+        Arm, OptimizerConfig, TrainConfig, TrainError, WarmupCosine,
+        data::{BatchConfig, Batches, Concept, EmojiPack, EmojiVendor, ImageTextSet, load_folder},
+        evaluate, train,
+    },
+};
+
+use super::support::ROOT;
+
+fn folder_with(name: &str, list: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    image::RgbImage::from_pixel(20, 10, image::Rgb([255, 0, 0])).save(folder.path().join("red.png")).unwrap();
+    image::RgbaImage::from_pixel(9, 9, image::Rgba([0, 0, 255, 255])).save(folder.path().join("blue.png")).unwrap();
+    fs::write(folder.path().join("no.png"), "I am no picture").unwrap();
+    fs::write(folder.path().join(name), list).unwrap();
+    folder
+}
+
+fn load(name: &str, list: &str) -> Result<ImageTextSet, String> {
+    let folder = folder_with(name, list);
+    load_folder(folder.path().join(name), 8).map_err(|error| {
+        let folder = format!("{}/", folder.path().display());
+        error.to_string().replace(&folder, "")
+    })
+}
+
+#[test]
+fn a_users_list_is_read_from_csv_and_json_lines() {
+    let csv = load("list.csv", "path,caption\nred.png,a red thing\nblue.png,\"blue, square\"\nred.png,red again\n").unwrap();
+    let lines = "{\"path\": \"red.png\", \"caption\": \"a red thing\"}\n\n{\"path\": \"blue.png\", \"caption\": \"blue, square\"}\n{\"path\": \"red.png\", \"caption\": \"red again\"}\n";
+    let jsonl = load("list.jsonl", lines).unwrap();
+    for set in [csv, jsonl] {
+        assert_eq!((set.len(), set.image_size()), (2, 8));
+        assert_eq!(set.concepts()[0].captions, ["blue, square"]);
+        assert_eq!(set.concepts()[1].captions, ["a red thing", "red again"]);
+        assert_eq!((&set.image(0)[..3], &set.image(1)[..3]), (&[0u8, 0, 255][..], &[255u8, 0, 0][..]));
+    }
+}
+
+#[test]
+fn what_is_wrong_in_a_users_list_is_named() {
+    let error = |name, list| load(name, list).unwrap_err();
+    assert_eq!(error("list.csv", "path,caption\nred.png,red\nblue.png,  \n"), "list.csv, line 3: the caption of blue.png is empty");
+    assert!(error("list.csv", "path,caption\nno.png,no\n").starts_with("no.png is no readable image: "));
+    assert!(error("list.csv", "path,caption\nmissing.png,x\n").starts_with("missing.png is no readable image: "));
+    assert!(error("list.csv", "file,text\nred.png,x\n").starts_with("list.csv, line 2: "));
+    assert!(error("list.jsonl", "{\"path\": \"red.png\"}\n").starts_with("list.jsonl, line 1: missing field `caption`"));
+    assert!(error("list.txt", "").starts_with("list.txt: expected a `.csv`, `.jsonl` or `.ndjson` file"));
+    assert!(load_folder("nowhere.csv", 8).unwrap_err().to_string().starts_with("nowhere.csv: "));
+}
+
+#[test]
+fn a_missing_or_damaged_pack_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    assert!(EmojiPack::open(folder.path()).unwrap_err().to_string().contains("take it from the repository's `data/emoji`"));
+    fs::write(folder.path().join("captions.jsonl"), "{}\n").unwrap();
+    assert!(EmojiPack::open(folder.path()).unwrap_err().to_string().contains("captions.jsonl, line 1: missing field `label`"));
+
+    fs::copy(format!("{ROOT}/data/emoji/captions.jsonl"), folder.path().join("captions.jsonl")).unwrap();
+    let pack = EmojiPack::open(folder.path()).unwrap();
+    let error = || pack.load(&[EmojiVendor::Noto], true).unwrap_err().to_string();
+    assert!(error().contains("noto.png is no readable image"));
+    let sheet = fs::read(format!("{ROOT}/data/emoji/noto.png")).unwrap();
+    fs::write(folder.path().join("noto.png"), &sheet[..sheet.len() / 2]).unwrap();
+    assert!(error().contains("noto.png is no readable image"));
+    image::RgbImage::new(64, 32).save(folder.path().join("noto.png")).unwrap();
+    assert!(error().contains("is outside its 2 tiles"));
+}
+
+fn tiny_set(concepts: usize) -> ImageTextSet {
+    let concept = |i| Concept { captions: vec![format!("number {i}")], tags: Vec::new() };
+    ImageTextSet::new(8, vec![99; concepts * 192], (0..concepts).collect(), (0..concepts).map(concept).collect())
+}
+
+fn clip(device: &Device) -> Clip {
+    let encoder = || EncoderConfig::new(8, 2, 1, 16);
+    let text = TextConfig::new(encoder()).with_context_length(8);
+    ClipConfig::new(VisionConfig::new(encoder(), 8, 4), text, 8).init(device)
+}
+
+#[test]
+fn batches_need_enough_concepts_and_possible_settings() {
+    let error = |config: BatchConfig| Batches::new(&tiny_set(5), config, 0, 0).unwrap_err().to_string();
+    let six = BatchConfig::new().with_batch_size(6);
+    assert!(error(six).starts_with("a batch of 6 needs as many concepts, because none may stand in it twice; the data has 5"));
+    let four = BatchConfig::new().with_batch_size(4);
+    assert!(error(four.with_tag_probability(1.5)).starts_with("`tag_probability` is 1.5"));
+    assert!(error(four.with_context_length(2)).starts_with("`context_length` is 2"));
+    assert!(error(four.with_augment(four.augment.with_scale(f32::NAN))).starts_with("`scale` is NaN"));
+}
+
+#[test]
+fn long_captions_are_cut_and_counted() {
+    let mut concepts = tiny_set(2).concepts().to_vec();
+    concepts[1].captions[0] = "one two three four five six seven eight nine".into();
+    let set = ImageTextSet::new(8, vec![99; 2 * 192], vec![0, 1], concepts);
+    let device = Device::default();
+    let evaluation = evaluate(&clip(&device), &set, 8, None, &device).unwrap();
+    assert_eq!(evaluation.truncated, 1);
+}
+
+#[test]
+fn a_number_that_is_none_stops_a_run_and_is_named() {
+    let device = Device::default();
+    let mut model = clip(&device);
+    let arm = |model| Arm {
+        name: "mine".into(),
+        model,
+        optimizer: OptimizerConfig::new(WarmupCosine::new(1e-3)),
+        auxiliary: AuxiliaryLossConfig::new(),
+    };
+    let config = TrainConfig::new(2).with_batch(BatchConfig::new().with_batch_size(4).with_context_length(8));
+    let run = |arm| train(vec![arm], &tiny_set(4), &tiny_set(4), &config, None, &device, &mut ()).unwrap_err();
+
+    let mut wild = arm(model.clone());
+    wild.optimizer.schedule = WarmupCosine::new(1e38).with_warmup_steps(1);
+    let error = run(wild);
+    assert!(matches!(&error, TrainError::NonFinite { arm, .. } if arm == "mine"), "{error}");
+
+    let query = &mut model.vision.encoder.blocks[0].attention.query;
+    query.weight = query.weight.clone().map(|w| Tensor::full(w.dims(), f32::INFINITY, &device));
+    let path = "vision.encoder.blocks.0.attention.query.weight";
+    let found = check_finite_module(&model).unwrap_err();
+    assert_eq!((found.tensor.as_str(), found.count, found.total), (path, 64, 64));
+    assert!(run(arm(model.clone())).to_string().starts_with(&format!("mine, step 0: `{path}` holds 64 values")));
+
+    let mut fixed = clip(&device);
+    fixed.text.end_of_text = EndOfText::Id(49407);
+    assert!(matches!(run(arm(fixed)), TrainError::EndOfText { .. }));
+    assert!(check_finite("x", &Tensor::<1>::from_data([1.0, f32::NAN], &device)).is_err());
+    assert!(clip(&device).num_params() > 0);
+}
+
+#[test]
+fn devices_that_cannot_be_had_are_named() {
+    assert!(device_by_name("cpu").is_ok());
+    assert_eq!(
+        device_by_name("gpu").unwrap_err().to_string(),
+        "`gpu` is no device: expected one of cpu, wgpu, vulkan, metal, cuda"
+    );
+    if !cfg!(feature = "cuda") {
+        let error = device_by_name("cuda").unwrap_err().to_string();
+        assert_eq!(error, "device `cuda` is not built in: build with `--features cuda`");
+    }
+    assert!(Path::new(ROOT).is_dir());
+}

@@ -1,0 +1,167 @@
+//! CLIP checkpoints on disk.
+
+use std::{fs, path::Path};
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
+use burn_moe::{
+    EncoderConfig, UpcycleFromDense, UpcycleOptions,
+    clip::{
+        ClipConfig, MAX_LOGIT_SCALE, SparseClipConfig, TextConfig, VisionConfig,
+        checkpoint::{CheckpointError, ClipCheckpoint, Precision},
+    },
+    write_atomic,
+};
+
+use super::support::{ROOT, numbers, values};
+
+fn config() -> ClipConfig {
+    let encoder = || EncoderConfig::new(8, 2, 2, 16);
+    let text = TextConfig::new(encoder()).with_vocab_size(50).with_context_length(6);
+    ClipConfig::new(VisionConfig::new(encoder(), 8, 4), text, 10)
+}
+
+fn dense(device: &Device) -> ClipCheckpoint {
+    ClipCheckpoint { config: config(), model: config().init(device) }
+}
+
+fn image_embeds(checkpoint: &ClipCheckpoint, device: &Device) -> Vec<f32> {
+    values(&checkpoint.model.encode_image(numbers([2, 3, 8, 8], 4, device)).embedding)
+}
+
+#[test]
+fn a_model_comes_back_from_disk_to_the_bit() {
+    let device = Device::default();
+    let folder = tempfile::tempdir().unwrap();
+    let dense = dense(&device);
+    dense.save_open_clip(folder.path(), Precision::F32).unwrap();
+    let back = ClipCheckpoint::load(folder.path(), &device).unwrap();
+    assert_eq!(image_embeds(&back, &device), image_embeds(&dense, &device));
+    assert_eq!(format!("{}", back.config), format!("{}", dense.config));
+
+    let sparse_config = config().sparse(SparseClipConfig::clip_up());
+    let sparse = sparse_config.init(&device).upcycle_from_dense(&dense.model, &UpcycleOptions::default()).unwrap().model;
+    let sparse = ClipCheckpoint { config: sparse_config, model: sparse };
+    let folder = tempfile::tempdir().unwrap();
+    sparse.save_sparse(folder.path(), Precision::F32).unwrap();
+    let back = ClipCheckpoint::load(folder.path(), &device).unwrap();
+    assert_eq!(image_embeds(&back, &device), image_embeds(&sparse, &device));
+    assert_eq!(format!("{}", back.config), format!("{}", sparse.config));
+    let refused = sparse.save_open_clip(folder.path(), Precision::F32).unwrap_err();
+    assert_eq!(refused.to_string(), "open_clip's layout has no place for sparse blocks");
+}
+
+#[test]
+fn half_precision_rounds_and_no_more() {
+    let device = Device::default();
+    let folder = tempfile::tempdir().unwrap();
+    let dense = dense(&device);
+    dense.save_open_clip(folder.path(), Precision::F16).unwrap();
+    let back = ClipCheckpoint::load(folder.path(), &device).unwrap();
+    let weight = |c: &ClipCheckpoint| values(&c.model.text.token_embedding.weight.val());
+    for (a, b) in weight(&dense).into_iter().zip(weight(&back)) {
+        assert!((a - b).abs() <= a.abs() / 1024.0 + 1e-7);
+    }
+}
+
+#[test]
+fn a_damaged_checkpoint_is_named() {
+    let device = Device::default();
+    let folder = tempfile::tempdir().unwrap();
+    let load = || ClipCheckpoint::load(folder.path(), &device).unwrap_err();
+    assert!(load().to_string().contains("holds no checkpoint: expected `config.json` (Hugging Face)"));
+
+    dense(&device).save_open_clip(folder.path(), Precision::F32).unwrap();
+    let weights = folder.path().join("open_clip_model.safetensors");
+    let whole = fs::read(&weights).unwrap();
+    for length in [0, 7, 8, 100, whole.len() / 2, whole.len() - 1] {
+        fs::write(&weights, &whole[..length]).unwrap();
+        assert!(matches!(load(), CheckpointError::Safetensors { .. }), "cut to {length} bytes");
+    }
+    fs::remove_file(&weights).unwrap();
+    assert!(matches!(load(), CheckpointError::Io { .. }));
+
+    fs::write(&weights, &whole).unwrap();
+    let config_path = folder.path().join("open_clip_config.json");
+    let text = fs::read_to_string(&config_path).unwrap();
+    let with = |from: &str, to: &str| {
+        assert!(text.contains(from));
+        fs::write(&config_path, text.replacen(from, to, 1)).unwrap();
+        load().to_string()
+    };
+    assert!(with("\"embed_dim\": 10", "\"embed_dim\": 12").contains("`visual.proj` should be [8, 12], but is [8, 10]"));
+    assert!(with("\"layers\": 2", "\"layers\": 3").contains("missing tensors [\"transformer.resblocks.2."));
+    assert!(with("\"layers\": 2", "\"layers\": 1").contains("unexpected tensors [\"transformer.resblocks.1."));
+    assert!(with("\"heads\": 2", "\"heads\": 0").contains("`n_heads` must be at least 1, got 0"));
+    assert!(with("\"heads\": 2", "\"heads\": 3").contains("`n_heads` (3) must divide `d_model` (8)"));
+    assert!(
+        with("\"quick_gelu\": false", "\"timm_model_name\": \"x\"")
+            .contains("`model_cfg.timm_model_name` = \"x\" is not supported")
+    );
+    assert!(with("{", "[").contains("not the JSON that was expected"));
+}
+
+#[test]
+fn weights_that_are_not_finite_are_refused() {
+    let device = Device::default();
+    let folder = tempfile::tempdir().unwrap();
+    let mut bad = dense(&device);
+    bad.model.logit_scale = bad.model.logit_scale.map(|_| Tensor::full([1], f32::NAN, &device));
+    bad.save_open_clip(folder.path(), Precision::F32).unwrap();
+    let error = ClipCheckpoint::load(folder.path(), &device).unwrap_err().to_string();
+    assert!(error.ends_with("`logit_scale` holds 1 values that are not finite, of 1"), "{error}");
+}
+
+#[test]
+fn hugging_faces_settings_are_checked() {
+    let device = Device::default();
+    let folder = tempfile::tempdir().unwrap();
+    let source = Path::new(ROOT).join("tests/fixtures/clip-hf-gelu");
+    fs::copy(source.join("model.safetensors"), folder.path().join("model.safetensors")).unwrap();
+    let text = fs::read_to_string(source.join("config.json")).unwrap();
+    let with = |from: &str, to: &str| {
+        assert!(text.contains(from));
+        fs::write(folder.path().join("config.json"), text.replace(from, to)).unwrap();
+        ClipCheckpoint::load(folder.path(), &device).unwrap_err().to_string()
+    };
+    assert!(with("\"gelu\"", "\"gelu_new\"").contains("`vision_config.hidden_act` = \"gelu_new\" is not supported"));
+    assert!(with("\"text_config\"", "\"txt_config\"").contains("`text_config` is missing"));
+    assert!(with("\"patch_size\": 8", "\"patch_size\": 5").contains("`patch_size` (5) must divide `image_size` (32)"));
+}
+
+#[test]
+fn a_version_of_the_future_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("burn_moe_config.json"), r#"{"version": 99, "clip": {}}"#).unwrap();
+    let error = ClipCheckpoint::load(folder.path(), &Device::default()).unwrap_err().to_string();
+    assert!(error.contains("version 99 was written by another burn-moe; this one reads 1"), "{error}");
+}
+
+#[test]
+fn a_write_that_fails_leaves_the_old_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("file");
+    write_atomic(&path, b"old").unwrap();
+    write_atomic(&path, b"new").unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"new");
+    // A folder in the way: the rename fails, and nothing stays behind.
+    let taken = folder.path().join("taken");
+    fs::create_dir(&taken).unwrap();
+    fs::write(taken.join("x"), b"").unwrap();
+    assert!(write_atomic(&taken, b"new").is_err());
+    let mut left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["file", "taken"]);
+}
+
+#[test]
+fn the_logit_scale_is_brought_back_to_a_hundred() {
+    for device in [Device::default(), Device::default().autodiff()] {
+        let mut model = config().init(&device);
+        model.logit_scale = model.logit_scale.map(|_| Tensor::full([1], 9.0, &device));
+        let model = model.clamp_logit_scale();
+        assert!((f64::from(model.logit_scale.val().into_scalar::<f32>()) - MAX_LOGIT_SCALE).abs() < 1e-6);
+        assert!((model.scale().into_scalar::<f32>() - 100.0).abs() < 1e-3);
+        assert_eq!(model.valid().scale().dims(), [1]);
+    }
+}

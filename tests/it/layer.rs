@@ -1,0 +1,333 @@
+//! The layer against a naive loop, and the relations it must keep.
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
+use burn_moe::{
+    Activation, Capacity, ExpertMlpConfig, GateNormalization, MoeFeedForward, MoeFeedForwardConfig, MoeInput, RouterConfig,
+    RoutingStats, TokenChoiceConfig,
+};
+use proptest::prelude::*;
+
+use super::support::{largest_difference, mask, numbers, values};
+
+#[derive(Debug, Clone)]
+struct Case {
+    t: usize,
+    d: usize,
+    f: usize,
+    e: usize,
+    k: usize,
+    capacity: Capacity,
+    normalization: GateNormalization,
+    valid: Vec<bool>,
+    seed: u64,
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    let sizes = (0usize..30, 1usize..9, 1usize..12, 1usize..7, any::<u64>());
+    sizes.prop_flat_map(|(t, d, f, e, seed)| {
+        let capacity = prop_oneof![
+            Just(Capacity::Dropless),
+            (1usize..8).prop_map(Capacity::Fixed),
+            (0.2f64..3.0).prop_map(Capacity::OfTokens),
+            (0.2f64..3.0).prop_map(Capacity::OfBalancedLoad),
+        ];
+        let normalization =
+            prop_oneof![Just(GateNormalization::None), Just(GateNormalization::BeforeDrop), Just(GateNormalization::AfterDrop)];
+        let valid = prop::collection::vec(prop::bool::weighted(0.8), t);
+        (1..=e.min(4), capacity, normalization, valid).prop_map(move |(k, capacity, normalization, valid)| {
+            let normalization = if k == 1 { GateNormalization::None } else { normalization };
+            Case { t, d, f, e, k, capacity, normalization, valid, seed }
+        })
+    })
+}
+
+fn layer(case: &Case, device: &Device) -> MoeFeedForward {
+    device.seed(case.seed);
+    let assignment = TokenChoiceConfig::new()
+        .with_top_k(case.k)
+        .with_gate_normalization(case.normalization)
+        .with_training_capacity(case.capacity)
+        .with_inference_capacity(case.capacity);
+    MoeFeedForwardConfig::new(case.d, case.f, case.e)
+        .with_assignment(assignment.into())
+        .with_router(RouterConfig::new().with_init_std(1.0))
+        .with_experts(ExpertMlpConfig::new().with_activation(Activation::Relu))
+        .init(device)
+}
+
+/// The definition, token by token, in f64: who is seated, with which gate, and the output.
+fn naive(case: &Case, layer: &MoeFeedForward, x: &[f32]) -> (Vec<f32>, usize) {
+    let Case { t, d, f, e, k, .. } = *case;
+    let [router, w_in, w_out] =
+        [values(&layer.router.weight.val()), values(&layer.experts.w_in.val()), values(&layer.experts.w_out.val())];
+    let [b_in, b_out] = [&layer.experts.b_in, &layer.experts.b_out].map(|b| values(&b.as_ref().unwrap().val()));
+    let at = |w: &[f32], i: usize| f64::from(w[i]);
+    let probs: Vec<Vec<f64>> = (0..t)
+        .map(|i| {
+            let logits: Vec<f64> = (0..e).map(|j| (0..d).map(|c| at(x, i * d + c) * at(&router, c * e + j)).sum::<f64>()).collect();
+            let sum: f64 = logits.iter().map(|l| l.exp()).sum();
+            logits.iter().map(|l| l.exp() / sum).collect()
+        })
+        .collect();
+    let chosen: Vec<Vec<usize>> = probs
+        .iter()
+        .map(|p| {
+            let mut order: Vec<usize> = (0..e).collect();
+            order.sort_by(|&a, &b| p[b].total_cmp(&p[a]).then(a.cmp(&b)));
+            order[..k].to_vec()
+        })
+        .collect();
+    let slots = case.capacity.slots(t, k, e).unwrap_or(usize::MAX);
+    let mut load = vec![0; e];
+    let mut kept = vec![vec![false; k]; t];
+    for rank in 0..k {
+        for i in (0..t).filter(|&i| case.valid[i]) {
+            let expert = chosen[i][rank];
+            kept[i][rank] = load[expert] < slots;
+            load[expert] += usize::from(kept[i][rank]);
+        }
+    }
+    let mut output = vec![0.0; t * d];
+    for i in 0..t {
+        let over = |of: &dyn Fn(usize) -> bool| (0..k).filter(|&r| of(r)).map(|r| probs[i][chosen[i][r]]).sum::<f64>();
+        let divisor = match case.normalization {
+            GateNormalization::None => 1.0,
+            GateNormalization::BeforeDrop => over(&|_| true),
+            GateNormalization::AfterDrop => over(&|r| kept[i][r]),
+        };
+        for rank in (0..k).filter(|&r| kept[i][r]) {
+            let j = chosen[i][rank];
+            let gate = probs[i][j] / divisor;
+            let hidden: Vec<f64> = (0..f)
+                .map(|h| {
+                    let sum: f64 = (0..d).map(|c| at(x, i * d + c) * at(&w_in, (j * d + c) * f + h)).sum();
+                    (sum + at(&b_in, j * f + h)).max(0.0)
+                })
+                .collect();
+            for c in 0..d {
+                let sum: f64 = (0..f).map(|h| hidden[h] * at(&w_out, (j * f + h) * d + c)).sum();
+                output[i * d + c] += (gate * (sum + at(&b_out, j * d + c))) as f32;
+            }
+        }
+    }
+    (output, load.iter().sum())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn it_computes_what_a_naive_loop_computes(case in cases()) {
+        let device = Device::default();
+        let layer = layer(&case, &device);
+        let x = numbers([case.t, case.d], case.seed, &device);
+        let result = layer.forward(MoeInput::new(x.clone()).valid(mask(&case.valid, &device)));
+        let masked: Vec<f32> = values(&x);
+        let (expected, rows) = naive(&case, &layer, &masked);
+        prop_assert!(largest_difference(&values(&result.output), &expected) < 1e-4);
+        prop_assert_eq!(result.routing.plan.num_rows(), rows);
+    }
+
+    #[test]
+    fn seats_are_conserved(case in cases()) {
+        let device = Device::default();
+        let x = numbers([case.t, case.d], case.seed, &device);
+        let routing = layer(&case, &device).forward(MoeInput::new(x).valid(mask(&case.valid, &device))).routing;
+        let plan = &routing.plan;
+        let num_valid = case.valid.iter().filter(|&&v| v).count();
+        prop_assert_eq!(plan.asked().iter().sum::<usize>(), num_valid * case.k);
+        if let Some(slots) = case.capacity.slots(case.t, case.k, case.e) {
+            prop_assert!(plan.load().iter().all(|&load| load <= slots), "an expert is over its capacity");
+        }
+        // Every row is named by exactly one choice, and belongs to that choice's token.
+        let mut seen = vec![false; plan.num_rows()];
+        for (choice, &row) in plan.choice_row().iter().enumerate().filter(|(_, row)| **row >= 0) {
+            prop_assert!(!std::mem::replace(&mut seen[row as usize], true));
+            prop_assert_eq!(plan.row_token()[row as usize] as usize, choice / case.k);
+        }
+        prop_assert!(seen.into_iter().all(|seen| seen));
+        // Gates: zero without a seat; together one where nothing was dropped and they are normalized.
+        for (token, (gates, rows)) in values(&plan.gates()).chunks(case.k).zip(plan.choice_row().chunks(case.k)).enumerate() {
+            prop_assert!(gates.iter().zip(rows).all(|(gate, row)| *row >= 0 || *gate == 0.0));
+            let all = rows.iter().all(|row| *row >= 0);
+            if case.valid[token] && all && case.normalization != GateNormalization::None {
+                prop_assert!((gates.iter().sum::<f32>() - 1.0).abs() < 1e-5);
+            }
+        }
+        let stats = RoutingStats::new(&routing);
+        prop_assert!((0.0..=1.0).contains(&stats.dropped) && stats.entropy <= (case.e as f64).ln() + 1e-5);
+    }
+
+    #[test]
+    fn what_padding_holds_changes_nothing(case in cases(), poison in prop_oneof![Just(f32::NAN), Just(f32::INFINITY), Just(7.0)]) {
+        let device = Device::default();
+        let layer = layer(&case, &device);
+        let x = numbers([case.t, case.d], case.seed, &device);
+        let valid = mask(&case.valid, &device);
+        let run = |x| layer.forward(MoeInput::new(x).valid(valid.clone()));
+        let poisoned = x.clone().mask_fill(valid.clone().bool_not().unsqueeze_dim::<2>(1), poison);
+        let (clean, dirty) = (run(x), run(poisoned));
+        prop_assert_eq!(values(&clean.output), values(&dirty.output));
+        prop_assert_eq!(clean.routing.plan.choice_row(), dirty.routing.plan.choice_row());
+        for (row, valid) in values(&clean.output).chunks(case.d).zip(&case.valid) {
+            prop_assert!(*valid || row.iter().all(|v| *v == 0.0), "padding came out as {row:?}");
+        }
+    }
+
+    #[test]
+    fn without_drops_a_token_alone_comes_out_as_in_any_batch(mut case in cases()) {
+        case.capacity = Capacity::Dropless;
+        let device = Device::default();
+        let layer = layer(&case, &device);
+        let x = numbers([case.t, case.d], case.seed, &device);
+        let together = values(&layer.forward(x.clone()).output);
+        for token in 0..case.t {
+            let alone = values(&layer.forward(x.clone().narrow(0, token, 1)).output);
+            prop_assert!(largest_difference(&alone, &together[token * case.d..][..case.d]) < 1e-6);
+        }
+    }
+
+    #[test]
+    fn without_drops_permuting_tokens_permutes_outputs(mut case in cases()) {
+        case.capacity = Capacity::Dropless;
+        let device = Device::default();
+        let layer = layer(&case, &device);
+        let x = numbers([case.t, case.d], case.seed, &device);
+        let flipped = layer.forward(x.clone().flip([0])).output.flip([0]);
+        prop_assert!(largest_difference(&values(&flipped), &values(&layer.forward(x).output)) < 1e-6);
+    }
+
+    #[test]
+    fn a_token_that_is_not_finite_touches_no_other(case in cases(), bad in prop_oneof![Just(f32::NAN), Just(f32::INFINITY)], at in any::<prop::sample::Index>()) {
+        prop_assume!(case.t > 1);
+        let device = Device::default();
+        let layer = layer(&case, &device);
+        let token = at.index(case.t);
+        let mut valid = vec![true; case.t];
+        let x = numbers([case.t, case.d], case.seed, &device);
+        let flags: Vec<bool> = (0..case.t).map(|i| i == token).collect();
+        let broken = layer.forward(x.clone().mask_fill(mask(&flags, &device).unsqueeze_dim::<2>(1), bad));
+        // To the others it is as if the token were padding.
+        valid[token] = false;
+        let without = layer.forward(MoeInput::new(x).valid(mask(&valid, &device)));
+        prop_assert_eq!(broken.routing.plan.choice_row(), without.routing.plan.choice_row());
+        for (i, (a, b)) in values(&broken.output).chunks(case.d).zip(values(&without.output).chunks(case.d)).enumerate() {
+            if i == token {
+                prop_assert!(a.iter().all(|v| v.is_nan()), "the token hides what is wrong with it: {a:?}");
+            } else {
+                prop_assert_eq!(a, b);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_rank_gives_the_same_tokens() {
+    let device = Device::default();
+    let layer = MoeFeedForwardConfig::new(4, 8, 3).init(&device);
+    let x = numbers([12, 4], 5, &device);
+    let flat = values(&layer.forward(x.clone()).output);
+    let three = layer.forward(x.clone().reshape([3, 4, 4])).output;
+    let four = layer.forward(x.reshape([2, 3, 2, 4])).output;
+    assert_eq!((three.dims(), four.dims()), ([3, 4, 4], [2, 3, 2, 4]));
+    assert_eq!(values(&three), flat);
+    assert_eq!(values(&four), flat);
+}
+
+#[test]
+fn repeated_runs_are_equal_to_the_bit() {
+    let device = Device::default().autodiff();
+    let layer = MoeFeedForwardConfig::new(16, 32, 8).init(&device);
+    let x = numbers([200, 16], 1, &device).require_grad();
+    let run = || {
+        let output = layer.forward(x.clone()).output;
+        let gradients = output.clone().square().sum().backward();
+        (values(&output), values(&x.grad(&gradients).unwrap()), values(&layer.experts.w_in.grad(&gradients).unwrap()))
+    };
+    let first = run();
+    (0..4).for_each(|_| assert_eq!(run(), first));
+}
+
+/// Central differences of `Σ output · cotangent` against backward, for every parameter and the tokens.
+#[test]
+fn gradients_are_those_of_finite_differences() {
+    let device = Device::default().autodiff();
+    for (capacity, normalization) in [
+        (Capacity::Dropless, GateNormalization::BeforeDrop),
+        (Capacity::Fixed(3), GateNormalization::BeforeDrop),
+        (Capacity::Fixed(3), GateNormalization::AfterDrop),
+        (Capacity::Fixed(3), GateNormalization::None),
+    ] {
+        device.seed(3);
+        let assignment = TokenChoiceConfig::new().with_training_capacity(capacity).with_gate_normalization(normalization);
+        let layer = MoeFeedForwardConfig::new(3, 5, 4)
+            .with_assignment(assignment.into())
+            .with_router(RouterConfig::new().with_init_std(2.0))
+            .with_experts(ExpertMlpConfig::new().with_activation(Activation::Silu))
+            .init(&device);
+        let x = numbers([7, 3], 11, &device).require_grad();
+        let cotangent = numbers([7, 3], 12, &device);
+        let loss = |layer: &MoeFeedForward, x: &Tensor<2>| (layer.forward(x.clone()).output * cotangent.clone()).sum();
+        let seats = layer.forward(x.clone()).routing.plan.choice_row().to_vec();
+        let gradients = loss(&layer, &x).backward();
+        let step = 1e-2f32;
+        let check = |name: &str, analytic: Vec<f32>, shifted: &dyn Fn(usize, f32) -> (f32, Vec<i32>)| {
+            for (i, found) in analytic.iter().enumerate() {
+                let ((up, a), (down, b)) = (shifted(i, step), shifted(i, -step));
+                // A step that moves a token to another expert says nothing about the gradient.
+                if a != seats || b != seats {
+                    continue;
+                }
+                let numeric = (up - down) / (2.0 * step);
+                assert!((found - numeric).abs() < 5e-3 * numeric.abs().max(1.0), "{name}[{i}]: {found}, numerically {numeric}");
+            }
+        };
+        let run = |layer: &MoeFeedForward, x: &Tensor<2>| {
+            let loss = loss(layer, x).into_scalar::<f32>();
+            (loss, layer.forward(x.clone()).routing.plan.choice_row().to_vec())
+        };
+        check("tokens", values(&x.grad(&gradients).unwrap()), &|i, by| run(&layer, &nudge(&x, i, by)));
+        macro_rules! check_param {
+            ($($field:ident).+) => {
+                check(stringify!($($field).+), values(&layer.$($field).+.grad(&gradients).unwrap()), &|i, by| {
+                    let mut moved = layer.clone();
+                    moved.$($field).+ = moved.$($field).+.map(|w| nudge(&w, i, by).require_grad());
+                    run(&moved, &x)
+                });
+            };
+        }
+        check_param!(router.weight);
+        check_param!(experts.w_in);
+        check_param!(experts.w_out);
+        let b_in = layer.experts.b_in.as_ref().unwrap();
+        check("b_in", values(&b_in.grad(&gradients).unwrap()), &|i, by| {
+            let mut moved = layer.clone();
+            moved.experts.b_in = moved.experts.b_in.map(|b| b.map(|b| nudge(&b, i, by).require_grad()));
+            run(&moved, &x)
+        });
+        let b_out = layer.experts.b_out.as_ref().unwrap();
+        check("b_out", values(&b_out.grad(&gradients).unwrap()), &|i, by| {
+            let mut moved = layer.clone();
+            moved.experts.b_out = moved.experts.b_out.map(|b| b.map(|b| nudge(&b, i, by).require_grad()));
+            run(&moved, &x)
+        });
+    }
+}
+
+fn nudge<const D: usize>(tensor: &Tensor<D>, index: usize, by: f32) -> Tensor<D> {
+    let mut data = values(tensor);
+    data[index] += by;
+    let shape = tensor.dims();
+    Tensor::from_data(burn::tensor::TensorData::new(data, shape), &tensor.device())
+}
+
+#[test]
+fn a_frozen_layer_behaves_as_at_inference_on_the_training_device() {
+    let device = Device::default().autodiff();
+    let tight = TokenChoiceConfig::new().with_training_capacity(Capacity::OfTokens(0.5));
+    let layer = MoeFeedForwardConfig::new(4, 8, 4).with_assignment(tight.into()).init(&device);
+    let x = numbers([32, 4], 2, &device);
+    assert!(layer.forward(x.clone()).routing.plan.dropped() > 0.0);
+    assert_eq!(layer.freeze().forward(x).routing.plan.dropped(), 0.0);
+}

@@ -1,0 +1,105 @@
+//! Auxiliary losses at the values that papers and definitions give.
+
+use burn::tensor::{Device, Tensor, TensorData};
+use burn_moe::{
+    AssignmentConfig, AuxiliaryLossConfig, GateNormalization, MoeFeedForwardConfig, MoeInput, Phase, Routing, TokenChoiceConfig,
+    load_balancing_loss, router_z_loss,
+};
+
+use super::support::{mask, numbers, values};
+
+fn routing<const T: usize, const E: usize>(probs: [[f32; E]; T], top_k: usize) -> Routing {
+    let device = Device::default();
+    let probs = Tensor::<2>::from_data(TensorData::from(probs), &device);
+    let assignment: AssignmentConfig =
+        TokenChoiceConfig::new().with_top_k(top_k).with_gate_normalization(GateNormalization::None).into();
+    let plan = assignment.assign(probs.clone(), None, Phase::Inference);
+    Routing { logits: probs.clone().log(), probs, valid: None, plan }
+}
+
+fn scalar(loss: Tensor<1>) -> f32 {
+    loss.into_scalar::<f32>()
+}
+
+#[test]
+fn load_balancing_has_the_value_of_vmoe_for_first_choices() {
+    let gates = [[0.5, 0.4, 0.1], [0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.8, 0.2, 0.0]];
+    let loss = scalar(load_balancing_loss(&routing(gates, 1)));
+    // 3 · (2/4 · 1.7/4 + 0 · 1.1/4 + 2/4 · 1.2/4) = 1.0875
+    assert!((loss - 1.0875).abs() < 1e-6, "{loss}");
+}
+
+#[test]
+fn load_balancing_is_one_at_balance_and_the_expert_count_at_collapse() {
+    let balanced = [[0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1], [0.1, 0.1, 0.7, 0.1], [0.1, 0.1, 0.1, 0.7]];
+    assert!((scalar(load_balancing_loss(&routing(balanced, 1))) - 1.0).abs() < 1e-6);
+    assert!((scalar(load_balancing_loss(&routing([[1.0, 0.0, 0.0, 0.0]; 5], 1))) - 4.0).abs() < 1e-6);
+}
+
+#[test]
+fn router_z_of_zero_logits_is_the_squared_logarithm_of_the_expert_count() {
+    let mut routing = routing([[0.125f32; 8]; 3], 2);
+    routing.logits = Tensor::zeros([3, 8], &Device::default());
+    assert!((scalar(router_z_loss(&routing)) - 8f32.ln().powi(2)).abs() < 1e-5);
+    // Logits beyond what exp can hold: logsumexp(1000, 1000, …) = 1000 + ln 8.
+    routing.logits = Tensor::full([3, 8], 1000.0, &Device::default());
+    let loss = scalar(router_z_loss(&routing));
+    assert!((loss / (1000.0 + 8f32.ln()).powi(2) - 1.0).abs() < 1e-5, "{loss}");
+}
+
+#[test]
+fn losses_and_gradients_stay_finite_where_routing_is_extreme() {
+    let device = Device::default().autodiff();
+    let layer = MoeFeedForwardConfig::new(4, 8, 4).init(&device);
+    // Exact balance (no logits), one-hot routing (huge ones), one valid token, none.
+    for (scale, valid) in
+        [(0.0, vec![true; 6]), (1e4, vec![true; 6]), (1.0, [vec![true], vec![false; 5]].concat()), (1.0, vec![false; 6])]
+    {
+        let x = (numbers([6, 4], 9, &device) * scale).require_grad();
+        let result = layer.forward(MoeInput::new(x.clone()).valid(mask(&valid, &device)));
+        let losses = AuxiliaryLossConfig::new().init().forward(&[result.routing]);
+        let total = losses.total.clone() + result.output.sum() * 0.0;
+        let gradients = total.backward();
+        let router = values(&layer.router.weight.grad(&gradients).unwrap());
+        assert!(scalar(losses.total.clone()).is_finite() && router.iter().all(|g| g.is_finite()), "at {scale}, {valid:?}");
+        if !valid.contains(&true) {
+            assert_eq!(scalar(losses.total), 0.0);
+            assert!(router.iter().all(|g| *g == 0.0));
+        }
+    }
+}
+
+#[test]
+fn padding_counts_in_no_loss() {
+    let device = Device::default();
+    let layer = MoeFeedForwardConfig::new(4, 8, 4).init(&device);
+    let x = numbers([5, 4], 4, &device);
+    let padded = Tensor::cat(vec![x.clone(), numbers([3, 4], 8, &device)], 0);
+    let valid = mask(&[true, true, true, true, true, false, false, false], &device);
+    let (alone, padded) = (layer.forward(x).routing, layer.forward(MoeInput::new(padded).valid(valid)).routing);
+    for loss in [load_balancing_loss, router_z_loss] {
+        assert!((scalar(loss(&alone)) - scalar(loss(&padded))).abs() < 1e-6);
+    }
+}
+
+#[test]
+fn the_total_is_the_weighted_mean_over_layers() {
+    let (a, b) = (routing([[0.7, 0.2, 0.1], [0.1, 0.7, 0.2]], 1), routing([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]], 1));
+    let output = AuxiliaryLossConfig::new().with_load_balancing(2.0).with_router_z(3.0).init().forward(&[a.clone(), b.clone()]);
+    let mean = |loss: fn(&Routing) -> Tensor<1>| (scalar(loss(&a)) + scalar(loss(&b))) / 2.0;
+    let expected = 2.0 * mean(load_balancing_loss) + 3.0 * mean(router_z_loss);
+    assert!((scalar(output.total) - expected).abs() < 1e-5);
+    assert_eq!(output.load_balancing.per_layer.dims(), [2]);
+}
+
+#[test]
+#[should_panic(expected = "auxiliary losses need the routing of at least one layer, got none")]
+fn no_layer_has_no_loss() {
+    AuxiliaryLossConfig::new().init().forward(&[]);
+}
+
+#[test]
+#[should_panic(expected = "`router_z` is -1: a loss weight must be finite and not negative")]
+fn a_negative_weight_is_refused() {
+    AuxiliaryLossConfig::new().with_router_z(-1.0).init();
+}

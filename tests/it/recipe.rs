@@ -1,0 +1,186 @@
+//! The recipe on small data.
+
+use burn::tensor::Device;
+use burn_moe::{
+    AuxiliaryLossConfig, EncoderConfig, UpcycleFromDense, UpcycleOptions,
+    clip::{Clip, ClipConfig, SparseClipConfig, TextConfig, VisionConfig, tokenizer::ClipTokenizer},
+    recipe::{
+        Arm, Checkpointing, Observer, OptimizerConfig, StepLosses, TrainConfig, TrainedArm, WarmupCosine,
+        data::{AugmentConfig, Batch, BatchConfig, Batches, Concept, EmojiPack, EmojiVendor, ImageTextSet},
+        evaluate, train,
+    },
+};
+
+use super::support::{ROOT, values};
+
+/// Twelve concepts, each a colour and its name, three shades of it.
+fn colours() -> ImageTextSet {
+    let names = ["red", "green", "blue", "white", "black", "yellow", "cyan", "pink", "grey", "orange", "brown", "purple"];
+    let rgb: [[u8; 3]; 12] = [
+        [220, 20, 20],
+        [20, 200, 20],
+        [20, 20, 220],
+        [250, 250, 250],
+        [5, 5, 5],
+        [240, 240, 20],
+        [20, 230, 230],
+        [250, 150, 180],
+        [128, 128, 128],
+        [250, 140, 10],
+        [110, 60, 20],
+        [140, 20, 160],
+    ];
+    let mut pixels = Vec::new();
+    let mut concept_of_image = Vec::new();
+    for (concept, rgb) in rgb.iter().enumerate() {
+        for shade in 0..3u8 {
+            let colour = rgb.map(|v| v.saturating_sub(3 * shade));
+            pixels.extend(std::iter::repeat_n(colour, 64).flatten());
+            concept_of_image.push(concept);
+        }
+    }
+    let concepts =
+        names.iter().map(|name| Concept { captions: vec![name.to_string()], tags: vec!["colour".into(), "plain".into()] });
+    ImageTextSet::new(8, pixels, concept_of_image, concepts.collect())
+}
+
+fn first_shades() -> ImageTextSet {
+    colours().select(|image| image % 3 == 0)
+}
+
+fn clip_config() -> ClipConfig {
+    let encoder = || EncoderConfig::new(16, 2, 2, 32);
+    ClipConfig::new(VisionConfig::new(encoder(), 8, 4), TextConfig::new(encoder()).with_context_length(12), 16)
+}
+
+fn batches() -> BatchConfig {
+    BatchConfig::new().with_batch_size(6).with_context_length(12).with_augment(AugmentConfig::none())
+}
+
+fn arms(device: &Device) -> Vec<Arm> {
+    device.seed(1);
+    let dense = clip_config().init(device);
+    let sparse = clip_config().sparse(SparseClipConfig::clip_up()).init(device);
+    let sparse = sparse.upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap().model;
+    let arm = |name: &str, model: Clip| Arm {
+        name: name.into(),
+        model,
+        optimizer: OptimizerConfig::new(WarmupCosine::new(5e-3).with_warmup_steps(5)),
+        auxiliary: AuxiliaryLossConfig::new(),
+    };
+    vec![arm("dense", dense), arm("sparse", sparse)]
+}
+
+fn recall(arm: &TrainedArm) -> f64 {
+    arm.history.last().unwrap().1.retrieval.text_to_image.r1
+}
+
+#[derive(Default)]
+struct Losses(Vec<Vec<f64>>);
+
+impl Observer for Losses {
+    fn on_step(&mut self, arm: usize, _: usize, losses: &StepLosses) {
+        self.0.resize(self.0.len().max(arm + 1), Vec::new());
+        self.0[arm].push(losses.contrastive);
+    }
+}
+
+#[test]
+fn both_arms_learn_the_colours_from_the_same_batches() {
+    let device = Device::default();
+    let config = TrainConfig::new(120).with_batch(batches()).with_eval_every(60);
+    let mut losses = Losses::default();
+    let trained = train(arms(&device), &colours(), &first_shades(), &config, None, &device, &mut losses).unwrap();
+    for arm in &trained {
+        assert!(recall(arm) >= 0.75, "{}: {}", arm.name, recall(arm));
+        let steps: Vec<usize> = arm.history.iter().map(|(step, _)| *step).collect();
+        assert_eq!(steps, [0, 60, 120]);
+    }
+    // The first batch costs a dense model and its sparse twin the same, drops aside.
+    assert!((losses.0[0][0] - losses.0[1][0]).abs() < 0.05, "{:?}", (losses.0[0][0], losses.0[1][0]));
+    assert!(losses.0[0][119] < 0.5 * losses.0[0][0]);
+    let sparse = &trained[1].history.last().unwrap().1;
+    assert_eq!(
+        sparse.layers.iter().map(|l| l.path.as_str()).collect::<Vec<_>>(),
+        ["vision.encoder.blocks.1", "text.encoder.blocks.1"]
+    );
+    assert!(trained[0].history.last().unwrap().1.layers.is_empty());
+    assert!(sparse.layers.iter().all(|layer| (layer.stats.load.iter().sum::<f64>() - 1.0).abs() < 1e-9));
+
+    // The embeddings of words that never occurred are where they were, and the model evaluates the same outside of the loop.
+    let again = evaluate(&trained[1].model, &first_shades(), 12, None, &device).unwrap();
+    assert_eq!(again.retrieval, sparse.retrieval);
+    let vocabulary = trained[1].model.text.token_embedding.weight.dims()[0];
+    assert_eq!(vocabulary, ClipTokenizer::VOCAB_SIZE);
+}
+
+#[test]
+fn a_run_that_was_stopped_ends_where_it_would_have_ended() {
+    let device = Device::default();
+    let folder = tempfile::tempdir().unwrap();
+    let config = TrainConfig::new(12).with_batch(batches()).with_eval_every(4);
+    // Made once: tests that run beside this one draw from the same random numbers.
+    let arms = arms(&device);
+    let run = |checkpointing: Option<&Checkpointing>, observer: &mut dyn Observer| {
+        train(arms.clone(), &colours(), &first_shades(), &config, checkpointing, &device, observer)
+    };
+    let whole = run(None, &mut ()).unwrap();
+
+    struct Stop;
+    impl Observer for Stop {
+        fn on_step(&mut self, _: usize, step: usize, _: &StepLosses) {
+            assert!(step < 9, "stopped");
+        }
+    }
+    let checkpointing = Checkpointing { folder: folder.path().join("run"), every: 4 };
+    let stopped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(Some(&checkpointing), &mut Stop)));
+    assert!(stopped.is_err());
+    let resumed = run(Some(&checkpointing), &mut ()).unwrap();
+    for (a, b) in whole.iter().zip(&resumed) {
+        let weight = |arm: &TrainedArm| values(&arm.model.vision.projection.weight.val());
+        assert_eq!(weight(a), weight(b), "{}", a.name);
+        let ranks = |arm: &TrainedArm| arm.history.iter().map(|(s, e)| (*s, e.retrieval.text_ranks.clone())).collect::<Vec<_>>();
+        assert_eq!(ranks(a), ranks(b));
+        assert_eq!(b.timed_steps, 4);
+    }
+    let other = TrainConfig { seed: 5, ..config.clone() };
+    let error = train(arms, &colours(), &first_shades(), &other, Some(&checkpointing), &device, &mut ()).unwrap_err();
+    assert!(error.to_string().contains("the run in this folder has another configuration"));
+}
+
+#[test]
+fn batches_follow_the_seed_and_hold_no_concept_twice() {
+    let set = colours();
+    let config = batches().with_augment(AugmentConfig::new());
+    let take = |seed, first, count| -> Vec<Batch> { Batches::new(&set, config, seed, first).unwrap().take(count).collect() };
+    let batches = take(3, 0, 6);
+    assert_eq!(batches, take(3, 0, 6));
+    assert_eq!(batches[4..], take(3, 4, 2)[..], "a batch depends on its step, not on those before it");
+    assert_ne!(batches, take(4, 0, 6));
+    for pair in batches.chunks(2) {
+        // Two batches of six are one round through the twelve concepts.
+        let mut concepts: Vec<usize> = pair.iter().flat_map(|batch| batch.concepts.clone()).collect();
+        concepts.sort_unstable();
+        assert_eq!(concepts, (0..12).collect::<Vec<_>>());
+    }
+    let lengths: Vec<usize> = batches.iter().map(|b| b.texts.len).collect();
+    assert!(lengths.iter().all(|len| (3..=12).contains(len)), "{lengths:?}");
+}
+
+#[test]
+fn the_emoji_pack_is_what_its_readme_says() {
+    let pack = EmojiPack::open(format!("{ROOT}/data/emoji")).unwrap();
+    let training = pack.load(&EmojiVendor::TRAINING, true).unwrap();
+    let test = pack.load(&[EmojiVendor::Twemoji], false).unwrap();
+    assert_eq!((training.len(), test.len()), (6166, 1652));
+    let mut labels: Vec<&String> = test.concepts().iter().map(|c| &c.captions[0]).collect();
+    labels.sort_unstable();
+    labels.dedup();
+    assert_eq!(labels.len(), test.concepts().len(), "labels are unique");
+    let trained: std::collections::BTreeSet<usize> = training.concept_of_image().iter().copied().collect();
+    assert!(test.concept_of_image().iter().all(|concept| trained.contains(concept)), "every test concept was drawn by others");
+    assert!(test.concepts().iter().all(|c| c.tags.is_empty() && c.captions.len() == 1));
+    // No drawing of the test set is in the training set. (White squares aside, two vendors never draw alike to the byte.)
+    let drawings: std::collections::HashSet<&[u8]> = (0..training.len()).map(|i| training.image(i)).collect();
+    assert!((0..test.len()).all(|i| !drawings.contains(test.image(i))));
+}

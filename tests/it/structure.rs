@@ -1,0 +1,145 @@
+//! The rooms of the house: who may use whom.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use super::support::ROOT;
+
+/// A module may use modules of lower levels, and itself (docs/architecture.md).
+const LEVELS: [(u8, &[&str]); 10] = [
+    (0, &["ops", "error", "files", "finite", "param", "device"]),
+    (1, &["capacity", "plan"]),
+    (2, &["router", "assignment"]),
+    (3, &["dispatch", "experts"]),
+    (4, &["routing"]),
+    (5, &["moe", "loss", "stats", "cost"]),
+    (6, &["transformer"]),
+    (7, &["clip"]),
+    (8, &["upcycle"]),
+    (9, &["recipe"]),
+];
+
+fn level(module: &str) -> Option<u8> {
+    LEVELS.iter().find(|(_, modules)| modules.contains(&module)).map(|(level, _)| *level)
+}
+
+/// What `lib.rs` re-exports at the root, by name, with the module it comes from.
+fn root_names() -> BTreeMap<String, String> {
+    let lib = fs::read_to_string(format!("{ROOT}/src/lib.rs")).unwrap();
+    let mut names = BTreeMap::new();
+    for statement in lib.split(';').filter_map(|s| s.split("pub use ").nth(1)) {
+        let (module, list) = statement.split_once("::").unwrap();
+        for name in list.trim_matches(|c: char| "{} \n".contains(c)).split(',') {
+            names.insert(name.trim().to_string(), module.trim().to_string());
+        }
+    }
+    names
+}
+
+/// The first path segments behind every `crate::` of a source, comments and tests left out.
+fn uses(source: &str) -> Vec<String> {
+    let code: String = source
+        .split("#[cfg(test)]")
+        .next()
+        .unwrap()
+        .lines()
+        .map(|line| line.split("//").next().unwrap())
+        .collect::<Vec<_>>()
+        .join(" ");
+    let mut found = Vec::new();
+    for rest in code.split("crate::").skip(1) {
+        let Some(list) = rest.strip_prefix('{') else {
+            found.push(rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap().to_string());
+            continue;
+        };
+        let mut depth = 0;
+        let mut item = String::new();
+        for c in list.chars() {
+            match c {
+                '}' if depth == 0 => break,
+                '{' => depth += 1,
+                '}' => depth -= 1,
+                ',' if depth == 0 => found.push(std::mem::take(&mut item)),
+                _ => {}
+            }
+            if depth == 0 && c != ',' && c != '}' {
+                item.push(c);
+            }
+        }
+        found.push(item);
+    }
+    found.iter().map(|item| item.trim().split("::").next().unwrap().trim().to_string()).filter(|item| !item.is_empty()).collect()
+}
+
+fn sources(folder: &Path, out: &mut Vec<(String, String)>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, out);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            let name = path.strip_prefix(format!("{ROOT}/src")).unwrap().to_string_lossy().into_owned();
+            out.push((name, fs::read_to_string(&path).unwrap()));
+        }
+    }
+}
+
+/// Every use that goes up or sideways, as `file uses module`.
+fn violations(sources: &[(String, String)]) -> Vec<String> {
+    let roots = root_names();
+    let mut bad = Vec::new();
+    for (file, source) in sources {
+        let module = file.split('/').next().unwrap().trim_end_matches(".rs");
+        if module == "lib" {
+            continue;
+        }
+        let Some(own) = level(module) else {
+            bad.push(format!("{file} is in no room of docs/architecture.md"));
+            continue;
+        };
+        for used in uses(source) {
+            let target = roots.get(&used).cloned().unwrap_or(used);
+            match level(&target) {
+                None => bad.push(format!("{file} uses `{target}`, which is in no room")),
+                Some(other) if target != module && other >= own => {
+                    bad.push(format!("{file} (level {own}) uses {target} (level {other})"))
+                }
+                _ => {}
+            }
+        }
+    }
+    bad
+}
+
+#[test]
+fn modules_use_only_what_is_below_them() {
+    let mut all = Vec::new();
+    sources(&Path::new(ROOT).join("src"), &mut all);
+    assert!(all.len() > 30, "the sources were found");
+    assert_eq!(violations(&all), Vec::<String>::new());
+}
+
+#[test]
+fn an_import_that_goes_up_is_caught() {
+    let file = |name: &str, source: &str| [(name.to_string(), source.to_string())];
+    let caught = |name, source| violations(&file(name, source));
+    assert_eq!(caught("router.rs", "use crate::moe::MoeInput;"), ["router.rs (level 2) uses moe (level 5)"]);
+    assert_eq!(
+        caught("loss/a.rs", "use crate::{error::ConfigError, stats::RoutingStats};"),
+        ["loss/a.rs (level 5) uses stats (level 5)"]
+    );
+    assert_eq!(caught("capacity.rs", "fn f() { crate::MoeFeedForward::x() }"), ["capacity.rs (level 1) uses moe (level 5)"]);
+    assert_eq!(caught("attic.rs", ""), ["attic.rs is in no room of docs/architecture.md"]);
+    assert!(caught("moe.rs", "use crate::{plan::{A, B}, moe::C}; // crate::clip\n#[cfg(test)] use crate::clip;").is_empty());
+}
+
+#[test]
+fn nothing_below_the_clip_speaks_of_images_or_texts() {
+    let mut all = Vec::new();
+    sources(&Path::new(ROOT).join("src"), &mut all);
+    for (file, source) in
+        all.iter().filter(|(file, _)| level(file.split('/').next().unwrap().trim_end_matches(".rs")).is_some_and(|l| l < 6))
+    {
+        let code: Vec<&str> = source.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
+        let code = code.join("\n").to_lowercase();
+        assert!(!code.contains("image") && !code.contains("upcycle"), "{file} knows of images or of upcycling");
+    }
+}

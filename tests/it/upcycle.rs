@@ -1,0 +1,249 @@
+//! A sparse model is its dense model, until it is trained.
+
+use burn::module::Module;
+use burn::nn::{Linear, LinearConfig, activation::ActivationConfig, transformer::PositionWiseFeedForwardConfig};
+use burn::tensor::{Bool, Device, Int, Tensor};
+use burn_moe::{
+    Activation, Capacity, DenseFeedForward, DenseWeights, EncoderConfig, ExpertMlpConfig, GateNormalization, MoeFeedForwardConfig,
+    Probe, SparseEncoderConfig, TokenChoiceConfig, UpcycleError, UpcycleFromDense, UpcycleOptions,
+    clip::{Clip, ClipConfig, EndOfText, SparseClipConfig, TextConfig, VisionConfig},
+};
+
+use super::support::{largest_difference, numbers, values};
+
+fn tokens_probe(shape: [usize; 3], device: &Device) -> UpcycleOptions {
+    UpcycleOptions::default().with_probe(Probe::Tokens { tokens: numbers(shape, 6, device), valid: None })
+}
+
+#[test]
+fn a_layer_equals_burns_own_feed_forward() {
+    let device = Device::default();
+    let dense = PositionWiseFeedForwardConfig::new(6, 24).init(&device);
+    let sparse = MoeFeedForwardConfig::new(6, 24, 8).init(&device);
+    let upcycled = sparse.upcycle_from_dense(&dense, &tokens_probe([2, 9, 6], &device)).unwrap();
+    assert!(upcycled.report.max_deviation.unwrap() < 1e-5);
+    let x = numbers([2, 9, 6], 7, &device);
+    let difference = largest_difference(&values(&upcycled.model.forward(x.clone()).output), &values(&dense.forward(x)));
+    assert!(difference < 1e-5, "{difference}");
+    // 6 · 24 + 24 + 24 · 6 + 6 = 318 an expert; the router has 6 · 8.
+    let report = upcycled.report;
+    assert_eq!((report.params_dense, report.params_total, report.params_active), (318, 8 * 318 + 48, 2 * 318 + 48));
+    assert_eq!((report.layers[0].num_experts, report.layers[0].active_experts, report.layers[0].params_per_expert), (8, 2, 318));
+}
+
+/// A feed-forward network as a user may have written it.
+struct Mine {
+    up: Linear,
+    down: Linear,
+}
+
+impl DenseFeedForward for Mine {
+    fn dense_weights(&self) -> Result<DenseWeights, UpcycleError> {
+        Ok(DenseWeights {
+            w_in: self.up.weight.val(),
+            b_in: None,
+            w_out: self.down.weight.val(),
+            b_out: None,
+            activation: Activation::Silu,
+        })
+    }
+}
+
+#[test]
+fn a_layer_equals_a_users_own_feed_forward() {
+    let device = Device::default();
+    let linear = |d_in, d_out| LinearConfig::new(d_in, d_out).with_bias(false).init(&device);
+    let dense = Mine { up: linear(5, 10), down: linear(10, 5) };
+    let experts = ExpertMlpConfig::new().with_activation(Activation::Silu).with_bias(false);
+    let sparse = MoeFeedForwardConfig::new(5, 10, 4).with_experts(experts).init(&device);
+    let report = sparse.upcycle_from_dense(&dense, &tokens_probe([1, 8, 5], &device)).unwrap().report;
+    assert!(report.max_deviation.unwrap() < 1e-5);
+}
+
+fn encoder() -> EncoderConfig {
+    EncoderConfig::new(8, 2, 4, 16)
+}
+
+#[test]
+fn an_encoder_and_a_block_equal_their_dense_twins_over_valid_tokens() {
+    let device = Device::default();
+    let dense = encoder().init(&device);
+    let config = encoder().with_sparse(Some(SparseEncoderConfig::new()));
+    let valid = Tensor::<2, Bool>::from_data([[true, true, true, false], [true, true, true, true]], &device);
+    let tokens = numbers([2, 4, 8], 3, &device);
+    let probe = Probe::Tokens { tokens: tokens.clone(), valid: Some(valid) };
+    let options = UpcycleOptions::default().with_probe(probe);
+
+    let block = config.init(&device).blocks.remove(1);
+    let block = block.upcycle_from_dense(&dense.blocks[1], &options).unwrap();
+    assert!(block.report.max_deviation.unwrap() < 1e-5);
+    assert_eq!(block.report.layers[0].path, "feed_forward");
+
+    // Without padding: attention is not causal here, so a padded token would reach the others.
+    let options = UpcycleOptions::default().with_probe(Probe::Tokens { tokens, valid: None });
+    let encoder = config.init(&device).upcycle_from_dense(&dense, &options).unwrap();
+    assert!(encoder.report.max_deviation.unwrap() < 1e-5);
+    let paths: Vec<&str> = encoder.report.layers.iter().map(|layer| layer.path.as_str()).collect();
+    assert_eq!(paths, ["blocks.1.feed_forward", "blocks.3.feed_forward"]);
+}
+
+fn small_clip() -> ClipConfig {
+    let vision = VisionConfig::new(encoder(), 8, 4);
+    let text = TextConfig::new(encoder()).with_vocab_size(50).with_context_length(6);
+    ClipConfig::new(vision, text, 10)
+}
+
+fn batch(device: &Device) -> (Tensor<4>, Tensor<2, Int>) {
+    let tokens = [[48, 3, 4, 49, 0, 0], [48, 7, 49, 0, 0, 0], [48, 9, 8, 7, 6, 49]];
+    (numbers([3, 3, 8, 8], 21, device), Tensor::from_data(tokens, device))
+}
+
+fn upcycled_clip(device: &Device) -> (Clip, Clip) {
+    let dense = small_clip().init(device);
+    let (images, tokens) = batch(device);
+    let options = UpcycleOptions::default().with_probe(Probe::ImagesAndTexts { images, tokens });
+    let sparse = small_clip().sparse(SparseClipConfig::clip_up()).init(device);
+    let upcycled = sparse.upcycle_from_dense(&dense, &options).unwrap();
+    assert!(upcycled.report.max_deviation.unwrap() < 1e-5, "{}", upcycled.report);
+    assert_eq!(upcycled.report.layers.len(), 4);
+    (dense, upcycled.model)
+}
+
+#[test]
+fn a_clip_equals_its_dense_twin() {
+    let device = Device::default();
+    let (dense, sparse) = upcycled_clip(&device);
+    let (images, tokens) = batch(&device);
+    let (a, b) = (dense.forward(images.clone(), tokens.clone()), sparse.forward(images, tokens));
+    assert!(largest_difference(&values(&a.image_embeds), &values(&b.image_embeds)) < 1e-5);
+    assert!(largest_difference(&values(&a.text_embeds), &values(&b.text_embeds)) < 1e-5);
+    assert_eq!((b.image_routings.len(), b.text_routings.len()), (2, 2));
+    // What follows the end of a text gets no expert: 4 + 3 + 6 tokens ask for 2 experts each.
+    assert_eq!(b.text_routings[0].plan.asked().iter().sum::<usize>(), 2 * 13);
+}
+
+#[test]
+fn a_sample_alone_comes_out_as_in_a_batch() {
+    let device = Device::default();
+    let (_, sparse) = upcycled_clip(&device);
+    let (images, tokens) = batch(&device);
+    let together = sparse.forward(images.clone(), tokens.clone());
+    for i in 0..3 {
+        let alone = sparse.forward(images.clone().narrow(0, i, 1), tokens.clone().narrow(0, i, 1));
+        for (alone, together) in [(&alone.image_embeds, &together.image_embeds), (&alone.text_embeds, &together.text_embeds)] {
+            let row = together.clone().narrow(0, i, 1);
+            assert!(largest_difference(&values(alone), &values(&row)) < 1e-6);
+        }
+    }
+}
+
+#[test]
+fn padding_behind_the_end_of_a_text_changes_nothing() {
+    let device = Device::default();
+    let (_, sparse) = upcycled_clip(&device);
+    let embed = |tokens: Tensor<2, Int>| values(&sparse.encode_text(tokens).embedding);
+    let short = embed(Tensor::from_data([[48, 7, 49]], &device));
+    for padding in [0, 5, 31] {
+        let padded = Tensor::<2, Int>::from_data([[48, 7, 49, padding, padding, padding]], &device);
+        assert!(largest_difference(&short, &embed(padded)) < 1e-6);
+    }
+}
+
+/// Copies of one network under gates that sum to one: which experts are chosen cannot matter, so the router has nothing to learn
+/// from the task, until the experts differ or a choice is dropped.
+#[test]
+fn the_routers_task_gradient_is_zero_right_after_upcycling_while_nothing_is_dropped() {
+    let device = Device::default().autodiff();
+    let dense = PositionWiseFeedForwardConfig::new(6, 24).init(&device);
+    let router_gradient = |capacity, normalization| {
+        let assignment = TokenChoiceConfig::new().with_training_capacity(capacity).with_gate_normalization(normalization);
+        let sparse = MoeFeedForwardConfig::new(6, 24, 4).with_assignment(assignment.into()).init(&device);
+        let sparse = sparse.upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap().model;
+        let loss = sparse.forward(numbers([20, 6], 13, &device)).output.square().sum();
+        let gradients = loss.backward();
+        let router = values(&sparse.router.weight.grad(&gradients).unwrap());
+        let experts = values(&sparse.experts.w_in.grad(&gradients).unwrap());
+        assert!(experts.iter().any(|g| g.abs() > 1e-3), "the experts learn");
+        router.into_iter().map(f32::abs).fold(0.0, f32::max)
+    };
+    assert!(router_gradient(Capacity::Dropless, GateNormalization::BeforeDrop) < 1e-5);
+    assert!(router_gradient(Capacity::Fixed(6), GateNormalization::AfterDrop) < 1e-5);
+    assert!(router_gradient(Capacity::Fixed(6), GateNormalization::BeforeDrop) > 1e-3);
+}
+
+#[test]
+fn an_upcycled_model_trains_on_the_training_device() {
+    let device = Device::default().autodiff();
+    let (_, sparse) = upcycled_clip(&device);
+    let (images, tokens) = batch(&device);
+    let gradients = sparse.forward(images, tokens).logits_per_image.sum().backward();
+    let burn_moe::FeedForward::Moe(moe) = &sparse.vision.encoder.blocks[1].feed_forward else { panic!("block 1 is sparse") };
+    assert!(moe.experts.w_in.grad(&gradients).is_some() && sparse.logit_scale.grad(&gradients).is_some());
+}
+
+#[test]
+fn what_does_not_fit_is_named() {
+    let device = Device::default();
+    let options = UpcycleOptions::default();
+    let layer = |d, f| MoeFeedForwardConfig::new(d, f, 4).init(&device);
+    let dense = PositionWiseFeedForwardConfig::new(6, 24).init(&device);
+    let text = |error: UpcycleError| error.to_string();
+    let error = text(layer(6, 20).upcycle_from_dense(&dense, &options).unwrap_err());
+    assert_eq!(error, "`w_in` is [6, 24] in the dense module and [6, 20] in the sparse one");
+
+    let relu = PositionWiseFeedForwardConfig::new(6, 24).with_activation(ActivationConfig::Relu).init(&device);
+    let error = text(layer(6, 24).upcycle_from_dense(&relu, &options).unwrap_err());
+    assert_eq!(error, "the dense activation is Relu, the experts' is Gelu");
+    let tanh = PositionWiseFeedForwardConfig::new(6, 24).with_activation(ActivationConfig::Tanh).init(&device);
+    assert!(text(layer(6, 24).upcycle_from_dense(&tanh, &options).unwrap_err()).contains("Tanh"));
+
+    let unbiased = MoeFeedForwardConfig::new(6, 24, 4).with_experts(ExpertMlpConfig::new().with_bias(false)).init(&device);
+    let error = text(unbiased.upcycle_from_dense(&dense, &options).unwrap_err());
+    assert_eq!(error, "`b_in`: the dense module has a bias, the sparse one has no bias");
+
+    let mut broken = dense.clone();
+    broken.linear_inner.weight =
+        broken.linear_inner.weight.map(|w| w.mask_fill(Tensor::<2, Bool>::full([6, 24], true, &device), f32::NAN));
+    let error = text(layer(6, 24).upcycle_from_dense(&broken, &options).unwrap_err());
+    assert_eq!(error, "`w_in` holds 144 values that are not finite, of 144");
+
+    let sparse = || small_clip().sparse(SparseClipConfig::clip_up());
+    let clip = |config: ClipConfig, dense: &Clip| text(config.init(&device).upcycle_from_dense(dense, &options).unwrap_err());
+    let dense = small_clip().init(&device);
+    let mut wide = sparse();
+    wide.text.encoder.d_ff = 32;
+    let at = "text.encoder.blocks.0.feed_forward: ";
+    assert_eq!(clip(wide, &dense), format!("{at}`linear_in` is [8, 16] in the dense module and [8, 32] in the sparse one"));
+    let mut deep = sparse();
+    deep.vision.encoder.n_layers = 6;
+    assert_eq!(clip(deep, &dense), "vision.encoder: `blocks` is [4] in the dense module and [6] in the sparse one");
+    assert_eq!(clip(small_clip(), &dense), "the module to upcycle to has no sparse block: its configuration names none");
+    let twice = clip(sparse(), &sparse().init(&device));
+    assert_eq!(twice, "vision.encoder.blocks.1.feed_forward: the module to upcycle from is sparse already");
+    let mut heads = sparse();
+    heads.vision.encoder.n_heads = 4;
+    assert!(clip(heads, &dense).starts_with("vision.encoder.blocks.0.attention: `n_heads` is 2 in the dense module"));
+    let mut end = sparse();
+    end.text.end_of_text = EndOfText::Id(7);
+    assert!(clip(end, &dense).contains("`end_of_text` is HighestId in the dense module and Id(7) in the sparse one"));
+    let mut activation = sparse();
+    activation.vision.encoder.activation = Activation::QuickGelu;
+    assert!(clip(activation, &dense).starts_with("vision.encoder.blocks.0.feed_forward: `activation` is Gelu"));
+
+    let wrong = tokens_probe([1, 2, 8], &device);
+    let error = text(sparse().init(&device).upcycle_from_dense(&dense, &wrong).unwrap_err());
+    assert_eq!(error, "the probe holds tokens, but this module takes images and texts");
+}
+
+#[test]
+fn parameters_are_counted_as_the_cost_says() {
+    let device = Device::default();
+    let (dense, sparse) = (small_clip(), small_clip().sparse(SparseClipConfig::clip_up()));
+    let report = sparse.init(&device).upcycle_from_dense(&dense.init(&device), &UpcycleOptions::default()).unwrap().report;
+    assert_eq!(report.params_dense as u64, dense.cost().params_total);
+    assert_eq!(report.params_total as u64, sparse.cost().params_total);
+    assert_eq!(report.params_active as u64, sparse.cost().params_active);
+    // A token's way through the dense model leaves no parameter out.
+    assert_eq!(dense.cost().params_active, dense.cost().params_total);
+    assert_eq!(dense.init(&device).num_params() as u64, dense.cost().params_total);
+}

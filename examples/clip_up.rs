@@ -15,7 +15,8 @@ use std::{
 };
 
 use burn_moe::{
-    AuxiliaryLossConfig, BlockSelection, Cost, Probe, SparseEncoderConfig, UpcycleFromDense, UpcycleOptions,
+    AuxiliaryLossConfig, BlockSelection, Capacity, Cost, Probe, SparseEncoderConfig, TokenChoiceConfig, UpcycleFromDense,
+    UpcycleOptions,
     clip::{
         SparseClipConfig,
         checkpoint::{ClipCheckpoint, Precision},
@@ -64,6 +65,9 @@ struct Args {
     /// Which blocks become sparse: every N-th
     #[arg(long, default_value_t = 2)]
     every: usize,
+    /// Give every choice a slot in training too; otherwise each expert takes its even share of them
+    #[arg(long)]
+    dropless: bool,
     /// Experts of each sparse block
     #[arg(long, default_value_t = 8)]
     experts: usize,
@@ -95,7 +99,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (set, test) = data(&args, dense.config.vision.image_size)?;
     println!("{} images to train on, {} to test on", set.len(), test.len());
 
-    let experts = SparseEncoderConfig::new().with_blocks(BlockSelection::EveryNth(args.every)).with_num_experts(args.experts);
+    let capacity = if args.dropless { Capacity::Dropless } else { Capacity::OfTokens(2.0) };
+    let experts = SparseEncoderConfig::new()
+        .with_blocks(BlockSelection::EveryNth(args.every))
+        .with_num_experts(args.experts)
+        .with_assignment(TokenChoiceConfig::new().with_training_capacity(capacity).into());
     let towers = SparseClipConfig::new().with_vision(Some(experts.clone())).with_text(Some(experts));
     let sparse_config = dense.config.clone().sparse(towers);
     sparse_config.validate()?;

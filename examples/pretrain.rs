@@ -35,6 +35,9 @@ struct Args {
     /// Where the run is kept while it is not finished
     #[arg(long, default_value = "out/pretrain")]
     run: PathBuf,
+    /// A checkpoint to start from, for another round of warm-up and cosine; it decides all sizes
+    #[arg(long)]
+    init: Option<PathBuf>,
     /// A training vendor to validate on instead of training on it
     #[arg(long)]
     hold_out: Option<String>,
@@ -85,14 +88,18 @@ fn main() -> Result<(), Box<dyn Error>> {
     let validation = pack.load(&[held_out.unwrap_or(vendors[0])], false)?;
     println!("{} training images, {} to validate on", set.len(), validation.len());
 
-    let encoder = |layers| EncoderConfig::new(args.width, args.heads, layers, 4 * args.width);
-    let vision = VisionConfig::new(encoder(args.vision_layers), set.image_size(), 8);
-    let text = TextConfig::new(encoder(args.text_layers)).with_context_length(24);
-    let config = ClipConfig::new(vision, text, args.embed_dim);
-    config.validate()?;
+    let start = match &args.init {
+        Some(folder) => ClipCheckpoint::load(folder, &device)?,
+        None => {
+            let config = config(&args, set.image_size());
+            config.validate()?;
+            ClipCheckpoint { model: config.init(&device), config }
+        }
+    };
+    println!("{:.5} GFLOPs per pair", start.config.cost().gflops());
 
     let optimizer = OptimizerConfig::new(WarmupCosine::new(args.learning_rate)).with_weight_decay(args.weight_decay);
-    let arm = Arm { name: "dense".into(), model: config.init(&device), optimizer, auxiliary: AuxiliaryLossConfig::new() };
+    let arm = Arm { name: "dense".into(), model: start.model, optimizer, auxiliary: AuxiliaryLossConfig::new() };
     let run = TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed);
     let checkpointing = Checkpointing { folder: args.run, every: args.eval_every };
     let bar = ProgressBar::new(args.steps as u64)
@@ -101,9 +108,16 @@ fn main() -> Result<(), Box<dyn Error>> {
     let trained = train(vec![arm], &set, &validation, &run, Some(&checkpointing), &device, &mut progress)?;
     let trained = trained.into_iter().next().expect("one arm was trained");
     println!("{:.1} ms a step", 1e3 * trained.time.as_secs_f64() / trained.timed_steps.max(1) as f64);
-    ClipCheckpoint { config, model: trained.model }.save_open_clip(&args.out, Precision::F16)?;
+    ClipCheckpoint { config: start.config, model: trained.model }.save_open_clip(&args.out, Precision::F16)?;
     println!("written to {}", args.out.display());
     Ok(())
+}
+
+fn config(args: &Args, image_size: usize) -> ClipConfig {
+    let encoder = |layers| EncoderConfig::new(args.width, args.heads, layers, 4 * args.width);
+    let vision = VisionConfig::new(encoder(args.vision_layers), image_size, 8);
+    let text = TextConfig::new(encoder(args.text_layers)).with_context_length(24);
+    ClipConfig::new(vision, text, args.embed_dim)
 }
 
 struct Progress {

@@ -1,5 +1,31 @@
-//! Sparse Mixture-of-Experts layers for burn.
-#![warn(missing_docs)]
+//! Sparse Mixture-of-Experts layers for [burn](https://burn.dev), and CLIP-UP: upcycling a trained dense CLIP into a sparse one.
+//!
+//! ```
+//! use burn::tensor::{Device, Distribution, Tensor};
+//! use burn_moe::{AuxiliaryLossConfig, MoeFeedForwardConfig};
+//!
+//! let device = Device::default();
+//! let moe = MoeFeedForwardConfig::new(64, 256, 8).init(&device); // width, hidden width, experts
+//! let x = Tensor::<3>::random([4, 10, 64], Distribution::Default, &device);
+//!
+//! let result = moe.forward(x.clone());
+//! let y = x + result.output; // same shape
+//! let auxiliary = AuxiliaryLossConfig::new().init().forward(&[result.routing]).total; // add it to the task loss
+//! # assert_eq!((y.dims(), auxiliary.dims()), ([4, 10, 64], [1]));
+//! ```
+//!
+//! # Where things are
+//! - The layer: [`MoeFeedForward`], and what it is made of: [`Router`], [`AssignmentConfig`] and [`Capacity`], [`DispatchPlan`],
+//!   [`ExpertMlp`]. What it decided is a value, [`Routing`], which losses ([`AuxiliaryLoss`]) and statistics ([`RoutingStats`]) read.
+//! - From dense to sparse: [`UpcycleFromDense`], for this crate's modules, burn's own feed-forward network, and yours through
+//!   [`DenseFeedForward`].
+//! - A transformer with sparse blocks: [`Encoder`]; a CLIP of two of them: `clip` (feature `clip`), its checkpoints (feature
+//!   `store`), and the training recipe: `recipe` (feature `train`).
+//!
+//! # Guides
+//! The modules of [`guide`]: notation, architecture, training. What was measured is in `docs/results.md`.
+#![warn(clippy::print_stdout)]
+
 mod assignment;
 mod capacity;
 mod cost;
@@ -46,3 +72,17 @@ pub use upcycle::{
     DenseFeedForward, DenseWeights, Probe, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy,
     Upcycled, UpcycledLayer,
 };
+
+/// The guides of `docs/`, so that their code is compiled and run.
+pub mod guide {
+    /// Letters and words.
+    #[doc = include_str!("../docs/notation.md")]
+    pub mod notation {}
+    /// How the crate is built, and why.
+    #[doc = include_str!("../docs/architecture.md")]
+    pub mod architecture {}
+    /// From a dense CLIP to a better sparse one.
+    #[cfg(feature = "train")]
+    #[doc = include_str!("../docs/training.md")]
+    pub mod training {}
+}

@@ -150,11 +150,10 @@ impl DispatchPlan {
         let mut slot_token = vec![self.num_tokens as i32; num_slots];
         let mut row_slot = vec![0i32; self.num_rows()];
         for (expert, pair) in self.offsets.windows(2).enumerate() {
-            for row in pair[0]..pair[1] {
-                let slot = expert * slots + row - pair[0];
-                slot_token[slot] = self.row_token[row];
-                row_slot[row] = slot as i32;
-            }
+            let rows = pair[0]..pair[1];
+            let first_slot = expert * slots;
+            slot_token[first_slot..first_slot + rows.len()].copy_from_slice(&self.row_token[rows.clone()]);
+            row_slot[rows].iter_mut().zip(first_slot..).for_each(|(seat, slot)| *seat = slot as i32);
         }
         let choice_slot: Vec<i32> =
             self.choice_row.iter().map(|&row| if row == NONE { num_slots as i32 } else { row_slot[row as usize] }).collect();

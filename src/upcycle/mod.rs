@@ -80,6 +80,9 @@ pub enum Probe {
     },
 }
 
+/// Tokens and which of them are valid.
+type ProbeTokens = (Tensor<3>, Option<Tensor<2, Bool>>);
+
 /// A sparse module and what became of it.
 #[derive(Clone, Debug)]
 pub struct Upcycled<M> {
@@ -97,7 +100,7 @@ impl UpcycleOptions {
     }
 
     /// The probe's tokens, for a module that takes tokens.
-    fn probe_tokens(&self) -> Result<Option<(Tensor<3>, Option<Tensor<2, Bool>>)>, UpcycleError> {
+    fn probe_tokens(&self) -> Result<Option<ProbeTokens>, UpcycleError> {
         match &self.probe {
             None => Ok(None),
             Some(Probe::Tokens { tokens, valid }) => Ok(Some((tokens.clone(), valid.clone()))),

@@ -6,7 +6,7 @@ use burn::tensor::Device;
 
 use super::support::ROOT;
 
-#[allow(dead_code, clippy::print_stdout)]
+#[allow(dead_code)]
 #[path = "../../examples/verify.rs"]
 mod verify;
 

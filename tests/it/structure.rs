@@ -143,3 +143,48 @@ fn nothing_below_the_clip_speaks_of_images_or_texts() {
         assert!(!code.contains("image") && !code.contains("upcycle"), "{file} knows of images or of upcycling");
     }
 }
+
+/// What may be linked into a user's program without asking anything of them but to keep notices.
+const LICENCES: [&str; 16] = [
+    "0BSD",
+    "Apache-2.0",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "BSL-1.0",
+    "CC0-1.0",
+    "CDLA-Permissive-2.0",
+    "ISC",
+    "MIT",
+    "MIT-0",
+    "NCSA",
+    "OFL-1.1",
+    "Unicode-3.0",
+    "Unlicense",
+    "WTFPL",
+    "Zlib",
+];
+
+/// The licence check of every dependency, of all features and platforms.
+#[test]
+fn every_dependency_may_be_used() {
+    let output = std::process::Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--locked", "--offline", "--manifest-path"])
+        .arg(format!("{ROOT}/Cargo.toml"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let packages = metadata["packages"].as_array().unwrap();
+    assert!(packages.len() > 100);
+    let refused: Vec<String> = packages
+        .iter()
+        .filter_map(|package| {
+            let licence = package["license"].as_str().unwrap_or("none");
+            let expression = spdx::Expression::parse_mode(licence, spdx::ParseMode::LAX);
+            let good = expression
+                .is_ok_and(|e| e.evaluate(|requirement| requirement.license.id().is_some_and(|id| LICENCES.contains(&id.name))));
+            (!good).then(|| format!("{} {}: {licence}", package["name"], package["version"]))
+        })
+        .collect();
+    assert!(refused.is_empty(), "licences to look at: {refused:#?}");
+}

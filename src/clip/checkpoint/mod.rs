@@ -1,6 +1,6 @@
 //! Checkpoints: Hugging Face and open_clip in, open_clip and sparse ones out.
 //!
-//! One table per layout ([`layout`]) says which stored tensor is which parameter, so that reading and writing cannot drift apart.
+//! One table per layout says which stored tensor is which parameter, so that reading and writing cannot drift apart.
 //! Everything is checked before a model is built: a file that does not fit yields an error and no model.
 
 mod config;

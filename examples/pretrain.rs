@@ -32,7 +32,7 @@ struct Args {
     /// Where the checkpoint goes
     #[arg(long, default_value = "out/clip-tiny")]
     out: PathBuf,
-    /// Where the run is kept while it is not finished
+    /// Where the run is kept while it is not finished; each run needs a folder of its own
     #[arg(long, default_value = "out/pretrain")]
     run: PathBuf,
     /// A checkpoint to start from, for another round of warm-up and cosine; it decides all sizes

@@ -1,7 +1,7 @@
 //! Runs reference cases from PyTorch, transformers and open_clip on a device of yours, and says how far the results are apart.
 //!
 //! ```sh
-//! cargo run --release --example verify -- tests/fixtures/*
+//! cargo run --release --example verify -- tests/fixtures/moe-top2-dropless tests/fixtures/clip-hf-gelu
 //! ```
 //!
 //! The files in a directory tell its kind: `case.json` is one layer with losses and gradients, `config.json` a Hugging Face
@@ -126,7 +126,8 @@ impl Reference {
                 Dtype::F64 => bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
                 Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b).into()).collect(),
                 Dtype::I64 => bytes.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as f64).collect(),
-                Dtype::U8 => bytes.iter().map(|b| f64::from(*b)).collect(),
+                Dtype::I32 => bytes.as_chunks().0.iter().map(|b| i32::from_le_bytes(*b).into()).collect(),
+                Dtype::U8 | Dtype::BOOL => bytes.iter().map(|b| f64::from(*b)).collect(),
                 other => return Err(format!("{}: `{name}` has dtype {other:?}", path.display()).into()),
             };
             tensors.insert(name, (view.shape().to_vec(), values));
@@ -140,6 +141,9 @@ impl Reference {
 
     fn tensor<const D: usize>(&self, name: &str, shape: [usize; D], device: &Device) -> Result<Tensor<D>, Box<dyn Error>> {
         let values: Vec<f32> = self.values(name)?.iter().map(|v| *v as f32).collect();
+        if values.len() != shape.iter().product::<usize>() {
+            return Err(format!("`{name}` has {} values, the case says {shape:?}", values.len()).into());
+        }
         Ok(Tensor::from_data(TensorData::new(values, shape), device))
     }
 
@@ -186,7 +190,8 @@ impl Case {
             return missing("protected_tokens", &self.protected_tokens.to_string());
         }
         let known = ["padding_tokens", "importance_loss", "entropy_of_mean"];
-        if let Some((option, value)) = self.rest.iter().find(|(option, _)| !known.contains(&option.as_str())) {
+        let off = |value: &serde_json::Value| value.is_null() || value == false || value.as_f64() == Some(0.0);
+        if let Some((option, value)) = self.rest.iter().find(|(option, value)| !known.contains(&option.as_str()) && !off(value)) {
             return missing(option, &value.to_string());
         }
         let normalization = match self.gate_normalization.as_str() {

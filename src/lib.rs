@@ -86,3 +86,7 @@ pub mod guide {
     #[doc = include_str!("../docs/training.md")]
     pub mod training {}
 }
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadmeDoctests;

@@ -69,6 +69,7 @@ pub struct MoeFeedForward {
 pub struct MoeInput<const R: usize> {
     x: Tensor<R>,
     valid: Option<Tensor<1, Bool>>,
+    mask_shape: Vec<usize>,
 }
 
 /// What a [`MoeFeedForward`] returns.
@@ -83,12 +84,13 @@ pub struct MoeOutput<const R: usize> {
 impl<const R: usize> MoeInput<R> {
     /// Tokens `[.., D]`, all valid.
     pub fn new(x: Tensor<R>) -> Self {
-        Self { x, valid: None }
+        Self { x, valid: None, mask_shape: Vec::new() }
     }
 
-    /// Which tokens are not padding; the shape is that of the input without its last axis. Padding gets no slot, comes out as
+    /// Which tokens are not padding; the shape is that of the input without its last axis, or `[T]`. Padding gets no slot, comes out as
     /// exactly 0, and counts in no loss and no statistic.
     pub fn valid<const M: usize>(mut self, mask: Tensor<M, Bool>) -> Self {
+        self.mask_shape = mask.dims().to_vec();
         self.valid = Some(mask.flatten(0, M as i32 - 1));
         self
     }
@@ -141,9 +143,9 @@ impl MoeFeedForward {
     /// - output: as the input
     ///
     /// # Panics
-    /// When the last axis is not `D`, or a mask does not have `T` entries.
+    /// When the last axis is not `D`, or a mask has neither the leading axes of the input nor `[T]`.
     pub fn forward<const R: usize>(&self, input: impl Into<MoeInput<R>>) -> MoeOutput<R> {
-        let MoeInput { x, valid } = input.into();
+        let MoeInput { x, valid, mask_shape } = input.into();
         let shape = x.shape();
         let [_, d_model, _] = self.experts.dims();
         assert!(
@@ -152,8 +154,11 @@ impl MoeFeedForward {
         );
         let num_tokens = shape.num_elements() / d_model;
         let valid = valid.map(|mask| {
-            let len = mask.dims()[0];
-            assert!(len == num_tokens, "the mask has {len} entries for {num_tokens} tokens");
+            let leading = &shape[..R - 1];
+            assert!(
+                mask_shape == leading || mask_shape == [num_tokens],
+                "a mask of shape {mask_shape:?} does not fit tokens of shape {shape:?}: expected {leading:?} or [{num_tokens}]"
+            );
             mask.into_data().iter::<bool>().collect::<Vec<_>>()
         });
         let tokens = x.reshape([num_tokens, d_model]);
@@ -239,10 +244,12 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "the mask has 4 entries for 6 tokens")]
-    fn a_mask_must_have_one_entry_a_token() {
+    #[should_panic(
+        expected = "a mask of shape [3, 2] does not fit tokens of shape Shape { dims: [2, 3, 4] }: expected [2, 3] or [6]"
+    )]
+    fn a_mask_must_have_the_leading_axes_of_the_input() {
         let device = Device::default();
-        let mask = Tensor::<2, Bool>::full([2, 2], true, &device);
+        let mask = Tensor::<2, Bool>::full([3, 2], true, &device);
         let x = Tensor::<3>::zeros([2, 3, 4], &device);
         MoeFeedForwardConfig::new(4, 8, 2).init(&device).forward(MoeInput::new(x).valid(mask));
     }

@@ -127,10 +127,11 @@ impl TokenChoiceConfig {
             GateNormalization::BeforeDrop => (raw.clone() / raw.sum_dim(1)).mask_fill(unseated, 0.0),
             GateNormalization::AfterDrop => {
                 let seated = raw.mask_fill(unseated.clone(), 0.0);
-                let any_seat = kept.chunks(shape[1]).map(|row| !row.contains(&true)).collect::<Vec<_>>();
-                let no_seat = Tensor::from_data(TensorData::new(any_seat, [shape[0], 1]), &device);
-                // Without a seat the sum is 0: divide by 1 instead, so that neither the gate nor its gradient is NaN.
-                let sum = seated.clone().sum_dim(1).mask_fill(no_seat, 1.0);
+                let sum = seated.clone().sum_dim(1);
+                // Without a seat, or with one whose probability is too small for f32, the sum is 0: divide by 1 instead, so
+                // that neither the gate nor its gradient is NaN.
+                let none = sum.clone().equal_elem(0.0);
+                let sum = sum.mask_fill(none, 1.0);
                 (seated / sum).mask_fill(unseated, 0.0)
             }
         }
@@ -200,6 +201,14 @@ mod tests {
         near(run(GateNormalization::BeforeDrop, Capacity::Fixed(1)), [0.6 / 0.9, 0.0, 0.6 / 0.9, 0.0]);
         near(run(GateNormalization::AfterDrop, Capacity::Fixed(1)), [1.0, 0.0, 1.0, 0.0]);
         near(run(GateNormalization::AfterDrop, Capacity::Dropless), [0.6 / 0.9, 0.3 / 0.9, 0.6 / 0.9, 0.3 / 0.9]);
+    }
+
+    #[test]
+    fn a_gate_too_small_for_f32_is_zero_and_not_nan() {
+        let config = TokenChoiceConfig::new().with_gate_normalization(GateNormalization::AfterDrop);
+        let plan = plan(&config, &[[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]], None, Capacity::Fixed(1));
+        assert_eq!(plan.asked(), [2, 2, 0]);
+        assert_eq!(gates(&plan), [1.0, 0.0, 0.0, 0.0]);
     }
 
     #[test]

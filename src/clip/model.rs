@@ -78,7 +78,7 @@ impl Clip {
         ClipOutput { image_embeds, text_embeds, logits_per_image, image_routings: image.routings, text_routings: text.routings }
     }
 
-    /// The factor on cosine similarities, `[1]`: at most 100.
+    /// The factor on cosine similarities, `[1]`: at most 100 when [`clamp_logit_scale`](Self::clamp_logit_scale) follows each step.
     pub fn scale(&self) -> Tensor<1> {
         self.logit_scale.val().exp()
     }
@@ -92,6 +92,7 @@ impl Clip {
 
 /// Rows of length 1. A zero row stays zero.
 pub(crate) fn normalize(x: Tensor<2>) -> Tensor<2> {
-    let norm = x.clone().square().sum_dim(1).sqrt().clamp_min(1e-12);
+    // Clamped before the root, whose gradient at zero is infinite.
+    let norm = x.clone().square().sum_dim(1).clamp_min(1e-24).sqrt();
     x / norm
 }

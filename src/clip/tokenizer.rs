@@ -34,6 +34,8 @@ impl Default for ClipTokenizer {
 impl ClipTokenizer {
     /// Ids of the vocabulary, with the start and end tokens.
     pub const VOCAB_SIZE: usize = 49408;
+    /// Id of the end-of-text token.
+    pub const END_OF_TEXT: i32 = 49407;
 
     /// Unpacks the vocabulary, which takes a moment: keep it.
     pub fn new() -> Self {

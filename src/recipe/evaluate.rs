@@ -42,10 +42,10 @@ impl Evaluation {
 }
 
 /// Embeds every image and every caption of its concept, and ranks them. Each image counts as the only one of its concept, as in
-/// a test gallery of one vendor.
+/// a test gallery of one vendor: another image of the concept would be a wrong answer.
 ///
 /// # Errors
-/// When the set is empty, two images share a concept, or an embedding is not finite.
+/// When the set is empty, or an embedding is not finite.
 pub fn evaluate(
     model: &Clip,
     set: &ImageTextSet,

@@ -1,7 +1,9 @@
 //! The training loop.
 
 use std::{
-    fs, io,
+    fs,
+    hash::{Hash, Hasher},
+    io,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -107,6 +109,8 @@ pub struct TrainedArm {
     pub history: Vec<(usize, Evaluation)>,
     /// Mean over the last tenth of the steps of the share of choices that were dropped in training; 0 for a dense model.
     pub dropped: f64,
+    /// Captions of the training batches that did not fit the context and were cut.
+    pub truncated: usize,
     /// Time spent in this arm's own steps since the start or the last resumption, evaluations aside.
     pub time: Duration,
     /// Steps that `time` covers.
@@ -168,13 +172,17 @@ pub enum TrainError {
         /// The tensor.
         source: NonFiniteError,
     },
-    /// Captions of a model with a fixed end-of-text id cannot be compacted.
-    #[error("{arm}: training needs a text tower that takes the highest id as the end of a text, found {found:?}")]
-    EndOfText {
+    /// A model that does not speak CLIP's own tokens, or does not take RGB images of the data's size.
+    #[error("{arm}: `{what}` should be {expected}, but is {found}")]
+    Model {
         /// Name of the arm.
         arm: String,
-        /// The rule that was found.
-        found: EndOfText,
+        /// What was compared.
+        what: &'static str,
+        /// What the data and CLIP's tokenizer need.
+        expected: String,
+        /// What the model has.
+        found: String,
     },
     /// A checkpoint of the run cannot be read or written.
     #[error("{}: {reason}", path.display())]
@@ -203,20 +211,19 @@ pub fn train(
     device: &Device,
     observer: &mut dyn Observer,
 ) -> Result<Vec<TrainedArm>, TrainError> {
-    for (field, value) in [("steps", config.steps), ("eval_every", config.eval_every)] {
-        ConfigError::non_zero(field, value)?;
-    }
+    let every = checkpointing.map_or(1, |checkpointing| checkpointing.every);
+    let sizes = [("steps", config.steps), ("eval_every", config.eval_every), ("arms", arms.len()), ("checkpointing.every", every)];
+    sizes.into_iter().try_for_each(|(field, value)| ConfigError::non_zero(field, value))?;
+    let data = fingerprint_of(&[set, test], &arms);
     let vocabulary = CompactVocabulary::of_sets(&[set, test]);
     let mut runs = Vec::new();
     for arm in arms {
         arm.auxiliary.validate()?;
-        if arm.model.text.end_of_text != EndOfText::HighestId {
-            return Err(TrainError::EndOfText { arm: arm.name, found: arm.model.text.end_of_text });
-        }
+        check_model(&arm, set, config)?;
         runs.push(Run::new(arm, &vocabulary, device));
     }
     let resumed = match checkpointing {
-        Some(checkpointing) => resume(checkpointing, config, &mut runs)?,
+        Some(checkpointing) => resume(checkpointing, config, data, &mut runs)?,
         None => None,
     };
     let first_step = match resumed {
@@ -228,14 +235,16 @@ pub fn train(
             0
         }
     };
+    let pools = thread_pools(runs.len());
     let mut batches = Batches::new(set, config.batch, config.seed, first_step)?;
     for step in first_step..config.steps {
         let mut batch = batches.next().expect("batches have no end");
         vocabulary.compact_ids(&mut batch.texts.ids);
-        // One thread per arm: small models leave most of a processor idle.
+        runs.iter_mut().for_each(|run| run.progress.truncated += batch.texts.truncated);
         let losses: Vec<Result<StepLosses, TrainError>> = thread::scope(|scope| {
             let batch = &batch;
-            let steps: Vec<_> = runs.iter_mut().map(|run| scope.spawn(move || run.step(batch, step, config, device))).collect();
+            let step = |(run, pool): (_, &rayon::ThreadPool)| pool.install(|| Run::step(run, batch, step, config, device));
+            let steps: Vec<_> = runs.iter_mut().zip(&pools).map(|arm| scope.spawn(move || step(arm))).collect();
             steps.into_iter().map(|step| step.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
         });
         for (index, (run, losses)) in runs.iter_mut().zip(losses).enumerate() {
@@ -247,10 +256,64 @@ pub fn train(
         if let Some(checkpointing) = checkpointing
             && ((step + 1) % checkpointing.every == 0 || step + 1 == config.steps)
         {
-            save(checkpointing, config, &runs, step + 1)?;
+            save(checkpointing, config, data, &runs, step + 1)?;
         }
     }
     runs.into_iter().map(|run| run.finish(config.steps, &vocabulary)).collect()
+}
+
+/// Refuses a model that would not understand the batches.
+fn check_model(arm: &Arm, set: &ImageTextSet, config: &TrainConfig) -> Result<(), TrainError> {
+    let (vision, text) = (&arm.model.vision, &arm.model.text);
+    let [patch_pixels, _] = vision.patch_embedding.weight.dims();
+    let [vision_tokens, _] = vision.position_embedding.dims();
+    let [context, _] = text.position_embedding.dims();
+    let [vocabulary, _] = text.token_embedding.weight.dims();
+    let pixels = 3 * set.image_size() * set.image_size();
+    let needed = config.batch.context_length;
+    let end = EndOfText::Id(ClipTokenizer::END_OF_TEXT.into());
+    let checks = [
+        ("vocabulary", vocabulary == ClipTokenizer::VOCAB_SIZE, ClipTokenizer::VOCAB_SIZE.to_string(), vocabulary.to_string()),
+        ("context length", context >= needed, format!("at least {needed}"), context.to_string()),
+        (
+            "pixel values",
+            patch_pixels * (vision_tokens - 1) == pixels,
+            pixels.to_string(),
+            (patch_pixels * (vision_tokens - 1)).to_string(),
+        ),
+        (
+            "end of text",
+            [EndOfText::HighestId, end].contains(&text.end_of_text),
+            format!("{:?} or {end:?}", EndOfText::HighestId),
+            format!("{:?}", text.end_of_text),
+        ),
+    ];
+    match checks.into_iter().find(|(_, good, ..)| !good) {
+        None => Ok(()),
+        Some((what, _, expected, found)) => Err(TrainError::Model { arm: arm.name.clone(), what, expected, found }),
+    }
+}
+
+/// Stands for the data and for where the arms start, so that a run is not resumed as another one.
+fn fingerprint_of(sets: &[&ImageTextSet], arms: &[Arm]) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    sets.iter().for_each(|set| set.hash(&mut hasher));
+    for arm in arms {
+        // One weight of each tower tells two models apart.
+        for weight in [arm.model.vision.patch_embedding.weight.val(), arm.model.text.projection.weight.val()] {
+            let values = weight.detach().try_into_vec_as::<f32>().expect("a float tensor reads as f32");
+            values.iter().for_each(|value| value.to_bits().hash(&mut hasher));
+        }
+    }
+    hasher.finish()
+}
+
+/// One pool of threads for each arm, which together have as many threads as there are cores. Models this small leave most of a shared
+/// pool idle, and arms that share one wait for each other.
+fn thread_pools(arms: usize) -> Vec<rayon::ThreadPool> {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let pool = || rayon::ThreadPoolBuilder::new().num_threads((cores / arms).max(1)).build().expect("threads can be started");
+    (0..arms).map(|_| pool()).collect()
 }
 
 /// One arm while it runs.
@@ -269,6 +332,9 @@ struct Run {
 struct Progress {
     /// Dropped share of each step so far.
     dropped: Vec<f64>,
+    /// Captions that were cut so far.
+    #[serde(default)]
+    truncated: usize,
     /// Ranks of each evaluation so far: (step, text ranks, image ranks).
     evaluations: Vec<(usize, Vec<usize>, Vec<usize>)>,
 }
@@ -351,6 +417,7 @@ impl Run {
         let tail = &self.progress.dropped[last..];
         Ok(TrainedArm {
             dropped: tail.iter().sum::<f64>() / tail.len().max(1) as f64,
+            truncated: self.progress.truncated,
             model: vocabulary.restore(self.model.valid(), &self.arm.model),
             name: self.arm.name,
             history: self.history,
@@ -368,16 +435,16 @@ struct Latest {
     progress: Vec<Progress>,
 }
 
-fn fingerprint(config: &TrainConfig, runs: &[Run]) -> String {
+fn fingerprint(config: &TrainConfig, data: u64, runs: &[Run]) -> String {
     let arms: Vec<_> = runs.iter().map(|run| (&run.arm.name, &run.arm.optimizer, &run.arm.auxiliary)).collect();
-    serde_json::to_string(&(config, arms)).expect("configurations are JSON")
+    serde_json::to_string(&(config, data, arms)).expect("configurations are JSON")
 }
 
 fn record_paths(folder: &Path, step: usize, arm: usize) -> [PathBuf; 2] {
     ["model", "optimizer"].map(|part| folder.join(format!("step-{step}-arm-{arm}-{part}.bpk")))
 }
 
-fn save(checkpointing: &Checkpointing, config: &TrainConfig, runs: &[Run], step: usize) -> Result<(), TrainError> {
+fn save(checkpointing: &Checkpointing, config: &TrainConfig, data: u64, runs: &[Run], step: usize) -> Result<(), TrainError> {
     let folder = &checkpointing.folder;
     let io = |path: &Path| {
         let path = path.to_path_buf();
@@ -394,8 +461,11 @@ fn save(checkpointing: &Checkpointing, config: &TrainConfig, runs: &[Run], step:
         record(&optimizer, run.optimizer.save(&optimizer))?;
         current.extend([model, optimizer]);
     }
-    let latest =
-        Latest { step, fingerprint: fingerprint(config, runs), progress: runs.iter().map(|run| run.progress.clone()).collect() };
+    let latest = Latest {
+        step,
+        fingerprint: fingerprint(config, data, runs),
+        progress: runs.iter().map(|run| run.progress.clone()).collect(),
+    };
     let path = folder.join("latest.json");
     crate::write_atomic(&path, &serde_json::to_vec(&latest).expect("progress is JSON")).map_err(io(&path))?;
     // Older records: nothing names them any more.
@@ -409,7 +479,7 @@ fn save(checkpointing: &Checkpointing, config: &TrainConfig, runs: &[Run], step:
 }
 
 /// The step to go on from, if the folder has a checkpoint; the runs are then as they were.
-fn resume(checkpointing: &Checkpointing, config: &TrainConfig, runs: &mut [Run]) -> Result<Option<usize>, TrainError> {
+fn resume(checkpointing: &Checkpointing, config: &TrainConfig, data: u64, runs: &mut [Run]) -> Result<Option<usize>, TrainError> {
     let path = checkpointing.folder.join("latest.json");
     if !path.is_file() {
         return Ok(None);
@@ -417,8 +487,11 @@ fn resume(checkpointing: &Checkpointing, config: &TrainConfig, runs: &mut [Run])
     let bad = |reason: String| TrainError::Checkpoint { path: path.clone(), reason };
     let text = fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
     let latest: Latest = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
-    if latest.fingerprint != fingerprint(config, runs) {
-        return Err(bad("the run in this folder has another configuration; take another folder or remove this one".into()));
+    if latest.fingerprint != fingerprint(config, data, runs) {
+        return Err(bad(
+            "the run in this folder has another configuration, other data or another start; take another folder or remove this one"
+                .into(),
+        ));
     }
     for (index, (run, progress)) in runs.iter_mut().zip(latest.progress).enumerate() {
         let [model, optimizer] = record_paths(&checkpointing.folder, latest.step, index);

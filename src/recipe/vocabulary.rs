@@ -3,7 +3,10 @@
 use burn::module::Param;
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 
-use crate::{clip::Clip, param::with_value};
+use crate::{
+    clip::{Clip, EndOfText},
+    param::with_value,
+};
 
 /// The token ids that occur in a data set, in ascending order, and their places.
 ///
@@ -50,15 +53,21 @@ impl CompactVocabulary {
         ids.iter_mut().for_each(|id| *id = self.place(*id));
     }
 
-    /// The model with only the embeddings of occurring ids. The [`EndOfText::HighestId`](crate::clip::EndOfText::HighestId)
-    /// rule still holds; a fixed id would not.
+    /// The model with only the embeddings of occurring ids; a fixed end-of-text id becomes its place.
+    ///
+    /// # Panics
+    /// When a fixed end-of-text id does not occur.
     pub fn compact(&self, mut model: Clip) -> Clip {
         model.text.token_embedding.weight = self.map(model.text.token_embedding.weight, |weight, ids| weight.select(0, ids));
+        if let EndOfText::Id(id) = model.text.end_of_text {
+            model.text.end_of_text = EndOfText::Id(self.place(id as i32).into());
+        }
         model
     }
 
     /// The compact model's embeddings back in the place they had in `full`.
     pub fn restore(&self, mut compact: Clip, full: &Clip) -> Clip {
+        compact.text.end_of_text = full.text.end_of_text;
         let original = full.text.token_embedding.weight.val().detach();
         compact.text.token_embedding.weight = self.map(compact.text.token_embedding.weight, |weight, ids| {
             let original = Tensor::from_data(original.into_data(), &weight.device());

@@ -68,7 +68,7 @@ pub enum Probe {
     Tokens {
         /// `[B, N, D]`
         tokens: Tensor<3>,
-        /// `[B, N]`, false for padding.
+        /// `[B, N]`, false for padding. For an encoder, leave it out: its tokens look at padding here, and padding differs.
         valid: Option<Tensor<2, Bool>>,
     },
     /// For a CLIP.

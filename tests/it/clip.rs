@@ -102,12 +102,26 @@ fn a_damaged_checkpoint_is_named() {
 }
 
 #[test]
-fn weights_that_are_not_finite_are_refused() {
+fn weights_that_are_not_finite_are_neither_written_nor_read() {
     let device = Device::default();
     let folder = tempfile::tempdir().unwrap();
-    let mut bad = dense(&device);
-    bad.model.logit_scale = bad.model.logit_scale.map(|_| Tensor::full([1], f32::NAN, &device));
-    bad.save_open_clip(folder.path(), Precision::F32).unwrap();
+    let mut checkpoint = dense(&device);
+    checkpoint.save_open_clip(folder.path(), Precision::F32).unwrap();
+    let weights = folder.path().join("open_clip_model.safetensors");
+    let good = fs::read(&weights).unwrap();
+
+    let scale = |value: f32| Tensor::full([1], value, &device);
+    checkpoint.model.logit_scale = checkpoint.model.logit_scale.map(|_| scale(1e6));
+    let error = checkpoint.save_open_clip(folder.path(), Precision::F16).unwrap_err().to_string();
+    assert!(error.starts_with("`logit_scale` holds 1 values that cannot be written"), "{error}");
+    assert_eq!(fs::read(&weights).unwrap(), good, "the old file is as it was");
+
+    // 1e6 as f32 stands in the file once; NaN takes its place.
+    checkpoint.save_open_clip(folder.path(), Precision::F32).unwrap();
+    let mut bytes = fs::read(&weights).unwrap();
+    let at = bytes.windows(4).position(|b| b == 1e6f32.to_le_bytes()).unwrap();
+    bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(&weights, bytes).unwrap();
     let error = ClipCheckpoint::load(folder.path(), &device).unwrap_err().to_string();
     assert!(error.ends_with("`logit_scale` holds 1 values that are not finite, of 1"), "{error}");
 }

@@ -70,6 +70,16 @@ fn losses_and_gradients_stay_finite_where_routing_is_extreme() {
 }
 
 #[test]
+fn no_token_at_all_has_no_loss_and_no_gradient() {
+    let device = Device::default().autodiff();
+    let layer = MoeFeedForwardConfig::new(4, 8, 4).init(&device);
+    let result = layer.forward(Tensor::<2>::zeros([0, 4], &device));
+    assert_eq!(result.output.dims(), [0, 4]);
+    let total = AuxiliaryLossConfig::new().init().forward(&[result.routing]).total;
+    assert_eq!(scalar(total), 0.0);
+}
+
+#[test]
 fn padding_counts_in_no_loss() {
     let device = Device::default();
     let layer = MoeFeedForwardConfig::new(4, 8, 4).init(&device);

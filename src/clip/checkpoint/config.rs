@@ -104,10 +104,27 @@ fn vocab_size() -> usize {
     49408
 }
 
+/// Settings whose value here says what is so anyway, or that say nothing about the weights.
+const KNOWN: [(&str, Option<&str>); 5] = [
+    ("pool_type", Some("tok")),
+    ("pool_type", Some("argmax")),
+    ("init_logit_scale", None),
+    ("hf_tokenizer_name", None),
+    ("tokenizer_kwargs", None),
+];
+
 /// A setting that is not known changes nothing when it is off; otherwise the model would be another one.
 fn refuse_unknown(part: &str, rest: &Map<String, Value>) -> Result<()> {
     for (name, value) in rest {
-        if !matches!(value, Value::Null | Value::Bool(false)) {
+        let off = match value {
+            Value::Null | Value::Bool(false) => true,
+            Value::Number(number) => number.as_f64() == Some(0.0),
+            Value::Object(map) => map.is_empty(),
+            Value::Array(list) => list.is_empty(),
+            _ => false,
+        };
+        let known = KNOWN.iter().any(|(known, wanted)| known == name && wanted.is_none_or(|wanted| value == wanted));
+        if !off && !known {
             return Err(ConfigFileError(format!("`{part}.{name}` = {value} is not supported")));
         }
     }
@@ -121,7 +138,7 @@ pub(super) fn from_open_clip(text: &str) -> Result<ClipConfig> {
     refuse_unknown("text_cfg", &model.text_cfg.rest)?;
     let activation = if model.quick_gelu { Activation::QuickGelu } else { Activation::Gelu };
     let encoder =
-        |width: usize, heads, layers, ratio: f64| EncoderConfig::new(width, heads, layers, (width as f64 * ratio).round() as usize);
+        |width: usize, heads, layers, ratio: f64| EncoderConfig::new(width, heads, layers, (width as f64 * ratio + 1e-6) as usize);
     let v = model.vision_cfg;
     let heads = v.width.checked_div(v.head_width).unwrap_or(0);
     let vision = VisionConfig::new(encoder(v.width, heads, v.layers, v.mlp_ratio), v.image_size, v.patch_size);
@@ -146,7 +163,15 @@ pub(super) fn to_open_clip(config: &ClipConfig) -> std::result::Result<String, C
             return Err(CheckpointError::NoPlace { what });
         }
     }
-    let ratio = |encoder: &EncoderConfig| encoder.d_ff as f64 / encoder.d_model as f64;
+    // open_clip cuts the fraction off the product; rounding in the quotient must not cost the last unit.
+    let ratio = |encoder: &EncoderConfig| {
+        let ratio = encoder.d_ff as f64 / encoder.d_model as f64;
+        if (ratio * encoder.d_model as f64) as usize == encoder.d_ff {
+            ratio
+        } else {
+            (encoder.d_ff as f64 + 1e-7) / encoder.d_model as f64
+        }
+    };
     let model = OpenClipModel {
         embed_dim: config.embed_dim,
         quick_gelu: vision.encoder.activation == Activation::QuickGelu,
@@ -223,9 +248,13 @@ impl<'a> Section<'a> {
         let activation = match activation.as_str() {
             "gelu" => Activation::Gelu,
             "quick_gelu" => Activation::QuickGelu,
+            "relu" => Activation::Relu,
+            "silu" | "swish" => Activation::Silu,
             other => {
-                let text =
-                    format!("`{}.hidden_act` = \"{other}\" is not supported: expected \"gelu\" or \"quick_gelu\"", self.name);
+                let text = format!(
+                    "`{}.hidden_act` = \"{other}\" is not supported: expected \"gelu\", \"quick_gelu\", \"relu\" or \"silu\"",
+                    self.name
+                );
                 return Err(ConfigFileError(text));
             }
         };

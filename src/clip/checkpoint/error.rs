@@ -93,6 +93,14 @@ pub enum CheckpointError {
         /// The tensor.
         source: crate::NonFiniteError,
     },
+    /// A value that is not finite, or does not fit the precision it should be written with.
+    #[error("`{tensor}` holds {count} values that cannot be written: not finite, or beyond what the precision holds")]
+    Overflow {
+        /// Its name in the file.
+        tensor: String,
+        /// How many values.
+        count: usize,
+    },
     /// The layout has no place for something this model has.
     #[error("open_clip's layout has no place for {what}")]
     NoPlace {

@@ -109,6 +109,15 @@ pub(super) fn decode(view: &TensorView) -> Option<Vec<f32>> {
     })
 }
 
+/// How many values would be written as something else than a finite number.
+pub(super) fn overflows(values: &[f32], precision: Precision) -> usize {
+    let fits = |v: f32| match precision {
+        Precision::F32 => v.is_finite(),
+        Precision::F16 => half::f16::from_f32(v).is_finite(),
+    };
+    values.iter().filter(|v| !fits(**v)).count()
+}
+
 pub(super) fn encode(values: &[f32], precision: Precision) -> Vec<u8> {
     match precision {
         Precision::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),

@@ -41,7 +41,7 @@ pub enum Precision {
 }
 
 /// Tensors of other writers' files that hold no parameter.
-const HARMLESS: [&str; 2] = ["text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"];
+const HARMLESS: [&str; 3] = ["attn_mask", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"];
 
 impl ClipCheckpoint {
     /// Reads a folder: `config.json` means Hugging Face's `CLIPModel` (with `model.safetensors`), `open_clip_config.json` means
@@ -58,7 +58,10 @@ impl ClipCheckpoint {
             ("open_clip_config.json", "open_clip_model.safetensors", Layout::OpenClip),
             ("config.json", "model.safetensors", Layout::HuggingFace),
         ];
-        let Some((config_name, weights_name, layout)) = kinds.into_iter().find(|kind| folder.join(kind.0).is_file()) else {
+        // Some folders hold the configurations of several layouts: the one whose weights are there counts.
+        let has = |name: &str| folder.join(name).is_file();
+        let whole = kinds.into_iter().find(|kind| has(kind.0) && has(kind.1));
+        let Some((config_name, weights_name, layout)) = whole.or_else(|| kinds.into_iter().find(|kind| has(kind.0))) else {
             return Err(CheckpointError::NoConfig { folder: folder.to_path_buf() });
         };
         let config_path = folder.join(config_name);
@@ -106,6 +109,12 @@ impl ClipCheckpoint {
             entry.store(array, fused.entry(entry.key.clone()).or_insert_with(|| Array::zeros(entry.stored_shape.clone())));
         }
         assert!(stored.is_empty(), "parameters that no layout names: {:?}", stored.keys());
+        for (tensor, array) in &fused {
+            let count = layout::overflows(&array.values, precision);
+            if count > 0 {
+                return Err(CheckpointError::Overflow { tensor: tensor.clone(), count });
+            }
+        }
         let dtype = match precision {
             Precision::F32 => Dtype::F32,
             Precision::F16 => Dtype::F16,
@@ -137,7 +146,8 @@ fn load_weights(path: &Path, bytes: &[u8], config: &ClipConfig, layout: Layout, 
     let mut loaded = BTreeMap::new();
     for entry in entries {
         let view = file.tensor(&entry.key).map_err(CheckpointError::safetensors(path))?;
-        if view.shape() != entry.stored_shape {
+        let is_scalar = entry.stored_shape.is_empty() && view.shape() == [1];
+        if view.shape() != entry.stored_shape && !is_scalar {
             return Err(CheckpointError::Shape {
                 path: path.to_path_buf(),
                 tensor: entry.key,

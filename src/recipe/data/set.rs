@@ -8,7 +8,7 @@ pub const IMAGE_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
 pub const IMAGE_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
 /// What an image can show. Two images of one concept are never in the same batch.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Concept {
     /// Captions; at least one. Evaluation uses all of them, training one at a time.
     pub captions: Vec<String>,
@@ -17,7 +17,7 @@ pub struct Concept {
 }
 
 /// Square RGB images of one size with their concepts.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Hash)]
 pub struct ImageTextSet {
     pub(super) image_size: usize,
     /// `[images, image_size, image_size, 3]`

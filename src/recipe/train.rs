@@ -1,10 +1,11 @@
 //! The training loop.
 
+mod checkpointing;
+
+pub use checkpointing::Checkpointing;
+
 use std::{
-    fs,
-    hash::{Hash, Hasher},
-    io,
-    path::{Path, PathBuf},
+    path::PathBuf,
     thread,
     time::{Duration, Instant},
 };
@@ -13,7 +14,7 @@ use burn::config::Config;
 use burn::module::{Module, ParamGroup};
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Tensor};
-use serde::{Deserialize, Serialize};
+use checkpointing::{Progress, fingerprint_of, resume, save};
 
 use super::{
     CompactVocabulary, Evaluation, WarmupCosine,
@@ -139,15 +140,6 @@ pub trait Observer {
 }
 
 impl Observer for () {}
-
-/// Where a run is kept, so that it can go on after it was stopped.
-#[derive(Debug, Clone)]
-pub struct Checkpointing {
-    /// A folder of this run's own.
-    pub folder: PathBuf,
-    /// Steps between checkpoints.
-    pub every: usize,
-}
 
 /// Why a run stopped.
 #[derive(Debug, thiserror::Error)]
@@ -294,20 +286,6 @@ fn check_model(arm: &Arm, set: &ImageTextSet, config: &TrainConfig) -> Result<()
     }
 }
 
-/// Stands for the data and for where the arms start, so that a run is not resumed as another one.
-fn fingerprint_of(sets: &[&ImageTextSet], arms: &[Arm]) -> u64 {
-    let mut hasher = std::hash::DefaultHasher::new();
-    sets.iter().for_each(|set| set.hash(&mut hasher));
-    for arm in arms {
-        // One weight of each tower tells two models apart.
-        for weight in [arm.model.vision.patch_embedding.weight.val(), arm.model.text.projection.weight.val()] {
-            let values = weight.detach().try_into_vec_as::<f32>().expect("a float tensor reads as f32");
-            values.iter().for_each(|value| value.to_bits().hash(&mut hasher));
-        }
-    }
-    hasher.finish()
-}
-
 /// One pool of threads for each arm, which together have as many threads as there are cores. Models this small leave most of a shared
 /// pool idle, and arms that share one wait for each other.
 fn thread_pools(arms: usize) -> Vec<rayon::ThreadPool> {
@@ -325,18 +303,6 @@ struct Run {
     history: Vec<(usize, Evaluation)>,
     time: Duration,
     timed_steps: usize,
-}
-
-/// What a checkpoint keeps of an arm beside its weights.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-struct Progress {
-    /// Dropped share of each step so far.
-    dropped: Vec<f64>,
-    /// Captions that were cut so far.
-    #[serde(default)]
-    truncated: usize,
-    /// Ranks of each evaluation so far: (step, text ranks, image ranks).
-    evaluations: Vec<(usize, Vec<usize>, Vec<usize>)>,
 }
 
 impl Run {
@@ -424,97 +390,5 @@ impl Run {
             time: self.time,
             timed_steps: self.timed_steps,
         })
-    }
-}
-
-/// What `latest.json` says: written last, so that what it names is whole.
-#[derive(Serialize, Deserialize)]
-struct Latest {
-    step: usize,
-    fingerprint: String,
-    progress: Vec<Progress>,
-}
-
-fn fingerprint(config: &TrainConfig, data: u64, runs: &[Run]) -> String {
-    let arms: Vec<_> = runs.iter().map(|run| (&run.arm.name, &run.arm.optimizer, &run.arm.auxiliary)).collect();
-    serde_json::to_string(&(config, data, arms)).expect("configurations are JSON")
-}
-
-fn record_paths(folder: &Path, step: usize, arm: usize) -> [PathBuf; 2] {
-    ["model", "optimizer"].map(|part| folder.join(format!("step-{step}-arm-{arm}-{part}.bpk")))
-}
-
-fn save(checkpointing: &Checkpointing, config: &TrainConfig, data: u64, runs: &[Run], step: usize) -> Result<(), TrainError> {
-    let folder = &checkpointing.folder;
-    let io = |path: &Path| {
-        let path = path.to_path_buf();
-        move |error: io::Error| TrainError::Checkpoint { path, reason: error.to_string() }
-    };
-    let record = |path: &Path, result: Result<(), burn::store::RecordError>| {
-        result.map_err(|error| TrainError::Checkpoint { path: path.to_path_buf(), reason: format!("{error:?}") })
-    };
-    fs::create_dir_all(folder).map_err(io(folder))?;
-    let mut current = Vec::new();
-    for (index, run) in runs.iter().enumerate() {
-        let [model, optimizer] = record_paths(folder, step, index);
-        record(&model, run.model.valid().save_file(&model))?;
-        record(&optimizer, run.optimizer.save(&optimizer))?;
-        current.extend([model, optimizer]);
-    }
-    let latest = Latest {
-        step,
-        fingerprint: fingerprint(config, data, runs),
-        progress: runs.iter().map(|run| run.progress.clone()).collect(),
-    };
-    let path = folder.join("latest.json");
-    crate::write_atomic(&path, &serde_json::to_vec(&latest).expect("progress is JSON")).map_err(io(&path))?;
-    // Older records: nothing names them any more.
-    for entry in fs::read_dir(folder).map_err(io(folder))?.flatten() {
-        let path = entry.path();
-        if path.extension().is_some_and(|e| e == "bpk") && !current.contains(&path) {
-            fs::remove_file(&path).map_err(io(&path))?;
-        }
-    }
-    Ok(())
-}
-
-/// The step to go on from, if the folder has a checkpoint; the runs are then as they were.
-fn resume(checkpointing: &Checkpointing, config: &TrainConfig, data: u64, runs: &mut [Run]) -> Result<Option<usize>, TrainError> {
-    let path = checkpointing.folder.join("latest.json");
-    if !path.is_file() {
-        return Ok(None);
-    }
-    let bad = |reason: String| TrainError::Checkpoint { path: path.clone(), reason };
-    let text = fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
-    let latest: Latest = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
-    if latest.fingerprint != fingerprint(config, data, runs) {
-        return Err(bad(
-            "the run in this folder has another configuration, other data or another start; take another folder or remove this one"
-                .into(),
-        ));
-    }
-    for (index, (run, progress)) in runs.iter_mut().zip(latest.progress).enumerate() {
-        let [model, optimizer] = record_paths(&checkpointing.folder, latest.step, index);
-        run.model = run.model.valid().try_load_file(&model).map_err(|error| bad(format!("{error:?}")))?.train();
-        run.optimizer = run.arm.optimizer.init().load(&optimizer).map_err(|error| bad(format!("{error:?}")))?;
-        run.history = progress
-            .evaluations
-            .iter()
-            .map(|(step, text, image)| (*step, Evaluation::from_ranks(text.clone(), image.clone())))
-            .collect();
-        run.progress = progress;
-    }
-    Ok(Some(latest.step))
-}
-
-impl CompactVocabulary {
-    /// The ids of all captions and tags of some sets.
-    pub fn of_sets(sets: &[&ImageTextSet]) -> Self {
-        let tokenizer = ClipTokenizer::new();
-        let texts = sets.iter().flat_map(|set| set.concepts()).flat_map(|concept| concept.captions.iter().chain(&concept.tags));
-        let mut ids: Vec<i32> = texts.flat_map(|text| tokenizer.encode(text)).collect();
-        ids.extend(tokenizer.encode(","));
-        ids.extend(tokenizer.pack::<[i32; 0]>(&[[]], 2).ids);
-        Self::new(ids)
     }
 }

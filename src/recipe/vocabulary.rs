@@ -3,8 +3,9 @@
 use burn::module::Param;
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 
+use super::data::ImageTextSet;
 use crate::{
-    clip::{Clip, EndOfText},
+    clip::{Clip, EndOfText, tokenizer::ClipTokenizer},
     param::with_value,
 };
 
@@ -25,6 +26,16 @@ impl CompactVocabulary {
         ids.sort_unstable();
         ids.dedup();
         Self { ids }
+    }
+
+    /// The ids of all captions and tags of some sets.
+    pub fn of_sets(sets: &[&ImageTextSet]) -> Self {
+        let tokenizer = ClipTokenizer::new();
+        let texts = sets.iter().flat_map(|set| set.concepts()).flat_map(|concept| concept.captions.iter().chain(&concept.tags));
+        let mut ids: Vec<i32> = texts.flat_map(|text| tokenizer.encode(text)).collect();
+        ids.extend(tokenizer.encode(","));
+        ids.extend(tokenizer.pack::<[i32; 0]>(&[[]], 2).ids);
+        Self::new(ids)
     }
 
     /// Number of ids that occur.

@@ -1,46 +1,38 @@
-//! Carries tokens to the slots of their experts and the results back.
+//! Carries tokens to the rows of their experts and the results back.
 
-use burn::tensor::Tensor;
+use burn::tensor::{Int, Tensor};
 
 use crate::{
-    ops,
-    plan::{DispatchPlan, SlotGrid},
+    ops::{self, RowIndex},
+    plan::DispatchPlan,
 };
 
 /// One trip: [`dispatch`](Self::dispatch) out, [`combine`](Self::combine) back.
 pub(crate) struct Dispatcher {
-    grid: SlotGrid,
+    index: RowIndex,
     gates: Tensor<2>,
-    num_experts: usize,
-    is_empty: bool,
 }
 
 impl Dispatcher {
-    pub(crate) fn new(plan: &DispatchPlan) -> Self {
-        let gates = plan.gates();
-        Self { grid: plan.slot_grid(&gates.device()), gates, num_experts: plan.num_experts(), is_empty: plan.num_rows() == 0 }
+    /// For `tokens` that go by `plan`.
+    pub(crate) fn new(plan: &DispatchPlan, tokens: &Tensor<2>) -> Self {
+        let device = tokens.device();
+        let index = plan.row_index(&device, ops::has_kernels(&device, tokens.dtype()));
+        Self { index, gates: plan.gates().cast(tokens.dtype()) }
     }
 
-    /// No choice has a slot: there is nothing to compute.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.is_empty
+    /// Where each expert's rows begin, `[E + 1]`; none when every expert has the same number.
+    pub(crate) fn offsets(&self) -> Option<&Tensor<1, Int>> {
+        self.index.offsets()
     }
 
-    /// `[T, D] -> [E, S, D]`; an empty slot holds zeros.
-    pub(crate) fn dispatch(&self, tokens: Tensor<2>) -> Tensor<3> {
-        let [_, d_model] = tokens.dims();
-        ops::dispatch(tokens, self.grid.slot_token.clone(), self.grid.has_empty_slots).reshape([
-            self.num_experts,
-            self.grid.slots,
-            d_model,
-        ])
+    /// `[T, D] -> [N, D]`, sorted by expert; an empty row holds zeros.
+    pub(crate) fn dispatch(&self, tokens: Tensor<2>) -> Tensor<2> {
+        ops::dispatch(tokens, &self.index)
     }
 
-    /// `[E, S, D] -> [T, D]`: the gate-weighted sum of each token's rows, exactly 0 for a token without one.
-    pub(crate) fn combine(&self, slots: Tensor<3>) -> Tensor<2> {
-        let [num_experts, per_expert, d_model] = slots.dims();
-        let dtype = slots.dtype();
-        let rows = slots.reshape([num_experts * per_expert, d_model]);
-        ops::combine(rows, self.gates.clone().cast(dtype), self.grid.choice_slot.clone(), self.grid.has_unseated_choices)
+    /// `[N, D] -> [T, D]`: the gate-weighted sum of each token's rows, exactly 0 for a token without one.
+    pub(crate) fn combine(&self, rows: Tensor<2>) -> Tensor<2> {
+        ops::combine(rows, self.gates.clone(), &self.index)
     }
 }

@@ -61,6 +61,7 @@ pub use files::write_atomic;
 pub use finite::{NonFiniteError, check_finite, check_finite_module};
 pub use loss::{AuxiliaryLoss, AuxiliaryLossConfig, AuxiliaryLossOutput, LossTerm, load_balancing_loss, router_z_loss};
 pub use moe::{MoeFeedForward, MoeFeedForwardConfig, MoeInput, MoeOutput};
+pub use ops::{Kernels, with_kernels};
 pub use plan::DispatchPlan;
 pub use router::{Router, RouterConfig, RouterOutput};
 pub use routing::Routing;

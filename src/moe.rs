@@ -174,12 +174,12 @@ impl MoeFeedForward {
     fn forward_tokens(&self, tokens: Tensor<2>, valid: Option<Vec<bool>>) -> (Tensor<2>, Routing) {
         let scores = self.router.forward(tokens.clone());
         let plan = self.assignment.assign(scores.probs.clone(), valid.as_deref(), self.phase(&tokens.device()));
-        let dispatcher = Dispatcher::new(&plan);
-        let output = if dispatcher.is_empty() {
+        let output = if plan.num_rows() == 0 {
             tokens.zeros_like()
         } else {
-            let slots = dispatcher.dispatch(tokens.clone());
-            dispatcher.combine(self.experts.forward(slots))
+            let dispatcher = Dispatcher::new(&plan, &tokens);
+            let rows = dispatcher.dispatch(tokens);
+            dispatcher.combine(self.experts.forward_rows(rows, dispatcher.offsets()))
         };
         let output = pass_on_unroutable(output, &scores.probs, &plan, valid.as_deref());
         (output, Routing { logits: scores.logits, probs: scores.probs, valid, plan })

@@ -2,6 +2,8 @@
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
+use crate::ops::{PaddedIndex, RaggedIndex, RowIndex};
+
 /// Marks a choice without a row and a slot without a token.
 const NONE: i32 = -1;
 
@@ -143,8 +145,24 @@ impl DispatchPlan {
         self.offsets.windows(2).enumerate().flat_map(|(expert, pair)| std::iter::repeat_n(expert, pair[1] - pair[0])).collect()
     }
 
-    /// The plan as index tensors of a slot grid `[E, S]`, where `S` is the largest load, for batched matrix products.
-    pub(crate) fn slot_grid(&self, device: &Device) -> SlotGrid {
+    /// The plan as index tensors: ragged for kernels, a slot grid of the largest load for batched matrix products.
+    pub(crate) fn row_index(&self, device: &Device, kernels: bool) -> RowIndex {
+        if kernels { RowIndex::Ragged(self.ragged_index(device)) } else { RowIndex::Padded(self.padded_index(device)) }
+    }
+
+    fn ragged_index(&self, device: &Device) -> RaggedIndex {
+        let mut row_choice = vec![0; self.num_rows()];
+        for (choice, &row) in self.choice_row.iter().enumerate().filter(|(_, row)| **row != NONE) {
+            row_choice[row as usize] = choice as i32;
+        }
+        RaggedIndex {
+            offsets: int_tensor(self.offsets.iter().map(|&offset| offset as i32).collect(), device),
+            row_choice: int_tensor(row_choice, device),
+            choice_row: int_tensor(self.choice_row.clone(), device),
+        }
+    }
+
+    fn padded_index(&self, device: &Device) -> PaddedIndex {
         let slots = self.load().into_iter().max().unwrap_or(0);
         let num_slots = slots * self.num_experts();
         let mut slot_token = vec![self.num_tokens as i32; num_slots];
@@ -157,28 +175,13 @@ impl DispatchPlan {
         }
         let choice_slot: Vec<i32> =
             self.choice_row.iter().map(|&row| if row == NONE { num_slots as i32 } else { row_slot[row as usize] }).collect();
-        SlotGrid {
-            slots,
+        PaddedIndex {
             has_empty_slots: self.num_rows() < num_slots,
             has_unseated_choices: self.num_rows() < self.choice_row.len(),
             slot_token: int_tensor(slot_token, device),
             choice_slot: int_tensor(choice_slot, device),
         }
     }
-}
-
-/// See [`DispatchPlan::slot_grid`].
-pub(crate) struct SlotGrid {
-    /// Slots per expert, `S`.
-    pub slots: usize,
-    /// Some slot has no token.
-    pub has_empty_slots: bool,
-    /// Some choice has no slot.
-    pub has_unseated_choices: bool,
-    /// Token of each slot, `[E · S]`; `T` for an empty one.
-    pub slot_token: Tensor<1, Int>,
-    /// Slot of each choice, `[T · M]`; `E · S` for a choice without one.
-    pub choice_slot: Tensor<1, Int>,
 }
 
 fn int_tensor(values: Vec<i32>, device: &Device) -> Tensor<1, Int> {
@@ -212,11 +215,15 @@ mod tests {
         assert_eq!(plan.kept_per_choice(), [2, 1]);
         assert_eq!(plan.row_expert(), [0, 1, 1]);
 
-        let grid = plan.slot_grid(&device);
-        assert_eq!(grid.slots, 2);
+        let grid = plan.padded_index(&device);
         assert!(grid.has_empty_slots && grid.has_unseated_choices);
         let ids = |t: Tensor<1, Int>| t.try_into_vec_as::<i32>().unwrap();
         assert_eq!(ids(grid.slot_token), [0, 3, 2, 0, 3, 3]);
         assert_eq!(ids(grid.choice_slot), [3, 0, 6, 6, 2, 6]);
+
+        let ragged = plan.ragged_index(&device);
+        assert_eq!(ids(ragged.offsets), [0, 1, 3, 3]);
+        assert_eq!(ids(ragged.row_choice), [1, 4, 0]);
+        assert_eq!(ids(ragged.choice_row), plan.choice_row());
     }
 }

@@ -3,7 +3,7 @@
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
 use burn::nn::Initializer;
-use burn::tensor::{Device, Tensor, assert_shape};
+use burn::tensor::{Device, Int, Tensor, assert_shape};
 
 use super::Activation;
 use crate::ops;
@@ -74,9 +74,18 @@ impl ExpertMlp {
     pub fn forward(&self, slots: Tensor<3>) -> Tensor<3> {
         let [num_experts, d_model, _] = self.dims();
         assert_shape!(slots, [num_experts, _, d_model]);
-        let hidden = ops::grouped_linear(slots, self.w_in.val(), self.b_in.as_ref().map(|b| b.val()));
-        let hidden = self.activation.forward(hidden);
-        ops::grouped_linear(hidden, self.w_out.val(), self.b_out.as_ref().map(|b| b.val()))
+        let [_, per_expert, _] = slots.dims();
+        let (device, shape) = (slots.device(), slots.shape());
+        let offsets = ops::has_kernels(&device, slots.dtype())
+            .then(|| Tensor::arange(0..num_experts as i64 + 1, &device) * per_expert as i64);
+        self.forward_rows(slots.reshape([num_experts * per_expert, d_model]), offsets.as_ref()).reshape(shape)
+    }
+
+    /// Every expert over its own rows, `[N, D] -> [N, D]`; `offsets` as [`ops::grouped_linear`] takes it.
+    pub(crate) fn forward_rows(&self, rows: Tensor<2>, offsets: Option<&Tensor<1, Int>>) -> Tensor<2> {
+        let bias = |bias: &Option<Param<Tensor<2>>>| bias.as_ref().map(|b| b.val());
+        let hidden = ops::grouped_linear(rows, self.w_in.val(), bias(&self.b_in), Some(self.activation), offsets);
+        ops::grouped_linear(hidden, self.w_out.val(), bias(&self.b_out), None, offsets)
     }
 }
 

@@ -1,7 +1,6 @@
 //! Expert feed-forward networks with stacked weights: one tensor per weight, the expert index in front.
 
-mod activation;
 mod mlp;
 
-pub use activation::Activation;
+pub use crate::ops::Activation;
 pub use mlp::{ExpertMlp, ExpertMlpConfig};

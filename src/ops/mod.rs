@@ -1,7 +1,230 @@
-//! The backend seam: moving rows and multiplying them by their expert's weights.
+//! The backend seam: moving rows, multiplying them by their expert's weights, and the activation in between.
 //!
-//! This room knows tensors only: no module, no configuration, no plan.
+//! This room knows tensors only: no module, no configuration, no plan. Each function here picks a backend's own kernels or the
+//! reference; [`RowIndex`] carries the pick from one function to the next, because the two lay out rows differently.
 
+mod activation;
+mod choice;
 mod reference;
 
-pub(crate) use reference::{combine, dispatch, grouped_linear};
+#[cfg(feature = "flex")]
+mod autodiff;
+#[cfg(feature = "flex")]
+mod extension;
+#[cfg(feature = "flex")]
+mod flex;
+
+use burn::tensor::{Int, Tensor};
+
+pub use activation::Activation;
+pub(crate) use choice::has_kernels;
+pub use choice::{Kernels, with_kernels};
+
+/// Which token each row of the experts' input comes from, and the way back.
+#[derive(Clone, Debug)]
+pub(crate) enum RowIndex {
+    /// `N = R` rows sorted by expert, without padding: what kernels take.
+    Ragged(RaggedIndex),
+    /// `N = E · S` rows, `S` for each expert: what batched matrix products take.
+    Padded(PaddedIndex),
+}
+
+impl RowIndex {
+    /// Where each expert's rows begin, when the rows are ragged.
+    pub(crate) fn offsets(&self) -> Option<&Tensor<1, Int>> {
+        match self {
+            Self::Ragged(index) => Some(&index.offsets),
+            Self::Padded(_) => None,
+        }
+    }
+}
+
+/// See [`RowIndex::Ragged`].
+#[derive(Clone, Debug)]
+pub(crate) struct RaggedIndex {
+    /// First row of each expert and the end, `[E + 1]`.
+    pub offsets: Tensor<1, Int>,
+    /// Choice of each row, `t · M + m`, `[R]`.
+    pub row_choice: Tensor<1, Int>,
+    /// Row of each choice, `[T · M]`; −1 for a choice without one.
+    pub choice_row: Tensor<1, Int>,
+}
+
+/// See [`RowIndex::Padded`].
+#[derive(Clone, Debug)]
+pub(crate) struct PaddedIndex {
+    /// Some row has no token.
+    pub has_empty_slots: bool,
+    /// Some choice has no row.
+    pub has_unseated_choices: bool,
+    /// Token of each row, `[E · S]`; `T` for an empty one.
+    pub slot_token: Tensor<1, Int>,
+    /// Row of each choice, `[T · M]`; `E · S` for a choice without one.
+    pub choice_slot: Tensor<1, Int>,
+}
+
+/// Gathers the token of each row; a padded row holds zeros.
+///
+/// # Shapes
+/// - tokens: `[T, D]`
+/// - output: `[N, D]`
+pub(crate) fn dispatch(tokens: Tensor<2>, index: &RowIndex) -> Tensor<2> {
+    match index {
+        RowIndex::Ragged(index) => kernel::dispatch(tokens, index),
+        RowIndex::Padded(index) => reference::gather(tokens, index.slot_token.clone(), index.has_empty_slots),
+    }
+}
+
+/// One linear map and activation per expert: `out[r] = act(rows[r] · weight[e(r)] + bias[e(r)])`.
+///
+/// With `offsets` (where each expert's rows begin, `[E + 1]`) the kernels run; without, every expert has `N / E` rows.
+///
+/// # Shapes
+/// - rows: `[N, D]`
+/// - weight: `[E, D, F]`
+/// - bias: `[E, F]`
+/// - output: `[N, F]`
+pub(crate) fn grouped_linear(
+    rows: Tensor<2>,
+    weight: Tensor<3>,
+    bias: Option<Tensor<2>>,
+    activation: Option<Activation>,
+    offsets: Option<&Tensor<1, Int>>,
+) -> Tensor<2> {
+    if let Some(offsets) = offsets {
+        return kernel::grouped_linear(rows, weight, bias, activation, offsets.clone());
+    }
+    let [num_experts, d_in, d_out] = weight.dims();
+    let [num_rows, _] = rows.dims();
+    let out = reference::batched_linear(rows.reshape([num_experts, num_rows / num_experts, d_in]), weight, bias);
+    let out = match activation {
+        Some(activation) => reference::activation(out, activation),
+        None => out,
+    };
+    out.reshape([num_rows, d_out])
+}
+
+/// Sums the rows of each token's choices, weighted: `out[t] = Σ_m gates[t, m] · rows[row of choice (t, m)]`; a choice without a row
+/// adds nothing.
+///
+/// # Shapes
+/// - rows: `[N, D]`
+/// - gates: `[T, M]`
+/// - output: `[T, D]`
+pub(crate) fn combine(rows: Tensor<2>, gates: Tensor<2>, index: &RowIndex) -> Tensor<2> {
+    match index {
+        RowIndex::Ragged(index) => kernel::combine(rows, gates, index),
+        RowIndex::Padded(index) => reference::combine(rows, gates, index.choice_slot.clone(), index.has_unseated_choices),
+    }
+}
+
+/// The activation of every element; any shape.
+pub(crate) fn activation<const R: usize>(x: Tensor<R>, activation: Activation) -> Tensor<R> {
+    if has_kernels(&x.device(), x.dtype()) {
+        return kernel::activation(x, activation);
+    }
+    reference::activation(x, activation)
+}
+
+/// `act(x · weight + bias)` with one weight for all rows.
+///
+/// # Shapes
+/// - x: `[T, D]`
+/// - weight: `[D, F]`
+/// - bias: `[F]`
+/// - output: `[T, F]`
+pub(crate) fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>, act: Option<Activation>) -> Tensor<2> {
+    if has_kernels(&x.device(), x.dtype()) {
+        let offsets = Tensor::from_data([0, x.dims()[0] as i32], &x.device());
+        return kernel::grouped_linear(x, weight.unsqueeze_dim(0), bias.map(|b| b.unsqueeze_dim(0)), act, offsets);
+    }
+    let out = burn::tensor::module::linear(x, weight, bias);
+    match act {
+        Some(act) => reference::activation(out, act),
+        None => out,
+    }
+}
+
+/// The kernels as functions of tensors.
+#[cfg(feature = "flex")]
+mod kernel {
+    use burn::backend::Dispatch;
+    use burn::tensor::{Int, Tensor};
+
+    use super::{Activation, RaggedIndex, extension::MoeOps};
+
+    pub(super) fn activation<const R: usize>(x: Tensor<R>, activation: Activation) -> Tensor<R> {
+        Tensor::from_dispatch(Dispatch::moe_activation(x.into_dispatch(), activation))
+    }
+
+    pub(super) fn dispatch(tokens: Tensor<2>, index: &RaggedIndex) -> Tensor<2> {
+        let (row_choice, choice_row) = (index.row_choice.clone(), index.choice_row.clone());
+        Tensor::from_dispatch(Dispatch::moe_dispatch(
+            tokens.into_dispatch(),
+            row_choice.into_dispatch(),
+            choice_row.into_dispatch(),
+        ))
+    }
+
+    pub(super) fn grouped_linear(
+        rows: Tensor<2>,
+        weight: Tensor<3>,
+        bias: Option<Tensor<2>>,
+        activation: Option<Activation>,
+        offsets: Tensor<1, Int>,
+    ) -> Tensor<2> {
+        let [num_experts, _, d_out] = weight.dims();
+        let bias = bias.unwrap_or_else(|| Tensor::zeros([num_experts, d_out], &weight.device()));
+        let (out, _) = Dispatch::moe_grouped_linear(
+            rows.into_dispatch(),
+            weight.into_dispatch(),
+            bias.into_dispatch(),
+            offsets.into_dispatch(),
+            activation,
+            false,
+        );
+        Tensor::from_dispatch(out)
+    }
+
+    pub(super) fn combine(rows: Tensor<2>, gates: Tensor<2>, index: &RaggedIndex) -> Tensor<2> {
+        let (row_choice, choice_row) = (index.row_choice.clone(), index.choice_row.clone());
+        Tensor::from_dispatch(Dispatch::moe_combine(
+            rows.into_dispatch(),
+            gates.into_dispatch(),
+            row_choice.into_dispatch(),
+            choice_row.into_dispatch(),
+        ))
+    }
+}
+
+/// What stands in their place where no backend has any; `has_kernels` says so.
+#[cfg(not(feature = "flex"))]
+mod kernel {
+    use burn::tensor::{Int, Tensor};
+
+    use super::{Activation, RaggedIndex};
+
+    const NONE: &str = "no backend with kernels is built in";
+
+    pub(super) fn activation<const R: usize>(_: Tensor<R>, _: Activation) -> Tensor<R> {
+        unreachable!("{NONE}")
+    }
+
+    pub(super) fn dispatch(_: Tensor<2>, _: &RaggedIndex) -> Tensor<2> {
+        unreachable!("{NONE}")
+    }
+
+    pub(super) fn grouped_linear(
+        _: Tensor<2>,
+        _: Tensor<3>,
+        _: Option<Tensor<2>>,
+        _: Option<Activation>,
+        _: Tensor<1, Int>,
+    ) -> Tensor<2> {
+        unreachable!("{NONE}")
+    }
+
+    pub(super) fn combine(_: Tensor<2>, _: Tensor<2>, _: &RaggedIndex) -> Tensor<2> {
+        unreachable!("{NONE}")
+    }
+}

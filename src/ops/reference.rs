@@ -1,6 +1,8 @@
 //! Reference bodies in plain tensor operations, right on every backend; the oracle for every faster one.
 
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Int, Tensor, activation as burn_activation};
+
+use super::Activation;
 
 /// Gathers the row of each slot: `out[s] = x[index[s]]`, and zero where `index[s] = T`.
 ///
@@ -8,7 +10,7 @@ use burn::tensor::{Int, Tensor};
 /// - x: `[T, D]`
 /// - index: `[N]`
 /// - output: `[N, D]`
-pub(crate) fn dispatch(x: Tensor<2>, index: Tensor<1, Int>, has_empty: bool) -> Tensor<2> {
+pub(super) fn gather(x: Tensor<2>, index: Tensor<1, Int>, has_empty: bool) -> Tensor<2> {
     with_zero_row(x, has_empty).select(0, index)
 }
 
@@ -19,7 +21,7 @@ pub(crate) fn dispatch(x: Tensor<2>, index: Tensor<1, Int>, has_empty: bool) -> 
 /// - gates: `[T, M]`
 /// - index: `[T · M]`
 /// - output: `[T, D]`
-pub(crate) fn combine(rows: Tensor<2>, gates: Tensor<2>, index: Tensor<1, Int>, has_unseated: bool) -> Tensor<2> {
+pub(super) fn combine(rows: Tensor<2>, gates: Tensor<2>, index: Tensor<1, Int>, has_unseated: bool) -> Tensor<2> {
     let [num_tokens, num_choices] = gates.dims();
     let [_, d_model] = rows.dims();
     let picked = with_zero_row(rows, has_unseated).select(0, index).reshape([num_tokens, num_choices, d_model]);
@@ -33,11 +35,21 @@ pub(crate) fn combine(rows: Tensor<2>, gates: Tensor<2>, index: Tensor<1, Int>, 
 /// - weight: `[E, D, F]`
 /// - bias: `[E, F]`
 /// - output: `[E, S, F]`
-pub(crate) fn grouped_linear(x: Tensor<3>, weight: Tensor<3>, bias: Option<Tensor<2>>) -> Tensor<3> {
+pub(super) fn batched_linear(x: Tensor<3>, weight: Tensor<3>, bias: Option<Tensor<2>>) -> Tensor<3> {
     let out = x.matmul(weight);
     match bias {
         Some(bias) => out + bias.unsqueeze_dim(1),
         None => out,
+    }
+}
+
+/// The activation of every element; any shape.
+pub(super) fn activation<const R: usize>(x: Tensor<R>, activation: Activation) -> Tensor<R> {
+    match activation {
+        Activation::Gelu => burn_activation::gelu(x),
+        Activation::QuickGelu => x.clone() * burn_activation::sigmoid(x * 1.702),
+        Activation::Relu => burn_activation::relu(x),
+        Activation::Silu => burn_activation::silu(x),
     }
 }
 

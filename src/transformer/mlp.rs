@@ -5,7 +5,7 @@ use burn::module::{Content, DisplaySettings, Module, ModuleDisplay};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Tensor, assert_shape};
 
-use crate::experts::Activation;
+use crate::{experts::Activation, ops};
 
 /// Configuration of an [`Mlp`].
 #[derive(Config, Debug)]
@@ -56,7 +56,13 @@ impl Mlp {
     pub fn forward<const R: usize>(&self, x: Tensor<R>) -> Tensor<R> {
         let [d_model, _] = self.linear_in.weight.shape().dims();
         assert_shape!(x, [.., d_model]);
-        self.linear_out.forward(self.activation.forward(self.linear_in.forward(x)))
+        let shape = x.shape();
+        let tokens = x.reshape([shape.num_elements() / d_model, d_model]);
+        let linear = |x, linear: &Linear, activation| {
+            ops::linear(x, linear.weight.val(), linear.bias.as_ref().map(|bias| bias.val()), activation)
+        };
+        let hidden = linear(tokens, &self.linear_in, Some(self.activation));
+        linear(hidden, &self.linear_out, None).reshape(shape)
     }
 }
 

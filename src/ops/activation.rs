@@ -1,6 +1,6 @@
-//! The non-linearity between an expert's two linear maps.
+//! The non-linearity between a feed-forward network's two linear maps.
 
-use burn::tensor::{Tensor, activation};
+use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 /// Element-wise activation of a feed-forward network.
@@ -20,11 +20,6 @@ pub enum Activation {
 impl Activation {
     /// Applies the function to every element; any shape.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        match self {
-            Self::Gelu => activation::gelu(x),
-            Self::QuickGelu => x.clone() * activation::sigmoid(x * 1.702),
-            Self::Relu => activation::relu(x),
-            Self::Silu => activation::silu(x),
-        }
+        super::activation(x, *self)
     }
 }

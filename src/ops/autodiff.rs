@@ -1,0 +1,185 @@
+//! Backward passes of the kernels, by hand: gathers and grouped products again, each gradient buffer written once.
+
+use burn::backend::TensorMetadata;
+use burn::backend::autodiff::{
+    Autodiff,
+    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+    grads::Gradients,
+    ops::{Backward, Ops, OpsKind},
+};
+use burn::backend::tensor::{FloatTensor, IntTensor};
+
+use super::{Activation, extension::MoeOps};
+
+const FIRST_ORDER: &str = "gradients of gradients are not supported by this crate's kernels";
+
+#[derive(Debug)]
+struct ActivationStep;
+
+impl<B: MoeOps> Backward<B, 1> for ActivationStep {
+    type State = (FloatTensor<B>, Activation);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let ([x_node], (x, activation)) = (ops.parents, ops.state);
+        let grad = grads.consume::<B>(&ops.node);
+        if let Some(node) = x_node {
+            grads.register::<B>(node.id, B::moe_activation_backward(x, grad, activation));
+        }
+    }
+}
+
+#[derive(Debug)]
+struct DispatchStep;
+
+impl<B: MoeOps> Backward<B, 1> for DispatchStep {
+    type State = (IntTensor<B>, usize);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let ([x_node], (choice_row, num_tokens)) = (ops.parents, ops.state);
+        let grad = grads.consume::<B>(&ops.node);
+        if let Some(node) = x_node {
+            grads.register::<B>(node.id, B::moe_dispatch_backward(grad, choice_row, num_tokens));
+        }
+    }
+}
+
+#[derive(Debug)]
+struct CombineStep;
+
+impl<B: MoeOps> Backward<B, 2> for CombineStep {
+    type State = (FloatTensor<B>, FloatTensor<B>, IntTensor<B>, IntTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let ([rows_node, gates_node], (rows, gates, row_choice, choice_row)) = (ops.parents, ops.state);
+        let grad = grads.consume::<B>(&ops.node);
+        if let Some(node) = gates_node {
+            grads.register::<B>(node.id, B::moe_combine_backward_gates(grad.clone(), rows, choice_row));
+        }
+        if let Some(node) = rows_node {
+            grads.register::<B>(node.id, B::moe_combine_backward_rows(grad, gates, row_choice));
+        }
+    }
+}
+
+#[derive(Debug)]
+struct GroupedLinearStep;
+
+/// What [`GroupedLinearStep`] keeps; `pre` only where an activation follows.
+#[derive(Debug, Clone)]
+struct GroupedLinearState<B: MoeOps> {
+    x: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    offsets: IntTensor<B>,
+    activation: Option<(Activation, FloatTensor<B>)>,
+}
+
+impl<B: MoeOps> Backward<B, 3> for GroupedLinearStep {
+    type State = GroupedLinearState<B>;
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let ([x_node, weight_node, bias_node], state) = (ops.parents, ops.state);
+        let mut grad = grads.consume::<B>(&ops.node);
+        if let Some((activation, pre)) = state.activation {
+            grad = B::moe_activation_backward(pre, grad, activation);
+        }
+        if let Some(node) = bias_node {
+            grads.register::<B>(node.id, B::moe_grouped_linear_backward_bias(grad.clone(), state.offsets.clone()));
+        }
+        if let Some(node) = weight_node {
+            let weight_grad = B::moe_grouped_linear_backward_weight(state.x, grad.clone(), state.offsets.clone());
+            grads.register::<B>(node.id, weight_grad);
+        }
+        if let Some(node) = x_node {
+            grads.register::<B>(node.id, B::moe_grouped_linear_backward_x(grad, state.weight, state.offsets));
+        }
+    }
+}
+
+impl<B: MoeOps, C: CheckpointStrategy> MoeOps for Autodiff<B, C> {
+    fn moe_activation(x: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
+        match ActivationStep.prepare::<C>([x.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let x = x.into_primitive();
+                let out = B::moe_activation(x.clone(), activation);
+                prep.finish((x, activation), out)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::moe_activation(x.into_primitive(), activation)),
+        }
+    }
+
+    fn moe_dispatch(x: FloatTensor<Self>, row_choice: IntTensor<Self>, choice_row: IntTensor<Self>) -> FloatTensor<Self> {
+        let num_tokens = x.shape()[0];
+        match DispatchStep.prepare::<C>([x.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let out = B::moe_dispatch(x.into_primitive(), row_choice, choice_row.clone());
+                prep.finish((choice_row, num_tokens), out)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::moe_dispatch(x.into_primitive(), row_choice, choice_row)),
+        }
+    }
+
+    fn moe_combine(
+        rows: FloatTensor<Self>,
+        gates: FloatTensor<Self>,
+        row_choice: IntTensor<Self>,
+        choice_row: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let step = CombineStep.prepare::<C>([rows.node(), gates.node()]).compute_bound().stateful();
+        let (rows, gates) = (rows.into_primitive(), gates.into_primitive());
+        let out = B::moe_combine(rows.clone(), gates.clone(), row_choice.clone(), choice_row.clone());
+        match step {
+            OpsKind::Tracked(prep) => prep.finish((rows, gates, row_choice, choice_row), out),
+            OpsKind::UnTracked(prep) => prep.finish(out),
+        }
+    }
+
+    fn moe_grouped_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        activation: Option<Activation>,
+        _keep_pre: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let step = GroupedLinearStep.prepare::<C>([x.node(), weight.node(), bias.node()]).compute_bound().stateful();
+        let (x, weight, bias) = (x.into_primitive(), weight.into_primitive(), bias.into_primitive());
+        let forward = |x, weight, offsets, keep_pre| B::moe_grouped_linear(x, weight, bias, offsets, activation, keep_pre);
+        let out = match step {
+            OpsKind::Tracked(prep) => {
+                let (out, pre) = forward(x.clone(), weight.clone(), offsets.clone(), true);
+                let activation = activation.map(|activation| (activation, pre));
+                prep.finish(GroupedLinearState { x, weight, offsets, activation }, out)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(forward(x, weight, offsets, false).0),
+        };
+        (out.clone(), out)
+    }
+
+    fn moe_activation_backward(_: FloatTensor<Self>, _: FloatTensor<Self>, _: Activation) -> FloatTensor<Self> {
+        unimplemented!("{FIRST_ORDER}")
+    }
+
+    fn moe_dispatch_backward(_: FloatTensor<Self>, _: IntTensor<Self>, _: usize) -> FloatTensor<Self> {
+        unimplemented!("{FIRST_ORDER}")
+    }
+
+    fn moe_combine_backward_rows(_: FloatTensor<Self>, _: FloatTensor<Self>, _: IntTensor<Self>) -> FloatTensor<Self> {
+        unimplemented!("{FIRST_ORDER}")
+    }
+
+    fn moe_combine_backward_gates(_: FloatTensor<Self>, _: FloatTensor<Self>, _: IntTensor<Self>) -> FloatTensor<Self> {
+        unimplemented!("{FIRST_ORDER}")
+    }
+
+    fn moe_grouped_linear_backward_x(_: FloatTensor<Self>, _: FloatTensor<Self>, _: IntTensor<Self>) -> FloatTensor<Self> {
+        unimplemented!("{FIRST_ORDER}")
+    }
+
+    fn moe_grouped_linear_backward_weight(_: FloatTensor<Self>, _: FloatTensor<Self>, _: IntTensor<Self>) -> FloatTensor<Self> {
+        unimplemented!("{FIRST_ORDER}")
+    }
+
+    fn moe_grouped_linear_backward_bias(_: FloatTensor<Self>, _: IntTensor<Self>) -> FloatTensor<Self> {
+        unimplemented!("{FIRST_ORDER}")
+    }
+}

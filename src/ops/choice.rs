@@ -1,0 +1,58 @@
+//! Kernel or reference: decided here and nowhere else.
+
+use std::cell::Cell;
+
+use burn::tensor::{DType, Device};
+
+/// Which bodies run under the layers: this crate's own for the backend at hand, or plain tensor operations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Kernels {
+    /// The backend's own kernels where there are some (today: f32 on burn's CPU backend), plain tensor operations elsewhere.
+    #[default]
+    Fastest,
+    /// Plain tensor operations everywhere: what every kernel is tested against.
+    Reference,
+}
+
+thread_local! {
+    static KERNELS: Cell<Kernels> = const { Cell::new(Kernels::Fastest) };
+}
+
+/// Runs `body` with another choice on this thread; a backward pass follows the choice of its forward pass.
+///
+/// ```
+/// # use burn::tensor::{Device, Distribution, Tensor};
+/// # use burn_moe::{Kernels, MoeFeedForwardConfig, with_kernels};
+/// # let device = Device::default();
+/// # let layer = MoeFeedForwardConfig::new(8, 16, 4).init(&device);
+/// # let x = Tensor::<2>::random([6, 8], Distribution::Default, &device);
+/// let fast = layer.forward(x.clone()).output;
+/// let plain = with_kernels(Kernels::Reference, || layer.forward(x).output);
+/// # let difference = (fast - plain).abs().max().into_scalar::<f32>();
+/// # assert!(difference < 1e-5);
+/// ```
+pub fn with_kernels<R>(kernels: Kernels, body: impl FnOnce() -> R) -> R {
+    struct Restore(Kernels);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            KERNELS.set(self.0);
+        }
+    }
+    let _restore = Restore(KERNELS.replace(kernels));
+    body()
+}
+
+/// Whether this crate has kernels for tensors of `dtype` on `device`, and may use them.
+pub(crate) fn has_kernels(device: &Device, dtype: DType) -> bool {
+    #[cfg(feature = "flex")]
+    {
+        use burn::backend::DispatchDevice;
+        let on_flex = matches!(device.clone().inner().as_dispatch(), DispatchDevice::Flex(_));
+        KERNELS.get() == Kernels::Fastest && dtype == DType::F32 && on_flex
+    }
+    #[cfg(not(feature = "flex"))]
+    {
+        let _ = (device, dtype);
+        false
+    }
+}

@@ -1,0 +1,143 @@
+//! Kernels for burn's CPU backend, f32.
+
+mod gemm;
+mod grouped;
+mod pointwise;
+mod rows;
+
+use burn::backend::{
+    Flex,
+    flex::FlexTensor,
+    tensor::{FloatTensor, IntTensor},
+};
+use burn::tensor::{DType, TensorData};
+
+use super::{Activation, extension::MoeOps};
+
+impl MoeOps for Flex {
+    fn moe_activation(x: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
+        let x = x.to_contiguous();
+        tensor(pointwise::activation(floats(&x), activation), &x.layout().shape().to_vec())
+    }
+
+    fn moe_activation_backward(x: FloatTensor<Self>, grad: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
+        let (x, grad) = (x.to_contiguous(), grad.to_contiguous());
+        tensor(pointwise::activation_backward(floats(&x), floats(&grad), activation), &x.layout().shape().to_vec())
+    }
+
+    fn moe_dispatch(x: FloatTensor<Self>, row_choice: IntTensor<Self>, choice_row: IntTensor<Self>) -> FloatTensor<Self> {
+        let x = x.to_contiguous();
+        let [num_tokens, width] = x.layout().shape().dims();
+        let num_choices = choice_row.layout().num_elements() / num_tokens;
+        let row_choice = indices(&row_choice);
+        tensor(rows::gather(floats(&x), width, &row_choice, num_choices), &[row_choice.len(), width])
+    }
+
+    fn moe_dispatch_backward(grad: FloatTensor<Self>, choice_row: IntTensor<Self>, num_tokens: usize) -> FloatTensor<Self> {
+        let grad = grad.to_contiguous();
+        let [_, width] = grad.layout().shape().dims();
+        tensor(rows::sum(floats(&grad), width, &indices(&choice_row), num_tokens), &[num_tokens, width])
+    }
+
+    fn moe_combine(
+        rows: FloatTensor<Self>,
+        gates: FloatTensor<Self>,
+        _row_choice: IntTensor<Self>,
+        choice_row: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let (rows, gates) = (rows.to_contiguous(), gates.to_contiguous());
+        let ([_, width], [num_tokens, _]) = (rows.layout().shape().dims(), gates.layout().shape().dims());
+        tensor(rows::weighted_sum(floats(&rows), width, floats(&gates), &indices(&choice_row), num_tokens), &[num_tokens, width])
+    }
+
+    fn moe_combine_backward_rows(
+        grad: FloatTensor<Self>,
+        gates: FloatTensor<Self>,
+        row_choice: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let (grad, gates) = (grad.to_contiguous(), gates.to_contiguous());
+        let ([_, width], [_, num_choices]) = (grad.layout().shape().dims(), gates.layout().shape().dims());
+        let row_choice = indices(&row_choice);
+        tensor(rows::weighted_gather(floats(&grad), width, floats(&gates), &row_choice, num_choices), &[row_choice.len(), width])
+    }
+
+    fn moe_combine_backward_gates(
+        grad: FloatTensor<Self>,
+        rows: FloatTensor<Self>,
+        choice_row: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let (grad, rows) = (grad.to_contiguous(), rows.to_contiguous());
+        let [num_tokens, width] = grad.layout().shape().dims();
+        let choice_row = indices(&choice_row);
+        let num_choices = choice_row.len() / num_tokens;
+        tensor(rows::products(floats(&grad), floats(&rows), width, &choice_row, num_choices), &[num_tokens, num_choices])
+    }
+
+    fn moe_grouped_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        activation: Option<Activation>,
+        keep_pre: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (x, weight, bias) = (x.to_contiguous(), weight.to_contiguous(), bias.to_contiguous());
+        let ([num_rows, _], [_, d_in, d_out]) = (x.layout().shape().dims(), weight.layout().shape().dims());
+        let maps = grouped::Maps { weight: floats(&weight), d_in, d_out };
+        let (out, pre) = grouped::linear(floats(&x), &maps, floats(&bias), &offset_values(&offsets), activation, keep_pre);
+        let out = tensor(out, &[num_rows, d_out]);
+        let pre = pre.map_or_else(|| out.clone(), |pre| tensor(pre, &[num_rows, d_out]));
+        (out, pre)
+    }
+
+    fn moe_grouped_linear_backward_x(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let (grad, weight) = (grad.to_contiguous(), weight.to_contiguous());
+        let ([num_rows, _], [_, d_in, d_out]) = (grad.layout().shape().dims(), weight.layout().shape().dims());
+        let maps = grouped::Maps { weight: floats(&weight), d_in, d_out };
+        tensor(grouped::backward_x(floats(&grad), &maps, &offset_values(&offsets)), &[num_rows, d_in])
+    }
+
+    fn moe_grouped_linear_backward_weight(
+        x: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let (x, grad) = (x.to_contiguous(), grad.to_contiguous());
+        let ([_, d_in], [_, d_out]) = (x.layout().shape().dims(), grad.layout().shape().dims());
+        let offsets = offset_values(&offsets);
+        tensor(grouped::backward_weight(floats(&x), floats(&grad), [d_in, d_out], &offsets), &[offsets.len() - 1, d_in, d_out])
+    }
+
+    fn moe_grouped_linear_backward_bias(grad: FloatTensor<Self>, offsets: IntTensor<Self>) -> FloatTensor<Self> {
+        let grad = grad.to_contiguous();
+        let [_, d_out] = grad.layout().shape().dims();
+        let offsets = offset_values(&offsets);
+        tensor(grouped::backward_bias(floats(&grad), d_out, &offsets), &[offsets.len() - 1, d_out])
+    }
+}
+
+fn floats(x: &FlexTensor) -> &[f32] {
+    x.as_slice().expect("a contiguous f32 tensor")
+}
+
+fn tensor(values: Vec<f32>, shape: &[usize]) -> FlexTensor {
+    FlexTensor::from_data(TensorData::new(values, shape.to_vec()))
+}
+
+/// Integers of either width that burn's devices may be set to; a negative one means "none".
+fn indices(x: &FlexTensor) -> Vec<i32> {
+    let x = x.to_contiguous();
+    match x.dtype() {
+        DType::I32 => x.as_slice::<i32>().expect("contiguous").to_vec(),
+        DType::I64 => x.as_slice::<i64>().expect("contiguous").iter().map(|&v| v as i32).collect(),
+        dtype => panic!("indices of dtype {dtype:?}: expected I32 or I64"),
+    }
+}
+
+fn offset_values(x: &FlexTensor) -> Vec<usize> {
+    indices(x).into_iter().map(|v| v as usize).collect()
+}

@@ -56,6 +56,12 @@ struct Args {
     /// Attention heads of both towers
     #[arg(long, default_value_t = 2)]
     heads: usize,
+    /// Hidden width of the feed-forward networks; four times the width unless given
+    #[arg(long)]
+    d_ff: Option<usize>,
+    /// Side of a patch in pixels
+    #[arg(long, default_value_t = 8)]
+    patch_size: usize,
     #[arg(long, default_value_t = 5)]
     vision_layers: usize,
     #[arg(long, default_value_t = 3)]
@@ -114,8 +120,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 fn config(args: &Args, image_size: usize) -> ClipConfig {
-    let encoder = |layers| EncoderConfig::new(args.width, args.heads, layers, 4 * args.width);
-    let vision = VisionConfig::new(encoder(args.vision_layers), image_size, 8);
+    let encoder = |layers| EncoderConfig::new(args.width, args.heads, layers, args.d_ff.unwrap_or(4 * args.width));
+    let vision = VisionConfig::new(encoder(args.vision_layers), image_size, args.patch_size);
     let text = TextConfig::new(encoder(args.text_layers)).with_context_length(24);
     ClipConfig::new(vision, text, args.embed_dim)
 }

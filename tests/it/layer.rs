@@ -3,8 +3,8 @@
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use burn_moe::{
-    Activation, Capacity, ExpertMlpConfig, GateNormalization, MoeFeedForward, MoeFeedForwardConfig, MoeInput, RouterConfig,
-    RoutingStats, TokenChoiceConfig,
+    Activation, Capacity, ExpertMlpConfig, GateNormalization, Kernels, MoeFeedForward, MoeFeedForwardConfig, MoeInput,
+    RouterConfig, RoutingStats, TokenChoiceConfig, with_kernels,
 };
 use proptest::prelude::*;
 
@@ -122,11 +122,13 @@ proptest! {
         let device = Device::default();
         let layer = layer(&case, &device);
         let x = numbers([case.t, case.d], case.seed, &device);
-        let result = layer.forward(MoeInput::new(x.clone()).valid(mask(&case.valid, &device)));
-        let masked: Vec<f32> = values(&x);
-        let (expected, rows) = naive(&case, &layer, &masked);
-        prop_assert!(largest_difference(&values(&result.output), &expected) < 1e-4);
-        prop_assert_eq!(result.routing.plan.num_rows(), rows);
+        let (expected, rows) = naive(&case, &layer, &values(&x));
+        for kernels in [Kernels::Fastest, Kernels::Reference] {
+            let input = MoeInput::new(x.clone()).valid(mask(&case.valid, &device));
+            let result = with_kernels(kernels, || layer.forward(input));
+            prop_assert!(largest_difference(&values(&result.output), &expected) < 1e-4, "{:?}", kernels);
+            prop_assert_eq!(result.routing.plan.num_rows(), rows);
+        }
     }
 
     #[test]

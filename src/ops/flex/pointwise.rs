@@ -153,7 +153,7 @@ fn normal_cdf(x: f32) -> f32 {
     let x = between(x, -NORMAL_END, NORMAL_END);
     let u = x * x;
     let p = 2.403_909_7e-8;
-    let p = p * u + 6.462_521_7e-6;
+    let p = p * u + 6.462_521_6e-6;
     let p = p * u + 1.651_495_5e-4;
     let p = p * u + 4.657_541e-3;
     let p = p * u + 3.335_701_8e-2;

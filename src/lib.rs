@@ -23,7 +23,7 @@
 //!   `store`), and the training recipe: `recipe` (feature `train`).
 //!
 //! # Guides
-//! The modules of [`guide`]: notation, architecture, training. What was measured is in `docs/results.md`.
+//! The modules of [`guide`]: notation, architecture, kernels, training. What was measured is in `docs/results.md`.
 #![warn(clippy::print_stdout)]
 
 mod assignment;
@@ -82,6 +82,9 @@ pub mod guide {
     /// How the crate is built, and why.
     #[doc = include_str!("../docs/architecture.md")]
     pub mod architecture {}
+    /// What the layers compute with.
+    #[doc = include_str!("../docs/kernels.md")]
+    pub mod kernels {}
     /// From a dense CLIP to a better sparse one.
     #[cfg(feature = "train")]
     #[doc = include_str!("../docs/training.md")]

@@ -1,0 +1,37 @@
+//! A sparse ViT-B/16 CLIP against the dense one, forward, batch 8.
+//!
+//! ```sh
+//! cargo bench --bench clip
+//! ```
+
+mod support;
+
+use std::hint::black_box;
+
+use burn::tensor::{Device, Distribution, Int, Tensor};
+use burn_moe::clip::{Clip, ClipConfig, SparseClipConfig};
+use criterion::{Criterion, criterion_group, criterion_main};
+use support::paired;
+
+const BATCH: usize = 8;
+
+fn clip(criterion: &mut Criterion) {
+    let device = Device::default();
+    let dense = ClipConfig::vit_b_16();
+    let sparse = dense.clone().sparse(SparseClipConfig::clip_up());
+    println!("FLOP ratio of sparse over dense: {:.3}", sparse.cost().gflops() / dense.cost().gflops());
+    let images = Tensor::<4>::random([BATCH, 3, 224, 224], Distribution::Normal(0.0, 1.0), &device);
+    // Captions that fill the context: the end-of-text token, CLIP's largest, in the last place.
+    let text: Vec<i64> = (0..BATCH).flat_map(|_| (1..77).chain([49407])).collect();
+    let text = Tensor::<1, Int>::from_ints(&text[..], &device).reshape([BATCH, 77]);
+    let flops = 1e9 * BATCH as f64 * sparse.cost().gflops();
+    let (dense, sparse) = (dense.init(&device), sparse.init(&device));
+    let run = |model: &Clip| {
+        black_box(model.forward(images.clone(), text.clone()));
+        device.sync().expect("the device is there");
+    };
+    paired(criterion, "clip/b16/forward", 1.0, Some(flops), &mut || run(&dense), &mut || run(&sparse));
+}
+
+criterion_group!(benches, clip);
+criterion_main!(benches);

@@ -1,0 +1,180 @@
+//! What every bench does alike: paired timing, and inputs with routing to order.
+#![allow(dead_code)] // Each bench uses its part.
+
+use std::{
+    hint::black_box,
+    time::{Duration, Instant},
+};
+
+use burn::module::Param;
+use burn::tensor::{Device, Distribution, Tensor};
+use burn_moe::{Capacity, MoeFeedForward, MoeFeedForwardConfig, TokenChoiceConfig};
+use criterion::{Criterion, SamplingMode};
+
+pub(crate) const EXPERTS: usize = 8;
+pub(crate) const TOP_K: usize = 2;
+
+/// One feed-forward layer of a CLIP.
+#[derive(Clone, Copy)]
+pub(crate) struct Shape {
+    pub(crate) name: &'static str,
+    pub(crate) tokens: usize,
+    pub(crate) d_model: usize,
+    pub(crate) d_ff: usize,
+}
+
+pub(crate) const SHAPES: [Shape; 3] = [
+    Shape { name: "b16-image", tokens: 3152, d_model: 768, d_ff: 3072 },
+    Shape { name: "b16-text", tokens: 1232, d_model: 512, d_ff: 2048 },
+    Shape { name: "l14", tokens: 2056, d_model: 1024, d_ff: 4096 },
+];
+
+impl Shape {
+    /// Floating-point operations of the active experts, forward.
+    pub(crate) fn flops(&self) -> f64 {
+        (TOP_K * 2 * 2 * self.tokens * self.d_model * self.d_ff) as f64
+    }
+}
+
+/// How the tokens are spread over the experts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Load {
+    /// Exactly equal loads.
+    Even,
+    /// One expert with twice the mean load, the others equal.
+    Skewed,
+}
+
+impl Load {
+    pub(crate) const ALL: [Load; 2] = [Load::Even, Load::Skewed];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Load::Even => "even",
+            Load::Skewed => "skewed",
+        }
+    }
+
+    /// The first and second choice of a token.
+    fn choices(self, token: usize, experts: usize) -> [usize; 2] {
+        match self {
+            Load::Even => [token % experts, (token + 1 + token / experts % (experts - 1)) % experts],
+            // Every second token goes to expert 0: T/2 of 2 T choices, twice the mean of T/4 for 8 experts.
+            Load::Skewed if token.is_multiple_of(2) => [0, 1 + token / 2 % (experts - 1)],
+            Load::Skewed => {
+                let first = token / 2 % (experts - 1);
+                [1 + first, 1 + (first + 1 + token / (2 * (experts - 1)) % (experts - 2)) % (experts - 1)]
+            }
+        }
+    }
+}
+
+/// Tokens `[T, D]` whose first `E` entries are their logits for [`with_plain_router`].
+pub(crate) fn tokens(num_tokens: usize, d_model: usize, experts: usize, load: Load, device: &Device) -> Tensor<2> {
+    let mut logits = vec![0.0f32; num_tokens * experts];
+    for token in 0..num_tokens {
+        let [first, second] = load.choices(token, experts);
+        logits[token * experts + first] = 4.0;
+        logits[token * experts + second] = 3.0;
+    }
+    let logits = Tensor::<1>::from_floats(&logits[..], device).reshape([num_tokens, experts]);
+    let rest = Tensor::random([num_tokens, d_model - experts], Distribution::Normal(0.0, 1.0), device);
+    Tensor::cat(vec![logits, rest], 1)
+}
+
+/// The layer with a router that reads a token's first `E` entries as its logits.
+pub(crate) fn with_plain_router(mut layer: MoeFeedForward) -> MoeFeedForward {
+    let [d_model, experts] = layer.router.weight.shape().dims();
+    let mut identity = vec![0.0f32; d_model * experts];
+    (0..experts).for_each(|e| identity[e * experts + e] = 1.0);
+    let weight = Tensor::<1>::from_floats(&identity[..], &layer.router.weight.device()).reshape([d_model, experts]);
+    layer.router.weight = Param::from_tensor(weight);
+    layer
+}
+
+/// A layer with one capacity for training and inference, and [`with_plain_router`].
+pub(crate) fn sparse_layer(d_model: usize, d_ff: usize, experts: usize, capacity: Capacity, device: &Device) -> MoeFeedForward {
+    let assignment = TokenChoiceConfig::new().with_training_capacity(capacity).with_inference_capacity(capacity);
+    with_plain_router(MoeFeedForwardConfig::new(d_model, d_ff, experts).with_assignment(assignment.into()).init(device))
+}
+
+/// Checks that the loads are what the bench says they are.
+pub(crate) fn assert_load(layer: &MoeFeedForward, x: &Tensor<2>, load: Load) {
+    let routing = layer.forward(x.clone()).routing;
+    let asked = routing.plan.asked();
+    let (busiest, mean) = (*asked.iter().max().unwrap() as f64, asked.iter().sum::<usize>() as f64 / asked.len() as f64);
+    let expected = if load == Load::Even { 1.0 } else { 2.0 };
+    assert!((busiest / mean - expected).abs() < 0.01, "loads {asked:?}: expected the busiest at {expected} times the mean");
+}
+
+/// Forward and backward of `Σ y`, and the wait for both.
+pub(crate) fn backward(y: Tensor<2>, device: &Device) {
+    black_box(y.sum().backward());
+    device.sync().expect("the device is there");
+}
+
+/// Forward alone, and the wait for it.
+pub(crate) fn finish(y: Tensor<2>, device: &Device) {
+    black_box(y);
+    device.sync().expect("the device is there");
+}
+
+fn timed(body: &mut dyn FnMut()) -> Duration {
+    let start = Instant::now();
+    body();
+    start.elapsed()
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Times `base` and `ours` in turn and prints the median of their ratios, times `scale`, as `ratio NAME VALUE`; criterion reports
+/// `ours`. `flops` are those of one call of `ours`, for a line `gflops NAME VALUE`.
+pub(crate) fn paired(
+    criterion: &mut Criterion,
+    name: &str,
+    scale: f64,
+    flops: Option<f64>,
+    base: &mut dyn FnMut(),
+    ours: &mut dyn FnMut(),
+) {
+    let (group, rest) = name.split_once('/').expect("a name of several parts");
+    let mut pairs = Vec::new();
+    let mut group = criterion.benchmark_group(group);
+    group.sampling_mode(SamplingMode::Flat).sample_size(10);
+    group.warm_up_time(Duration::from_millis(50)).measurement_time(Duration::from_millis(500));
+    group.bench_function(rest, |bencher| {
+        bencher.iter_custom(|iterations| {
+            let mut total = Duration::ZERO;
+            for _ in 0..iterations {
+                let pair = (timed(base), timed(ours));
+                pairs.push((pair.0.as_secs_f64(), pair.1.as_secs_f64()));
+                total += pair.1;
+            }
+            total
+        });
+    });
+    group.finish();
+    // The first pair pays for cold caches; nothing was run when a filter on the command line left this bench out.
+    let pairs = pairs.split_off(1.min(pairs.len()));
+    if pairs.is_empty() {
+        return;
+    }
+    println!("ratio {name} {:.3}", scale * median(pairs.iter().map(|(base, ours)| ours / base).collect()));
+    if let Some(flops) = flops {
+        println!("gflops {name} {:.1}", flops / median(pairs.iter().map(|(_, ours)| *ours).collect()) / 1e9);
+    }
+}
+
+/// Prints the rate of the largest plain matrix product of this run, in GFLOP/s: what the others are held against.
+pub(crate) fn print_peak(rows: usize, inner: usize, cols: usize, device: &Device) {
+    let random = |shape: [usize; 2]| Tensor::<2>::random(shape, Distribution::Default, device);
+    let (lhs, rhs) = (random([rows, inner]), random([inner, cols]));
+    let rates = (0..6).map(|_| {
+        let time = timed(&mut || finish(lhs.clone().matmul(rhs.clone()), device));
+        (2 * rows * inner * cols) as f64 / time.as_secs_f64() / 1e9
+    });
+    println!("gflops matmul/{rows}x{inner}x{cols} {:.1}", median(rates.skip(1).collect()));
+}

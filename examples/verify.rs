@@ -21,8 +21,9 @@ use burn::{
     tensor::{Bool, Device, Int, Tensor, TensorData},
 };
 use burn_moe::{
-    Activation, Capacity, ExpertMlpConfig, GateNormalization, MoeFeedForwardConfig, MoeInput, RoutingStats, TokenChoiceConfig,
-    clip::checkpoint::ClipCheckpoint, device_by_name, load_balancing_loss, router_z_loss,
+    Activation, AssignmentConfig, Capacity, ExpertChoiceConfig, ExpertMlpConfig, FillOrder, GateNormalization,
+    MoeFeedForwardConfig, MoeInput, RoutingStats, TokenChoiceConfig, clip::checkpoint::ClipCheckpoint, device_by_name,
+    global_entropy_loss, importance_loss, load_balancing_loss, router_z_loss,
 };
 use clap::Parser;
 use safetensors::{Dtype, SafeTensors};
@@ -169,6 +170,10 @@ struct Case {
     protected_tokens: usize,
     load_balancing_loss: f64,
     router_z_loss: f64,
+    #[serde(default)]
+    importance_loss: Option<f64>,
+    #[serde(default)]
+    entropy_of_mean: Option<f64>,
     mean_token_entropy: f64,
     dropped_fraction: f64,
     /// Options of later cases: known here only so that one that does not exist yet can be named.
@@ -180,16 +185,7 @@ impl Case {
     fn config(&self) -> Result<MoeFeedForwardConfig, Box<dyn Error>> {
         let missing =
             |option: &str, value: &str| Err(format!("the case needs `{option}` = {value}, which does not exist yet").into());
-        if self.policy != "token_choice" {
-            return missing("policy", &self.policy);
-        }
-        if self.fill_order != "choice_major" {
-            return missing("fill_order", &self.fill_order);
-        }
-        if self.protected_tokens > 0 {
-            return missing("protected_tokens", &self.protected_tokens.to_string());
-        }
-        let known = ["padding_tokens", "importance_loss", "entropy_of_mean"];
+        let known = ["padding_tokens"];
         let off = |value: &serde_json::Value| value.is_null() || value == false || value.as_f64() == Some(0.0);
         if let Some((option, value)) = self.rest.iter().find(|(option, value)| !known.contains(&option.as_str()) && !off(value)) {
             return missing(option, &value.to_string());
@@ -207,14 +203,26 @@ impl Case {
             "silu" => Activation::Silu,
             other => return missing("activation", other),
         };
+        let fill_order = match self.fill_order.as_str() {
+            "choice_major" => FillOrder::ChoiceMajor,
+            "token_major" => FillOrder::TokenMajor,
+            "batch_priority" => FillOrder::BatchPriority,
+            other => return missing("fill_order", other),
+        };
         let capacity = Capacity::Fixed(self.slots);
-        let assignment = TokenChoiceConfig::new()
-            .with_top_k(self.top_k)
-            .with_gate_normalization(normalization)
-            .with_training_capacity(capacity)
-            .with_inference_capacity(capacity);
+        let assignment: AssignmentConfig = match self.policy.as_str() {
+            "token_choice" => TokenChoiceConfig::new()
+                .with_top_k(self.top_k)
+                .with_gate_normalization(normalization)
+                .with_fill_order(fill_order)
+                .with_training_capacity(capacity)
+                .with_inference_capacity(capacity)
+                .into(),
+            "expert_choice" => ExpertChoiceConfig::new().with_capacity(capacity).into(),
+            other => return missing("policy", other),
+        };
         let config = MoeFeedForwardConfig::new(self.d_model, self.d_ff, self.num_experts)
-            .with_assignment(assignment.into())
+            .with_assignment(assignment)
             .with_experts(ExpertMlpConfig::new().with_activation(activation));
         config.validate()?;
         Ok(config)
@@ -241,7 +249,12 @@ fn layer_case(folder: &Path, device: &Device, errors: &mut Errors) -> Result<(),
     let tokens = reference.tensor("tokens", [t, d], &device)?.require_grad();
     let valid: Vec<bool> = reference.values("valid")?.iter().map(|v| *v != 0.0).collect();
     let mask = Tensor::<1, Bool>::from_data(TensorData::new(valid.clone(), [t]), &device);
-    let result = moe.forward(MoeInput::new(tokens.clone()).valid(mask));
+    let mut input = MoeInput::new(tokens.clone()).valid(mask);
+    if case.protected_tokens > 0 {
+        let protected: Vec<bool> = reference.values("protected")?.iter().map(|v| *v != 0.0).collect();
+        input = input.protected(Tensor::<1, Bool>::from_data(TensorData::new(protected, [t]), &device));
+    }
+    let result = moe.forward(input);
     let (routing, plan) = (&result.routing, &result.routing.plan);
 
     // What the router says of padding is of no consequence.
@@ -272,6 +285,14 @@ fn layer_case(folder: &Path, device: &Device, errors: &mut Errors) -> Result<(),
     let stats = RoutingStats::new(routing);
     errors.check_tensor("load_balancing_loss", balance.clone(), &[case.load_balancing_loss], FORWARD);
     errors.check_tensor("router_z_loss", z.clone(), &[case.router_z_loss], FORWARD);
+    if let Some(expected) = case.importance_loss {
+        errors.check_tensor("importance_loss", importance_loss(routing), &[expected], FORWARD);
+    }
+    if let Some(expected) = case.entropy_of_mean {
+        // The global entropy loss is ln E − H of the mean, as H never exceeds ln E.
+        let found = (e as f64).ln() - values(global_entropy_loss(routing, e as f64))[0];
+        errors.check("entropy_of_mean", &[found], &[expected], FORWARD);
+    }
     errors.check("mean_token_entropy", &[stats.entropy], &[case.mean_token_entropy], FORWARD);
     errors.check("dropped_fraction", &[stats.dropped], &[case.dropped_fraction], FORWARD);
 

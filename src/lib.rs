@@ -39,6 +39,7 @@ mod loss;
 mod moe;
 mod ops;
 mod param;
+mod phase;
 mod plan;
 mod router;
 mod routing;
@@ -51,23 +52,30 @@ pub mod clip;
 #[cfg(feature = "train")]
 pub mod recipe;
 
-pub use assignment::{AssignmentConfig, FillOrder, GateNormalization, Phase, TokenChoiceConfig};
+pub use assignment::{
+    AssignmentConfig, AssignmentInput, ExpertChoiceConfig, FillOrder, GateNormalization, TokenChoiceConfig, TokenGroups,
+};
 pub use capacity::Capacity;
 pub use cost::Cost;
 pub use device::{DeviceError, device_by_name};
 pub use error::ConfigError;
-pub use experts::{Activation, ExpertMlp, ExpertMlpConfig};
+pub use experts::{Activation, ExpertMlp, ExpertMlpConfig, FeedForwardForm};
 pub use files::write_atomic;
 pub use finite::{NonFiniteError, check_finite, check_finite_module};
-pub use loss::{AuxiliaryLoss, AuxiliaryLossConfig, AuxiliaryLossOutput, LossTerm, load_balancing_loss, router_z_loss};
+pub use loss::{
+    AuxiliaryLoss, AuxiliaryLossConfig, AuxiliaryLossOutput, LossTerm, global_entropy_loss, importance_loss, load_balancing_loss,
+    load_loss, local_entropy_loss, router_z_loss,
+};
 pub use moe::{MoeFeedForward, MoeFeedForwardConfig, MoeInput, MoeOutput};
 pub use ops::{Kernels, with_kernels};
+pub use phase::Phase;
 pub use plan::DispatchPlan;
-pub use router::{Router, RouterConfig, RouterOutput};
+pub use router::{BalancingBias, Router, RouterConfig, RouterNoise, RouterOutput, RouterScore};
 pub use routing::Routing;
 pub use stats::RoutingStats;
 pub use transformer::{
-    BlockSelection, Encoder, EncoderConfig, EncoderOutput, FeedForward, Mlp, MlpConfig, SparseEncoderConfig, TransformerBlock,
+    BlockSelection, Encoder, EncoderConfig, EncoderOutput, FeedForward, Mlp, MlpConfig, Protection, SparseEncoderConfig,
+    TokenMarks, TransformerBlock,
 };
 pub use upcycle::{
     DenseFeedForward, DenseWeights, Probe, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy,

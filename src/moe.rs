@@ -2,14 +2,15 @@
 
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Flag, Module, ModuleDisplay, Param};
-use burn::tensor::{Bool, Device, Tensor, TensorData};
+use burn::tensor::{Bool, Device, Shape, Tensor, TensorData};
 
 use crate::{
-    assignment::{AssignmentConfig, Phase},
+    assignment::{AssignmentConfig, AssignmentInput},
     dispatch::Dispatcher,
     error::{ConfigError, expect_valid},
     experts::{ExpertMlp, ExpertMlpConfig},
-    router::{Router, RouterConfig},
+    phase::Phase,
+    router::{Router, RouterConfig, RouterOutput},
     routing::{Routing, invalid_mask},
 };
 
@@ -31,6 +32,9 @@ pub struct MoeFeedForwardConfig {
     /// The experts. Default: [`ExpertMlpConfig::new`]
     #[config(default = "ExpertMlpConfig::new()")]
     pub experts: ExpertMlpConfig,
+    /// Hidden width of an expert that every valid token passes, added without a gate (DeepSeekMoE,
+    /// [arXiv 2401.06066](https://arxiv.org/abs/2401.06066), section 3.2). Default: none
+    pub shared_expert: Option<usize>,
 }
 
 /// A sparse feed-forward layer: `y_t = Σ_k gate[t, k] · FFN_{e(t, k)}(x_t)` over the choices that have a slot.
@@ -47,6 +51,8 @@ pub struct MoeFeedForward {
     pub router: Router,
     /// The feed-forward networks.
     pub experts: ExpertMlp,
+    /// One more network, which every valid token passes; experts of one, `[1, D, F']`.
+    pub shared_expert: Option<ExpertMlp>,
     /// Turns scores into seats.
     #[module(skip)]
     pub assignment: AssignmentConfig,
@@ -68,8 +74,32 @@ pub struct MoeFeedForward {
 #[derive(Debug, Clone)]
 pub struct MoeInput<const R: usize> {
     x: Tensor<R>,
-    valid: Option<Tensor<1, Bool>>,
-    mask_shape: Vec<usize>,
+    valid: Option<TokenMask>,
+    protected: Option<TokenMask>,
+}
+
+/// A flag per token, and the shape it came in.
+#[derive(Debug, Clone)]
+struct TokenMask {
+    flags: Tensor<1, Bool>,
+    shape: Vec<usize>,
+}
+
+impl TokenMask {
+    fn new<const M: usize>(mask: Tensor<M, Bool>) -> Self {
+        Self { shape: mask.dims().to_vec(), flags: mask.flatten(0, M as i32 - 1) }
+    }
+
+    /// The flags on the host, if the mask fits tokens of `shape`.
+    fn read(self, shape: &Shape, num_tokens: usize) -> Vec<bool> {
+        let leading = &shape[..shape.num_dims() - 1];
+        assert!(
+            self.shape == leading || self.shape == [num_tokens],
+            "a mask of shape {:?} does not fit tokens of shape {shape:?}: expected {leading:?} or [{num_tokens}]",
+            self.shape
+        );
+        self.flags.into_data().iter::<bool>().collect()
+    }
 }
 
 /// What a [`MoeFeedForward`] returns.
@@ -84,14 +114,20 @@ pub struct MoeOutput<const R: usize> {
 impl<const R: usize> MoeInput<R> {
     /// Tokens `[.., D]`, all valid.
     pub fn new(x: Tensor<R>) -> Self {
-        Self { x, valid: None, mask_shape: Vec::new() }
+        Self { x, valid: None, protected: None }
     }
 
     /// Which tokens are not padding; the shape is that of the input without its last axis, or `[T]`. Padding gets no slot, comes out as
     /// exactly 0, and counts in no loss and no statistic.
     pub fn valid<const M: usize>(mut self, mask: Tensor<M, Bool>) -> Self {
-        self.mask_shape = mask.dims().to_vec();
-        self.valid = Some(mask.flatten(0, M as i32 - 1));
+        self.valid = Some(TokenMask::new(mask));
+        self
+    }
+
+    /// Which tokens are seated before all others; the shape as for [`valid`](Self::valid). A choice of a protected token is dropped only
+    /// when more protected choices than slots name its expert. Only token choice has protected tokens.
+    pub fn protected<const M: usize>(mut self, mask: Tensor<M, Bool>) -> Self {
+        self.protected = Some(TokenMask::new(mask));
         self
     }
 }
@@ -110,10 +146,10 @@ impl MoeFeedForwardConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         ConfigError::non_zero("d_model", self.d_model)?;
         ConfigError::non_zero("d_ff", self.d_ff)?;
-        if !(self.router.init_std.is_finite() && self.router.init_std >= 0.0) {
-            let reason = "a standard deviation must be finite and not negative";
-            return Err(ConfigError::OutOfRange { field: "router.init_std", value: self.router.init_std, reason });
+        if let Some(d_ff) = self.shared_expert {
+            ConfigError::non_zero("shared_expert", d_ff)?;
         }
+        self.router.validate()?;
         self.assignment.validate(self.num_experts)
     }
 
@@ -126,6 +162,7 @@ impl MoeFeedForwardConfig {
         MoeFeedForward {
             router: self.router.init(self.d_model, self.num_experts, device),
             experts: self.experts.init(self.num_experts, self.d_model, self.d_ff, device),
+            shared_expert: self.shared_expert.map(|d_ff| self.experts.init(1, self.d_model, d_ff, device)),
             assignment: self.assignment.clone(),
             training: Param::from_bool(true),
         }
@@ -145,7 +182,7 @@ impl MoeFeedForward {
     /// # Panics
     /// When the last axis is not `D`, or a mask has neither the leading axes of the input nor `[T]`.
     pub fn forward<const R: usize>(&self, input: impl Into<MoeInput<R>>) -> MoeOutput<R> {
-        let MoeInput { x, valid, mask_shape } = input.into();
+        let MoeInput { x, valid, protected } = input.into();
         let shape = x.shape();
         let [_, d_model, _] = self.experts.dims();
         assert!(
@@ -153,59 +190,79 @@ impl MoeFeedForward {
             "tokens of shape {shape:?} do not fit a layer of width {d_model}: expected [.., {d_model}]"
         );
         let num_tokens = shape.num_elements() / d_model;
-        let valid = valid.map(|mask| {
-            let leading = &shape[..R - 1];
-            assert!(
-                mask_shape == leading || mask_shape == [num_tokens],
-                "a mask of shape {mask_shape:?} does not fit tokens of shape {shape:?}: expected {leading:?} or [{num_tokens}]"
-            );
-            mask.into_data().iter::<bool>().collect::<Vec<_>>()
-        });
+        let valid = valid.map(|mask| mask.read(&shape, num_tokens));
+        let protected = protected.map(|mask| mask.read(&shape, num_tokens));
         let tokens = x.reshape([num_tokens, d_model]);
         let tokens = match &valid {
             // Whatever padding holds, NaN included, stops here.
             Some(valid) => tokens.clone().mask_fill(invalid_mask(valid, &tokens.device()), 0.0),
             None => tokens,
         };
-        let (output, routing) = self.forward_tokens(tokens, valid);
+        let tokens_per_sample = if R == 2 { num_tokens } else { num_tokens / shape[0].max(1) };
+        let routing = self.route(&tokens, valid, protected, tokens_per_sample);
+        let output = self.compute(tokens, &routing);
         MoeOutput { output: output.reshape(shape), routing }
     }
 
-    fn forward_tokens(&self, tokens: Tensor<2>, valid: Option<Vec<bool>>) -> (Tensor<2>, Routing) {
-        let scores = self.router.forward(tokens.clone());
-        let plan = self.assignment.assign(scores.probs.clone(), valid.as_deref(), self.phase(&tokens.device()));
-        let output = if plan.num_rows() == 0 {
+    fn route(
+        &self,
+        tokens: &Tensor<2>,
+        valid: Option<Vec<bool>>,
+        protected: Option<Vec<bool>>,
+        tokens_per_sample: usize,
+    ) -> Routing {
+        let phase = self.phase(&tokens.device());
+        let output = self.router.forward(tokens.clone(), phase);
+        let selection_bias = self.router.selection_bias();
+        let plan = self.assignment.assign(&AssignmentInput {
+            scores: output.scores,
+            selection_bias: selection_bias.as_deref(),
+            valid: valid.as_deref(),
+            protected: protected.as_deref(),
+            tokens_per_sample,
+            phase,
+        });
+        let RouterOutput { logits, clean_probs, probs, noise, .. } = output;
+        Routing { logits, clean_probs, probs, noise, score: self.router.score, valid, plan }
+    }
+
+    fn compute(&self, tokens: Tensor<2>, routing: &Routing) -> Tensor<2> {
+        let plan = &routing.plan;
+        let mut output = if plan.num_rows() == 0 {
             tokens.zeros_like()
         } else {
-            let dispatcher = Dispatcher::new(&plan, &tokens);
-            let rows = dispatcher.dispatch(tokens);
+            let dispatcher = Dispatcher::new(plan, &tokens);
+            let rows = dispatcher.dispatch(tokens.clone());
             dispatcher.combine(self.experts.forward_rows(rows, dispatcher.offsets()))
         };
-        let output = pass_on_unroutable(output, &scores.probs, &plan, valid.as_deref());
-        (output, Routing { logits: scores.logits, probs: scores.probs, valid, plan })
+        if let Some(shared) = &self.shared_expert {
+            let shared = shared.forward(tokens.unsqueeze_dim(0)).squeeze_dim(0);
+            output = output
+                + match &routing.valid {
+                    Some(valid) => shared.clone().mask_fill(invalid_mask(valid, &shared.device()), 0.0),
+                    None => shared,
+                };
+        }
+        if plan.unroutable().is_empty() {
+            return output;
+        }
+        // A valid token whose scores are not finite has no seat; its output says so, instead of a zero that hides it.
+        let mut lost = vec![false; plan.num_tokens()];
+        plan.unroutable().iter().for_each(|&token| lost[token] = true);
+        let mask = Tensor::<2, Bool>::from_data(TensorData::new(lost, [plan.num_tokens(), 1]), &output.device());
+        output.mask_fill(mask, f32::NAN)
+    }
+
+    /// Moves the router's balancing bias by what one training step routed; see [`BalancingBias`](crate::BalancingBias). A router without
+    /// one stays as it is.
+    pub fn update_balancing_bias(mut self, routing: &Routing) -> Self {
+        self.router = self.router.update_balancing_bias(routing.plan.asked());
+        self
     }
 
     fn phase(&self, device: &Device) -> Phase {
         if self.training.is_enabled() && device.is_autodiff() { Phase::Training } else { Phase::Inference }
     }
-}
-
-/// A valid token whose scores are not finite has no seat; its output says so, instead of a zero that hides it.
-fn pass_on_unroutable(output: Tensor<2>, probs: &Tensor<2>, plan: &crate::plan::DispatchPlan, valid: Option<&[bool]>) -> Tensor<2> {
-    let num_valid = valid.map_or(plan.num_tokens(), |valid| valid.iter().filter(|&&v| v).count());
-    if plan.asked().iter().sum::<usize>() == num_valid * plan.num_choices() {
-        return output;
-    }
-    let lost: Vec<bool> = probs
-        .clone()
-        .detach()
-        .try_into_vec_as::<f32>()
-        .expect("probabilities are f32")
-        .chunks(plan.num_experts())
-        .map(|row| row.iter().any(|p| !p.is_finite()))
-        .collect();
-    let mask = Tensor::<2, Bool>::from_data(TensorData::new(lost, [plan.num_tokens(), 1]), &output.device());
-    output.mask_fill(mask, f32::NAN)
 }
 
 impl ModuleDisplay for MoeFeedForward {
@@ -219,7 +276,7 @@ impl ModuleDisplay for MoeFeedForward {
             .add("d_model", &d_model)
             .add("d_ff", &d_ff)
             .add("num_experts", &num_experts)
-            .add("active_experts", &self.assignment.active_experts())
+            .add("active_experts", &self.assignment.active_experts(num_experts))
             .optional()
     }
 }

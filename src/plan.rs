@@ -9,7 +9,7 @@ const NONE: i32 = -1;
 
 /// The seats that a router handed out, as a value.
 ///
-/// A *choice* is one (token, expert) pair; each token has `M` of them (`M = K` for token choice). A choice that got a slot owns a
+/// A *choice* is one (token, expert) pair; each token has `M` of them (`K` for token choice; `E` for expert choice, most of them unasked). A choice that got a slot owns a
 /// *row*; rows are sorted by expert, and inside an expert in the order in which slots were filled. Rows of expert `e` are
 /// `offsets[e]..offsets[e + 1]`, so nothing is padded. The inverse map, from choices to rows, makes combining a gather.
 ///
@@ -24,6 +24,7 @@ pub struct DispatchPlan {
     offsets: Vec<usize>,
     row_token: Vec<i32>,
     choice_row: Vec<i32>,
+    unroutable: Vec<usize>,
 }
 
 /// What an assignment decides about one choice, in the order token by token, choice by choice.
@@ -38,8 +39,8 @@ pub(crate) enum Seat {
 }
 
 impl DispatchPlan {
-    /// A plan from one seat per choice (`[T · M]`, token-major) and the gates `[T, M]`.
-    pub(crate) fn new(num_experts: usize, num_choices: usize, seats: &[Seat], gates: Tensor<2>) -> Self {
+    /// A plan from one seat per choice (`[T · M]`, token-major), the gates `[T, M]`, and the tokens that could not ask.
+    pub(crate) fn new(num_experts: usize, num_choices: usize, seats: &[Seat], gates: Tensor<2>, unroutable: Vec<usize>) -> Self {
         let num_tokens = seats.len().checked_div(num_choices).unwrap_or(0);
         let mut asked = vec![0; num_experts];
         let mut kept = vec![0; num_experts];
@@ -74,7 +75,7 @@ impl DispatchPlan {
             })
             .collect();
         debug_assert!(row_token.iter().all(|&token| token != NONE), "every row has a token");
-        Self { num_tokens, num_choices, gates, asked, kept_per_choice, offsets, row_token, choice_row }
+        Self { num_tokens, num_choices, gates, asked, kept_per_choice, offsets, row_token, choice_row, unroutable }
     }
 
     /// Tokens, `T`, padding included.
@@ -87,7 +88,7 @@ impl DispatchPlan {
         self.asked.len()
     }
 
-    /// Choices per token, `M` (`K` for token choice).
+    /// Choices per token, `M` (`K` for token choice, `E` for expert choice).
     pub fn num_choices(&self) -> usize {
         self.num_choices
     }
@@ -117,7 +118,7 @@ impl DispatchPlan {
         self.offsets.windows(2).map(|pair| pair[1] - pair[0]).collect()
     }
 
-    /// Kept choices by rank (first choices, second choices, …), `[M]`.
+    /// Kept choices by rank (first choices, second choices, …; by expert for expert choice), `[M]`.
     pub fn kept_per_choice(&self) -> &[usize] {
         &self.kept_per_choice
     }
@@ -138,6 +139,11 @@ impl DispatchPlan {
     /// Row of each choice, `[T · M]`; -1 for a choice without a slot.
     pub fn choice_row(&self) -> &[i32] {
         &self.choice_row
+    }
+
+    /// Valid tokens whose scores are not finite, in order: they have no seat.
+    pub fn unroutable(&self) -> &[usize] {
+        &self.unroutable
     }
 
     /// Expert of each row, `[R]`.
@@ -206,7 +212,7 @@ mod tests {
             Seat::Kept { expert: 1, position: 0 },
             Seat::Dropped { expert: 0 },
         ];
-        let plan = DispatchPlan::new(3, 2, &seats, gates);
+        let plan = DispatchPlan::new(3, 2, &seats, gates, Vec::new());
         assert_eq!(plan.offsets(), [0, 1, 3, 3]);
         assert_eq!(plan.row_token(), [0, 2, 0]);
         assert_eq!(plan.choice_row(), [2, 0, -1, -1, 1, -1]);

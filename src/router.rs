@@ -3,7 +3,10 @@
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
 use burn::nn::Initializer;
-use burn::tensor::{Device, FloatDType, Tensor, activation::softmax, assert_shape};
+use burn::tensor::{Device, Distribution, FloatDType, Tensor, TensorData, activation, assert_shape};
+use serde::{Deserialize, Serialize};
+
+use crate::{error::ConfigError, param::with_value, phase::Phase};
 
 /// Configuration of a [`Router`].
 #[derive(Config, Debug)]
@@ -11,52 +14,220 @@ pub struct RouterConfig {
     /// Standard deviation of the normal distribution that the weight starts from. Default: 0.02
     #[config(default = 0.02)]
     pub init_std: f64,
+    /// How logits become scores. Default: `Softmax`
+    #[config(default = "RouterScore::Softmax")]
+    pub score: RouterScore,
+    /// In training, normal noise of standard deviation `noise / E` on the logits that route (V-MoE,
+    /// [arXiv 2106.05974](https://arxiv.org/abs/2106.05974), equation 2 with `noise = 1`). Default: 0
+    #[config(default = 0.0)]
+    pub noise: f64,
+    /// In training, the input of the router times `U(1 − jitter, 1 + jitter)`, element by element (Switch Transformer,
+    /// [arXiv 2101.03961](https://arxiv.org/abs/2101.03961), section 2.4, with 0.01). Default: 0
+    #[config(default = 0.0)]
+    pub jitter: f64,
+    /// Whether experts have a bias that is added to their scores when they are chosen, and that
+    /// [`MoeFeedForward::update_balancing_bias`](crate::MoeFeedForward::update_balancing_bias) moves against their load. Default: `None`
+    #[config(default = "BalancingBias::None")]
+    pub balancing_bias: BalancingBias,
 }
 
-/// Scores every expert for every token: `logits = x · W_r`, `probs = softmax(logits)`.
+/// How logits become scores; scores choose experts and become gates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RouterScore {
+    /// `softmax(logits)`: the probabilities.
+    Softmax,
+    /// `σ(logits)`, each expert by itself (DeepSeek-V3, [arXiv 2412.19437](https://arxiv.org/abs/2412.19437), equation 15). Losses read
+    /// the scores divided by their sum; the router z-loss, which is about a softmax, is refused.
+    Sigmoid,
+}
+
+/// Balancing without a loss (Wang et al., [arXiv 2408.15664](https://arxiv.org/abs/2408.15664)).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub enum BalancingBias {
+    /// No bias.
+    None,
+    /// A bias that moves by `rate` a training step; DeepSeek-V3 has 1e-3.
+    Sign {
+        /// How far the bias moves, `u`.
+        rate: f64,
+    },
+}
+
+/// Scores every expert for every token: `logits = x · W_r`, `scores = softmax(logits)`.
 ///
-/// No bias. Both are computed in f32 whatever the dtype of `x`: rounding here changes which expert a token goes to (Switch
+/// No bias on the logits. All is computed in f32 whatever the dtype of `x`: rounding here changes which expert a token goes to (Switch
 /// Transformer, [arXiv 2101.03961](https://arxiv.org/abs/2101.03961), section 2.4).
 #[derive(Module, Debug)]
 #[module(custom_display)]
 pub struct Router {
     /// Router weight `W_r`, `[D, E]`.
     pub weight: Param<Tensor<2>>,
+    /// Added to scores when choosing, never to a gate, `[E]`; has no gradient.
+    pub balancing_bias: Option<Param<Tensor<1>>>,
+    /// How logits become scores.
+    #[module(skip)]
+    pub score: RouterScore,
+    /// See [`RouterConfig::noise`].
+    #[module(skip)]
+    pub noise: f64,
+    /// See [`RouterConfig::jitter`].
+    #[module(skip)]
+    pub jitter: f64,
+    /// See [`BalancingBias::Sign`].
+    #[module(skip)]
+    pub balancing_rate: f64,
 }
 
-/// What a [`Router`] says.
+/// What a [`Router`] says. *Clean* is what it says without noise and jitter.
 #[derive(Debug, Clone)]
 pub struct RouterOutput {
-    /// `[T, E]`, f32.
+    /// Clean logits, `[T, E]`, f32.
     pub logits: Tensor<2>,
-    /// Softmax of the logits, `[T, E]`, f32.
+    /// Clean probabilities, `[T, E]`, f32; rows sum to one.
+    pub clean_probs: Tensor<2>,
+    /// The probabilities that route, `[T, E]`, f32; rows sum to one.
     pub probs: Tensor<2>,
+    /// The scores that route, `[T, E]`, f32: the probabilities, or what [`RouterScore::Sigmoid`] makes of the logits.
+    pub scores: Tensor<2>,
+    /// The noise that was added, if any.
+    pub noise: Option<RouterNoise>,
+}
+
+/// Noise on the logits.
+#[derive(Debug, Clone)]
+pub struct RouterNoise {
+    /// Logits with noise, `[T, E]`.
+    pub logits: Tensor<2>,
+    /// Its standard deviation.
+    pub std: f64,
 }
 
 impl RouterConfig {
+    /// Refuses numbers outside their range.
+    ///
+    /// # Errors
+    /// The first field that cannot be used, with its value.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let rate = match self.balancing_bias {
+            BalancingBias::None => 0.0,
+            BalancingBias::Sign { rate } => rate,
+        };
+        let fields = [
+            ("router.init_std", self.init_std, "a standard deviation must be finite and not negative"),
+            ("router.noise", self.noise, "noise must be finite and not negative"),
+            ("router.balancing_bias.rate", rate, "a rate must be finite and not negative"),
+        ];
+        for (field, value, reason) in fields {
+            if !(value.is_finite() && value >= 0.0) {
+                return Err(ConfigError::OutOfRange { field, value, reason });
+            }
+        }
+        if !(0.0..1.0).contains(&self.jitter) {
+            let reason = "jitter must be at least 0 and below 1";
+            return Err(ConfigError::OutOfRange { field: "router.jitter", value: self.jitter, reason });
+        }
+        Ok(())
+    }
+
     /// A router for `num_experts` experts over tokens of width `d_model`.
+    ///
+    /// # Panics
+    /// With the text of [`validate`](Self::validate).
     pub fn init(&self, d_model: usize, num_experts: usize, device: &Device) -> Router {
-        let weight = Initializer::Normal { mean: 0.0, std: self.init_std }.init([d_model, num_experts], device);
-        Router { weight }
+        crate::error::expect_valid(self.validate());
+        let (balancing_bias, balancing_rate) = match self.balancing_bias {
+            BalancingBias::None => (None, 0.0),
+            BalancingBias::Sign { rate } => {
+                let zeros = Param::from_tensor(Tensor::zeros([num_experts], device));
+                (Some(zeros.set_require_grad(false)), rate)
+            }
+        };
+        Router {
+            weight: Initializer::Normal { mean: 0.0, std: self.init_std }.init([d_model, num_experts], device),
+            balancing_bias,
+            score: self.score,
+            noise: self.noise,
+            jitter: self.jitter,
+            balancing_rate,
+        }
     }
 }
 
 impl Router {
-    /// Logits and probabilities of every token.
+    /// Logits, probabilities and scores of every token; noisy in training, if so configured.
     ///
     /// # Shapes
     /// - x: `[T, D]`
-    /// - logits, probs: `[T, E]`
+    /// - everything in the output: `[T, E]`
     ///
     /// # Panics
     /// When the last axis of `x` is not `D`.
-    pub fn forward(&self, x: Tensor<2>) -> RouterOutput {
+    pub fn forward(&self, x: Tensor<2>, phase: Phase) -> RouterOutput {
         let weight = self.weight.val();
-        let [d_model, _] = weight.dims();
+        let [d_model, num_experts] = weight.dims();
         assert_shape!(x, [_, d_model]);
-        let logits = x.cast(FloatDType::F32).matmul(weight.cast(FloatDType::F32));
-        let probs = softmax(logits.clone(), 1);
-        RouterOutput { logits, probs }
+        let (x, weight) = (x.cast(FloatDType::F32), weight.cast(FloatDType::F32));
+        let logits = x.clone().matmul(weight.clone());
+        let is_clean = phase == Phase::Inference || (self.noise == 0.0 && self.jitter == 0.0);
+        if is_clean {
+            let (scores, probs) = self.score.of(logits.clone());
+            return RouterOutput { logits, clean_probs: probs.clone(), probs, scores, noise: None };
+        }
+        let (_, clean_probs) = self.score.of(logits.clone());
+        let mut routed = logits.clone();
+        if self.jitter > 0.0 {
+            let factor = x.random_like(Distribution::Uniform(1.0 - self.jitter, 1.0 + self.jitter));
+            routed = (x * factor).matmul(weight);
+        }
+        let mut noise = None;
+        if self.noise > 0.0 {
+            let std = self.noise / num_experts as f64;
+            routed = routed.clone() + routed.random_like(Distribution::Normal(0.0, std));
+            noise = Some(RouterNoise { logits: routed.clone(), std });
+        }
+        let (scores, probs) = self.score.of(routed);
+        RouterOutput { logits, clean_probs, probs, scores, noise }
+    }
+
+    /// Moves the balancing bias against the load: `b_e += rate · sign(mean load − load_e)` (arXiv 2408.15664, algorithm 1). `load` counts
+    /// the choices that named each expert in one training step. A router without a bias stays as it is.
+    ///
+    /// # Panics
+    /// When `load` does not have one entry per expert.
+    pub fn update_balancing_bias(mut self, load: &[usize]) -> Self {
+        let mean = load.iter().sum::<usize>() as f64 / load.len().max(1) as f64;
+        let rate = self.balancing_rate;
+        self.balancing_bias = self.balancing_bias.map(|bias| {
+            let [num_experts] = bias.shape().dims();
+            assert_eq!(load.len(), num_experts, "loads of {} experts do not fit a router of {num_experts}", load.len());
+            let step =
+                |&load: &usize| (rate * (mean - load as f64).partial_cmp(&0.0).map_or(0, |order| order as i32) as f64) as f32;
+            let steps: Vec<f32> = load.iter().map(step).collect();
+            with_value(bias, |bias| bias.clone() + Tensor::from_data(TensorData::new(steps, [num_experts]), &bias.device()))
+        });
+        self
+    }
+
+    /// The balancing bias on the host.
+    pub(crate) fn selection_bias(&self) -> Option<Vec<f32>> {
+        let bias = self.balancing_bias.as_ref()?.val();
+        Some(bias.detach().try_into_vec_as().expect("a bias is f32"))
+    }
+}
+
+impl RouterScore {
+    /// Scores, and the probabilities that belong to them.
+    fn of(self, logits: Tensor<2>) -> (Tensor<2>, Tensor<2>) {
+        match self {
+            Self::Softmax => {
+                let probs = activation::softmax(logits, 1);
+                (probs.clone(), probs)
+            }
+            Self::Sigmoid => {
+                let scores = activation::sigmoid(logits);
+                (scores.clone(), scores.clone() / scores.sum_dim(1).clamp_min(f64::from(f32::MIN_POSITIVE)))
+            }
+        }
     }
 }
 
@@ -79,7 +250,54 @@ mod tests {
     #[should_panic(expected = "assert_shape!(x, [_, d_model]): axis 1 expected 4, got 3")]
     fn token_width_must_match() {
         let device = Device::default();
-        RouterConfig::new().init(4, 2, &device).forward(Tensor::zeros([5, 3], &device));
+        RouterConfig::new().init(4, 2, &device).forward(Tensor::zeros([5, 3], &device), Phase::Inference);
+    }
+
+    #[test]
+    fn noise_is_for_training_and_leaves_the_clean_values_alone() {
+        let device = Device::default();
+        let x = Tensor::<2>::random([64, 4], Distribution::Normal(0.0, 1.0), &device);
+        let router = RouterConfig::new().with_init_std(1.0).with_noise(1.0).with_jitter(0.1).init(4, 2, &device);
+        let (training, inference) = (router.forward(x.clone(), Phase::Training), router.forward(x, Phase::Inference));
+        let values = |x: &Tensor<2>| x.clone().try_into_vec_as::<f32>().unwrap();
+        assert_eq!(values(&training.logits), values(&inference.logits));
+        assert_eq!(values(&training.clean_probs), values(&inference.probs));
+        assert_ne!(values(&training.probs), values(&inference.probs));
+        assert!(inference.noise.is_none());
+        let noise = training.noise.unwrap();
+        assert_eq!(noise.std, 0.5);
+        assert_ne!(values(&noise.logits), values(&training.logits));
+    }
+
+    #[test]
+    fn sigmoid_scores_do_not_compete_and_probabilities_sum_to_one() {
+        let device = Device::default();
+        let mut router = RouterConfig::new().with_score(RouterScore::Sigmoid).init(2, 2, &device);
+        router.weight = Param::from_tensor(Tensor::from_floats([[3f32.ln(), 0.0], [0.0, 0.0]], &device));
+        let output = router.forward(Tensor::from_floats([[1.0, 0.0]], &device), Phase::Training);
+        let values = |x: Tensor<2>| x.try_into_vec_as::<f32>().unwrap();
+        let near = |a: Vec<f32>, b: [f32; 2]| assert!((a[0] - b[0]).abs() < 1e-6 && (a[1] - b[1]).abs() < 1e-6, "{a:?}");
+        near(values(output.scores), [0.75, 0.5]); // σ(ln 3) = 3/4, σ(0) = 1/2
+        near(values(output.probs), [0.6, 0.4]);
+    }
+
+    #[test]
+    fn the_balancing_bias_moves_against_the_load() {
+        let bias = BalancingBias::Sign { rate: 0.25 };
+        let router = RouterConfig::new().with_balancing_bias(bias).init(4, 3, &Device::default());
+        let router = router.update_balancing_bias(&[9, 3, 6]).update_balancing_bias(&[9, 9, 0]);
+        assert_eq!(router.selection_bias().unwrap(), [-0.5, 0.0, 0.25]);
+        let without = RouterConfig::new().init(4, 3, &Device::default()).update_balancing_bias(&[1, 2, 3]);
+        assert_eq!(without.selection_bias(), None);
+    }
+
+    #[test]
+    fn numbers_outside_their_range_are_refused() {
+        let text = |config: RouterConfig| config.validate().unwrap_err().to_string();
+        let jitter = text(RouterConfig::new().with_jitter(1.0));
+        assert_eq!(jitter, "`router.jitter` is 1: jitter must be at least 0 and below 1");
+        let noise = text(RouterConfig::new().with_noise(f64::NAN));
+        assert_eq!(noise, "`router.noise` is NaN: noise must be finite and not negative");
     }
 
     #[test]

@@ -2,15 +2,24 @@
 
 use burn::tensor::{Bool, Device, Tensor, TensorData};
 
-use crate::plan::DispatchPlan;
+use crate::{
+    plan::DispatchPlan,
+    router::{RouterNoise, RouterScore},
+};
 
 /// The routing of one layer on one batch. Everything that losses and statistics need is in here; nothing is kept elsewhere.
 #[derive(Debug, Clone)]
 pub struct Routing {
-    /// Router logits, `[T, E]`, f32.
+    /// Router logits without noise, `[T, E]`, f32.
     pub logits: Tensor<2>,
-    /// Router probabilities, `[T, E]`, f32.
+    /// Router probabilities without noise, `[T, E]`, f32: what importance, entropies and statistics read.
+    pub clean_probs: Tensor<2>,
+    /// The probabilities that routed, `[T, E]`, f32: what load balancing reads.
     pub probs: Tensor<2>,
+    /// The noise on the logits, if there was any.
+    pub noise: Option<RouterNoise>,
+    /// How logits became scores.
+    pub score: RouterScore,
     /// Which tokens are not padding, `T` flags; `None`: all.
     pub valid: Option<Vec<bool>>,
     /// Who sits where, and with which gate.
@@ -28,13 +37,17 @@ impl Routing {
 
     /// Mean over valid tokens of a value per token, `[T, N] -> [1, N]`; zeros when no token is valid.
     pub(crate) fn mean_over_valid(&self, per_token: Tensor<2>) -> Tensor<2> {
-        let count = self.num_valid().max(1) as f64;
+        self.sum_over_valid(per_token) / self.num_valid().max(1) as f64
+    }
+
+    /// Sum over valid tokens of a value per token, `[T, N] -> [1, N]`.
+    pub(crate) fn sum_over_valid(&self, per_token: Tensor<2>) -> Tensor<2> {
         let counted = match &self.valid {
             // A fill, not a product: what padding holds may not be finite.
             Some(valid) => per_token.clone().mask_fill(invalid_mask(valid, &per_token.device()), 0.0),
             None => per_token,
         };
-        counted.sum_dim(0) / count
+        counted.sum_dim(0)
     }
 }
 
@@ -42,4 +55,10 @@ impl Routing {
 pub(crate) fn invalid_mask(valid: &[bool], device: &Device) -> Tensor<2, Bool> {
     let invalid: Vec<bool> = valid.iter().map(|valid| !valid).collect();
     Tensor::from_data(TensorData::new(invalid, [valid.len(), 1]), device)
+}
+
+/// `H(p) = −Σ p ln p` of each row, `[N, E] -> [N, 1]`.
+pub(crate) fn entropy(probs: Tensor<2>) -> Tensor<2> {
+    // 0 · ln 0 is 0: the clamp keeps the logarithm finite, and above what a device may flush to zero.
+    (probs.clone() * probs.clamp_min(1e-30).log()).sum_dim(1).neg()
 }

@@ -1,6 +1,6 @@
 //! What a researcher asks of a routing, read only from [`Routing`].
 
-use crate::routing::Routing;
+use crate::routing::{Routing, entropy};
 
 /// Figures of one layer on one batch, on the host.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
@@ -20,9 +20,7 @@ impl RoutingStats {
     pub fn new(routing: &Routing) -> Self {
         let plan = &routing.plan;
         let rows = plan.num_rows();
-        // 0 · ln 0 is 0: the clamp keeps the logarithm finite, and above what a device may flush to zero.
-        let probs = routing.probs.clone().detach();
-        let entropy = (probs.clone() * probs.clamp_min(1e-30).log()).sum_dim(1).neg();
+        let entropy = entropy(routing.clean_probs.clone().detach());
         Self {
             load: plan.load().into_iter().map(|load| load as f64 / rows.max(1) as f64).collect(),
             dropped: plan.dropped(),

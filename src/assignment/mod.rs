@@ -3,14 +3,18 @@
 //! Seats are handed out on the host, from one read of the probabilities: the same order, the same ties and the same seats on
 //! every backend.
 
+mod expert_choice;
+mod groups;
 mod token_choice;
 
+pub use expert_choice::ExpertChoiceConfig;
+pub use groups::TokenGroups;
 pub use token_choice::{FillOrder, GateNormalization, TokenChoiceConfig};
 
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::{capacity::Capacity, error::ConfigError, plan::DispatchPlan};
+use crate::{capacity::Capacity, error::ConfigError, phase::Phase, plan::DispatchPlan};
 
 /// Who chooses whom.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -18,6 +22,14 @@ use crate::{capacity::Capacity, error::ConfigError, plan::DispatchPlan};
 pub enum AssignmentConfig {
     /// Each token chooses experts.
     TokenChoice(TokenChoiceConfig),
+    /// Each expert chooses tokens.
+    ExpertChoice(ExpertChoiceConfig),
+}
+
+impl From<ExpertChoiceConfig> for AssignmentConfig {
+    fn from(config: ExpertChoiceConfig) -> Self {
+        Self::ExpertChoice(config)
+    }
 }
 
 impl From<TokenChoiceConfig> for AssignmentConfig {
@@ -32,13 +44,55 @@ impl Default for AssignmentConfig {
     }
 }
 
-/// Whether a plan is for a training step or for inference; the two have their own capacity.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// Inside a training step.
-    Training,
-    /// Outside of training: a token's seats must not depend on what else is in the batch.
-    Inference,
+/// What an assignment is made from.
+#[derive(Clone, Debug)]
+pub struct AssignmentInput<'a> {
+    /// What gates are made of, `[T, E]`, f32.
+    pub scores: Tensor<2>,
+    /// Added to each expert's scores when choosing, and never part of a gate, `[E]`. `None`: nothing.
+    pub selection_bias: Option<&'a [f32]>,
+    /// Which tokens are not padding, `T` flags. `None`: all.
+    pub valid: Option<&'a [bool]>,
+    /// Which tokens are seated before all others, `T` flags. `None`: none.
+    pub protected: Option<&'a [bool]>,
+    /// Tokens of one sample, for [`TokenGroups::PerSample`].
+    pub tokens_per_sample: usize,
+    /// Training or inference.
+    pub phase: Phase,
+}
+
+impl<'a> AssignmentInput<'a> {
+    /// Scores `[T, E]` of tokens that are all valid, none protected, and one sample.
+    pub fn new(scores: Tensor<2>, phase: Phase) -> Self {
+        let [tokens_per_sample, _] = scores.dims();
+        Self { scores, selection_bias: None, valid: None, protected: None, tokens_per_sample, phase }
+    }
+
+    /// The one read of the scores: seats are handed out on the host.
+    fn read_scores(&self) -> Vec<f32> {
+        self.scores.clone().detach().try_into_vec_as().expect("scores are f32")
+    }
+
+    fn selection_score(&self, scores: &[f32], token: usize, expert: usize) -> f32 {
+        let [_, num_experts] = self.scores.dims();
+        scores[token * num_experts + expert] + self.selection_bias.map_or(0.0, |bias| bias[expert])
+    }
+
+    /// Tokens that may ask for a slot. One whose scores are not finite may not: it must not take a seat from another token.
+    fn routable(&self, scores: &[f32]) -> Vec<bool> {
+        let [num_tokens, num_experts] = self.scores.dims();
+        let finite = |token: usize| scores[token * num_experts..(token + 1) * num_experts].iter().all(|score| score.is_finite());
+        (0..num_tokens).map(|token| self.is_valid(token) && finite(token)).collect()
+    }
+
+    /// Valid tokens that may not ask.
+    fn unroutable(&self, routable: &[bool]) -> Vec<usize> {
+        (0..routable.len()).filter(|&token| self.is_valid(token) && !routable[token]).collect()
+    }
+
+    fn is_valid(&self, token: usize) -> bool {
+        self.valid.is_none_or(|valid| valid[token])
+    }
 }
 
 impl AssignmentConfig {
@@ -49,13 +103,15 @@ impl AssignmentConfig {
     pub fn validate(&self, num_experts: usize) -> Result<(), ConfigError> {
         match self {
             Self::TokenChoice(config) => config.validate(num_experts),
+            Self::ExpertChoice(config) => config.validate(num_experts),
         }
     }
 
-    /// Experts that compute each token when nothing is dropped, `K`.
-    pub fn active_experts(&self) -> usize {
+    /// Experts that compute each token when nothing is dropped, `K`; for expert choice, on average and rounded up.
+    pub fn active_experts(&self, num_experts: usize) -> usize {
         match self {
             Self::TokenChoice(config) => config.top_k,
+            Self::ExpertChoice(config) => config.active_experts(num_experts),
         }
     }
 
@@ -64,17 +120,33 @@ impl AssignmentConfig {
         match (self, phase) {
             (Self::TokenChoice(config), Phase::Training) => config.training_capacity,
             (Self::TokenChoice(config), Phase::Inference) => config.inference_capacity,
+            (Self::ExpertChoice(config), _) => config.capacity,
         }
+    }
+
+    /// Whether tokens may be protected: only where tokens choose.
+    pub fn can_protect(&self) -> bool {
+        matches!(self, Self::TokenChoice(_))
+    }
+
+    /// The same, with samples as groups where a result would otherwise depend on other samples at inference.
+    pub(crate) fn independent_of_batch(mut self) -> Self {
+        if let Self::ExpertChoice(config) = &mut self
+            && config.groups == TokenGroups::Whole
+        {
+            config.groups = TokenGroups::PerSample;
+        }
+        self
     }
 
     /// Seats the tokens of one batch.
     ///
-    /// # Shapes
-    /// - probs: `[T, E]`, f32
-    /// - valid: `T` flags; `None`: every token is valid
-    pub fn assign(&self, probs: Tensor<2>, valid: Option<&[bool]>, phase: Phase) -> DispatchPlan {
+    /// # Panics
+    /// When groups do not divide the tokens, or expert choice gets protected tokens.
+    pub fn assign(&self, input: &AssignmentInput) -> DispatchPlan {
         match self {
-            Self::TokenChoice(config) => config.assign(probs, valid, self.capacity(phase)),
+            Self::TokenChoice(config) => config.assign(input, self.capacity(input.phase)),
+            Self::ExpertChoice(config) => config.assign(input),
         }
     }
 }

@@ -4,6 +4,7 @@ use burn::config::Config;
 use burn::tensor::{Int, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
+use super::{AssignmentInput, TokenGroups};
 use crate::{
     capacity::Capacity,
     error::ConfigError,
@@ -29,6 +30,9 @@ pub struct TokenChoiceConfig {
     /// Slots per expert outside of training. Default: `Dropless`, so that a result does not depend on the rest of the batch.
     #[config(default = "Capacity::Dropless")]
     pub inference_capacity: Capacity,
+    /// Which tokens compete for the same slots. Default: `Whole`
+    #[config(default = "TokenGroups::Whole")]
+    pub groups: TokenGroups,
 }
 
 /// How the probabilities of a token's chosen experts become gates.
@@ -48,6 +52,11 @@ pub enum GateNormalization {
 pub enum FillOrder {
     /// All first choices in token order, then all second choices, … (GShard, V-MoE, flaxformer, axlearn, Tutel).
     ChoiceMajor,
+    /// All choices of the first token, then all of the second, … (MegaBlocks).
+    TokenMajor,
+    /// Choice-major, with tokens in descending order of their largest score instead of token order; ties stay in token order
+    /// (batch prioritized routing of V-MoE, [arXiv 2106.05974](https://arxiv.org/abs/2106.05974), section 4).
+    BatchPriority,
 }
 
 impl TokenChoiceConfig {
@@ -64,46 +73,64 @@ impl TokenChoiceConfig {
         if self.top_k == 1 && self.gate_normalization != GateNormalization::None {
             return Err(ConfigError::TopOneNormalized { normalization: format!("{:?}", self.gate_normalization) });
         }
+        self.groups.validate()?;
         self.training_capacity.validate()?;
         self.inference_capacity.validate()
     }
 
-    pub(super) fn assign(&self, probs: Tensor<2>, valid: Option<&[bool]>, capacity: Capacity) -> DispatchPlan {
-        let [num_tokens, num_experts] = probs.dims();
+    pub(super) fn assign(&self, input: &AssignmentInput, capacity: Capacity) -> DispatchPlan {
+        let [num_tokens, num_experts] = input.scores.dims();
         let top_k = self.top_k;
-        let scores = probs.clone().detach().try_into_vec_as::<f32>().expect("probabilities are f32");
-        let chosen = choose(&scores, num_experts, top_k, valid);
-        let slots = capacity.slots(num_tokens, top_k, num_experts).unwrap_or(usize::MAX);
-        let seats = self.seat(&chosen, num_experts, slots);
+        let scores = input.read_scores();
+        let routable = input.routable(&scores);
+        let chosen = choose(input, &scores, &routable, top_k);
+        let size = self.groups.size(num_tokens, input.tokens_per_sample);
+        let slots = capacity.slots(size, top_k, num_experts).unwrap_or(usize::MAX);
+        let seats = self.seat(input, &scores, &chosen, slots);
 
-        let device = probs.device();
+        let device = input.scores.device();
         // A token that asks for nothing still needs an index to gather; its gate is masked to zero below.
         let index: Vec<i32> = chosen.iter().map(|expert| expert.unwrap_or(0) as i32).collect();
         let index = Tensor::<2, Int>::from_data(TensorData::new(index, [num_tokens, top_k]), &device);
-        let raw = probs.gather(1, index);
+        let raw = input.scores.clone().gather(1, index);
         let kept: Vec<bool> = seats.iter().map(|seat| matches!(seat, Seat::Kept { .. })).collect();
         let gates = self.gates(raw, &kept);
-        DispatchPlan::new(num_experts, top_k, &seats, gates)
+        DispatchPlan::new(num_experts, top_k, &seats, gates, input.unroutable(&routable))
     }
 
     /// One seat per choice, in token-major order, whatever the fill order.
-    fn seat(&self, chosen: &[Option<usize>], num_experts: usize, slots: usize) -> Vec<Seat> {
-        let mut taken = vec![0; num_experts];
+    fn seat(&self, input: &AssignmentInput, scores: &[f32], chosen: &[Option<usize>], slots: usize) -> Vec<Seat> {
+        let [num_tokens, num_experts] = input.scores.dims();
         let mut seats = vec![Seat::Unasked; chosen.len()];
-        let mut fill = |choice: usize| {
-            let Some(expert) = chosen[choice] else { return };
-            let position = taken[expert];
-            seats[choice] = if position < slots {
-                taken[expert] += 1;
-                Seat::Kept { expert, position }
-            } else {
-                Seat::Dropped { expert }
+        // Rows of earlier groups come first.
+        let mut seated = vec![0; num_experts];
+        for group in self.groups.ranges(num_tokens, input.tokens_per_sample) {
+            let first = seated.clone();
+            let mut fill = |choice: usize| {
+                let Some(expert) = chosen[choice] else { return };
+                seats[choice] = if seated[expert] - first[expert] < slots {
+                    seated[expert] += 1;
+                    Seat::Kept { expert, position: seated[expert] - 1 }
+                } else {
+                    Seat::Dropped { expert }
+                };
             };
-        };
-        match self.fill_order {
-            FillOrder::ChoiceMajor => {
-                for rank in 0..self.top_k {
-                    (rank..chosen.len()).step_by(self.top_k).for_each(&mut fill);
+            let is_protected = |token: &usize| input.protected.is_some_and(|protected| protected[*token]);
+            let (protected, others): (Vec<usize>, Vec<usize>) = group.partition(is_protected);
+            for mut tokens in [protected, others] {
+                if self.fill_order == FillOrder::BatchPriority {
+                    let largest =
+                        |token: usize| chosen[token * self.top_k].map_or(0.0, |expert| scores[token * num_experts + expert]);
+                    tokens.sort_by(|&a, &b| largest(b).total_cmp(&largest(a)));
+                }
+                let choices = tokens.iter().map(|token| token * self.top_k);
+                match self.fill_order {
+                    FillOrder::ChoiceMajor | FillOrder::BatchPriority => {
+                        for rank in 0..self.top_k {
+                            choices.clone().for_each(|choice| fill(choice + rank));
+                        }
+                    }
+                    FillOrder::TokenMajor => choices.for_each(|choice| (choice..choice + self.top_k).for_each(&mut fill)),
                 }
             }
         }
@@ -138,19 +165,19 @@ impl TokenChoiceConfig {
     }
 }
 
-/// The `top_k` experts of each token by descending score, `[T · K]`; nothing for a token that is not valid, and for one whose
-/// scores are not finite: it must not take a seat from another token.
-fn choose(scores: &[f32], num_experts: usize, top_k: usize, valid: Option<&[bool]>) -> Vec<Option<usize>> {
-    let mut chosen = Vec::with_capacity(scores.len() / num_experts * top_k);
-    for (token, scores) in scores.chunks_exact(num_experts).enumerate() {
-        let routable = valid.is_none_or(|valid| valid[token]) && scores.iter().all(|score| score.is_finite());
+/// The `top_k` experts of each token by descending score, `[T · K]`; nothing for a token that may not ask.
+fn choose(input: &AssignmentInput, scores: &[f32], routable: &[bool], top_k: usize) -> Vec<Option<usize>> {
+    let [_, num_experts] = input.scores.dims();
+    let mut chosen = Vec::with_capacity(routable.len() * top_k);
+    for (token, &routable) in routable.iter().enumerate() {
+        let score = |expert| input.selection_score(scores, token, expert);
         let first = chosen.len();
         for _ in 0..top_k {
             let best = (0..num_experts)
                 .filter(|expert| !chosen[first..].contains(&Some(*expert)))
                 // `max_by` keeps the last of equals; going backwards, that is the lower index.
                 .rev()
-                .max_by(|&a, &b| scores[a].total_cmp(&scores[b]));
+                .max_by(|&a, &b| score(a).total_cmp(&score(b)));
             chosen.push(if routable { best } else { None });
         }
     }
@@ -162,10 +189,12 @@ mod tests {
     use super::*;
     use burn::tensor::Device;
 
+    use crate::phase::Phase;
+
     fn plan(config: &TokenChoiceConfig, probs: &[[f32; 3]], valid: Option<&[bool]>, capacity: Capacity) -> DispatchPlan {
         let flat: Vec<f32> = probs.iter().flatten().copied().collect();
         let probs = Tensor::from_data(TensorData::new(flat, [probs.len(), 3]), &Device::default());
-        config.assign(probs, valid, capacity)
+        config.assign(&AssignmentInput { valid, ..AssignmentInput::new(probs, Phase::Training) }, capacity)
     }
 
     fn gates(plan: &DispatchPlan) -> Vec<f32> {
@@ -186,6 +215,60 @@ mod tests {
         assert_eq!(plan.choice_row(), [1, -1, 0, -1]);
         assert_eq!(plan.asked(), [2, 2, 0]);
         assert_eq!(plan.load(), [1, 1, 0]);
+    }
+
+    #[test]
+    fn fill_orders_seat_as_named() {
+        // Everybody wants expert 0 first and expert 1 second; each has two slots.
+        let probs = [[0.5, 0.3, 0.2], [0.6, 0.3, 0.1], [0.7, 0.2, 0.1]];
+        let rows = |order| {
+            let config = TokenChoiceConfig::new().with_fill_order(order);
+            plan(&config, &probs, None, Capacity::Fixed(2)).row_token().to_vec()
+        };
+        assert_eq!(rows(FillOrder::ChoiceMajor), [0, 1, 0, 1]);
+        assert_eq!(rows(FillOrder::TokenMajor), [0, 1, 0, 1]);
+        assert_eq!(rows(FillOrder::BatchPriority), [2, 1, 2, 1]);
+        // Expert 0 has one slot; token 0 wants it second, token 1 first.
+        let probs = [[0.3, 0.6, 0.1], [0.6, 0.3, 0.1]];
+        let config = TokenChoiceConfig::new().with_fill_order(FillOrder::TokenMajor);
+        assert_eq!(plan(&config, &probs, None, Capacity::Fixed(1)).choice_row(), [1, 0, -1, -1]);
+    }
+
+    #[test]
+    fn protected_tokens_are_seated_before_any_first_choice_of_others() {
+        let probs = [[0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [0.3, 0.6, 0.1]];
+        let flat: Vec<f32> = probs.iter().flatten().copied().collect();
+        let probs = Tensor::from_data(TensorData::new(flat, [3, 3]), &Device::default());
+        let protected = Some(&[false, false, true][..]);
+        let input = AssignmentInput { protected, ..AssignmentInput::new(probs, Phase::Training) };
+        let plan = TokenChoiceConfig::new().assign(&input, Capacity::Fixed(1));
+        assert_eq!(plan.row_token(), [2, 2]);
+        assert_eq!(plan.choice_row(), [-1, -1, -1, -1, 1, 0]);
+    }
+
+    #[test]
+    fn capacity_is_counted_in_each_group() {
+        let probs = [[0.6, 0.3, 0.1]; 4];
+        let config = TokenChoiceConfig::new().with_groups(TokenGroups::OfSize(2));
+        let plan = plan(&config, &probs, None, Capacity::Fixed(1));
+        assert_eq!(plan.row_token(), [0, 2, 0, 2]);
+    }
+
+    #[test]
+    #[should_panic(expected = "groups of 3 tokens do not divide 4 tokens")]
+    fn groups_must_divide_the_tokens() {
+        let config = TokenChoiceConfig::new().with_groups(TokenGroups::OfSize(3));
+        plan(&config, &[[0.6, 0.3, 0.1]; 4], None, Capacity::Fixed(1));
+    }
+
+    #[test]
+    fn a_selection_bias_changes_who_is_chosen_and_not_the_gate() {
+        let probs = Tensor::from_data(TensorData::new(vec![0.6f32, 0.3, 0.1], [1, 3]), &Device::default());
+        let input = AssignmentInput { selection_bias: Some(&[0.0, 0.0, 1.0]), ..AssignmentInput::new(probs, Phase::Training) };
+        let config = TokenChoiceConfig::new().with_gate_normalization(GateNormalization::None);
+        let plan = config.assign(&input, Capacity::Dropless);
+        assert_eq!(plan.load(), [1, 0, 1]);
+        assert_eq!(gates(&plan), [0.1, 0.6]);
     }
 
     #[test]

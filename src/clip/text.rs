@@ -10,7 +10,7 @@ use crate::{
     cost::Cost,
     error::{ConfigError, expect_valid},
     routing::Routing,
-    transformer::{Encoder, EncoderConfig},
+    transformer::{Encoder, EncoderConfig, TokenMarks},
 };
 
 /// Which token of a text is its end, whose output is the embedding.
@@ -121,11 +121,11 @@ impl TextTower {
         let [context_length, d_model] = self.position_embedding.shape().dims();
         assert!(len <= context_length, "texts of {len} tokens are longer than the context of {context_length}");
         let end = self.end_of_text.position(tokens.clone());
-        let valid = not_after(&end, len);
+        let marks = TokenMarks { valid: Some(not_after(&end, len)), protected: Some(is_at(&end, len)) };
 
         let positions = self.position_embedding.val().narrow(0, 0, len);
         let x = self.token_embedding.forward(tokens) + positions.unsqueeze();
-        let encoded = self.encoder.forward(x, Some(valid), true);
+        let encoded = self.encoder.forward(x, marks, true);
         let hidden = self.norm_final.forward(encoded.hidden);
         let index = end.reshape([batch, 1, 1]).expand([batch, 1, d_model]);
         let embedding = self.projection.forward::<2>(hidden.clone().gather(1, index).squeeze_dim(1));
@@ -151,8 +151,18 @@ impl EndOfText {
 /// `[B, N]`, true up to and including each end.
 fn not_after(end: &Tensor<2, Int>, len: usize) -> Tensor<2, Bool> {
     let [batch, _] = end.dims();
-    let positions = Tensor::<1, Int>::arange(0..len as i64, &end.device()).unsqueeze::<2>().expand([batch, len]);
-    positions.lower_equal(end.clone().expand([batch, len]))
+    positions(end, len).lower_equal(end.clone().expand([batch, len]))
+}
+
+/// `[B, N]`, true at each end.
+fn is_at(end: &Tensor<2, Int>, len: usize) -> Tensor<2, Bool> {
+    let [batch, _] = end.dims();
+    positions(end, len).equal(end.clone().expand([batch, len]))
+}
+
+fn positions(end: &Tensor<2, Int>, len: usize) -> Tensor<2, Int> {
+    let [batch, _] = end.dims();
+    Tensor::<1, Int>::arange(0..len as i64, &end.device()).unsqueeze::<2>().expand([batch, len])
 }
 
 #[cfg(test)]

@@ -3,13 +3,13 @@
 use burn::config::Config;
 use burn::module::{Module, Param};
 use burn::nn::{Initializer, LayerNorm, LayerNormConfig, Linear, LinearConfig};
-use burn::tensor::{Device, Tensor, assert_shape};
+use burn::tensor::{Device, Int, Tensor, assert_shape};
 
 use crate::{
     cost::Cost,
     error::{ConfigError, expect_valid},
     routing::Routing,
-    transformer::{Encoder, EncoderConfig},
+    transformer::{Encoder, EncoderConfig, TokenMarks},
 };
 
 /// Configuration of a [`VisionTower`].
@@ -147,7 +147,10 @@ impl VisionTower {
         let tokens = tokens + self.position_embedding.val().unsqueeze();
         assert_shape!(tokens, [batch, num_tokens, d_model]);
 
-        let encoded = self.encoder.forward(self.norm_pre.forward(tokens), None, false);
+        let device = tokens.device();
+        let is_class = Tensor::<1, Int>::arange(0..num_tokens as i64, &device).equal_elem(0);
+        let marks = TokenMarks { valid: None, protected: Some(is_class.unsqueeze::<2>().expand([batch, num_tokens])) };
+        let encoded = self.encoder.forward(self.norm_pre.forward(tokens), marks, false);
         let class = encoded.hidden.clone().narrow(1, 0, 1).squeeze_dim(1);
         let embedding = self.projection.forward(self.norm_post.forward::<2>(class));
         VisionOutput { embedding, hidden: encoded.hidden, routings: encoded.routings }

@@ -4,13 +4,27 @@ use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
 use burn::nn::Initializer;
 use burn::tensor::{Device, Int, Tensor, assert_shape};
+use serde::{Deserialize, Serialize};
 
 use super::Activation;
 use crate::ops;
 
+/// How a feed-forward network uses its activation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FeedForwardForm {
+    /// `act(x · W_in + b_in) · W_out + b_out`.
+    Plain,
+    /// `(act(x · W_gate + b_gate) ⊙ (x · W_in + b_in)) · W_out + b_out` (Shazeer, [arXiv 2002.05202](https://arxiv.org/abs/2002.05202)): SwiGLU
+    /// with SiLU, GEGLU with GELU.
+    Gated,
+}
+
 /// Configuration of an [`ExpertMlp`].
 #[derive(Config, Debug)]
 pub struct ExpertMlpConfig {
+    /// Plain or gated. Default: `Plain`
+    #[config(default = "FeedForwardForm::Plain")]
+    pub form: FeedForwardForm,
     /// The non-linearity. Default: `Gelu`
     #[config(default = "Activation::Gelu")]
     pub activation: Activation,
@@ -22,7 +36,8 @@ pub struct ExpertMlpConfig {
     pub initializer: Initializer,
 }
 
-/// `E` feed-forward networks side by side: `FFN_e(x) = act(x · W_in[e] + b_in[e]) · W_out[e] + b_out[e]`.
+/// `E` feed-forward networks side by side: `FFN_e(x) = act(x · W_in[e] + b_in[e]) · W_out[e] + b_out[e]`, or the gated form of
+/// [`FeedForwardForm`].
 #[derive(Module, Debug)]
 #[module(custom_display)]
 pub struct ExpertMlp {
@@ -30,6 +45,10 @@ pub struct ExpertMlp {
     pub w_in: Param<Tensor<3>>,
     /// `[E, F]`
     pub b_in: Option<Param<Tensor<2>>>,
+    /// `[E, D, F]`, in the gated form.
+    pub w_gate: Option<Param<Tensor<3>>>,
+    /// `[E, F]`, in the gated form.
+    pub b_gate: Option<Param<Tensor<2>>>,
     /// `[E, F, D]`
     pub w_out: Param<Tensor<3>>,
     /// `[E, D]`
@@ -40,6 +59,16 @@ pub struct ExpertMlp {
 }
 
 impl ExpertMlpConfig {
+    /// SwiGLU experts: gated, SiLU.
+    pub fn swiglu() -> Self {
+        Self::new().with_form(FeedForwardForm::Gated).with_activation(Activation::Silu)
+    }
+
+    /// GEGLU experts: gated, GELU.
+    pub fn geglu() -> Self {
+        Self::new().with_form(FeedForwardForm::Gated)
+    }
+
     /// `num_experts` experts of width `d_model` and hidden width `d_ff`.
     pub fn init(&self, num_experts: usize, d_model: usize, d_ff: usize, device: &Device) -> ExpertMlp {
         let weight =
@@ -47,9 +76,12 @@ impl ExpertMlpConfig {
         let bias = |fan_in, fan_out| {
             self.bias.then(|| self.initializer.init_with([num_experts, fan_out], Some(fan_in), Some(fan_out), device))
         };
+        let is_gated = self.form == FeedForwardForm::Gated;
         ExpertMlp {
             w_in: weight(d_model, d_ff),
             b_in: bias(d_model, d_ff),
+            w_gate: is_gated.then(|| weight(d_model, d_ff)),
+            b_gate: if is_gated { bias(d_model, d_ff) } else { None },
             w_out: weight(d_ff, d_model),
             b_out: bias(d_ff, d_model),
             activation: self.activation,
@@ -84,7 +116,13 @@ impl ExpertMlp {
     /// Every expert over its own rows, `[N, D] -> [N, D]`; `offsets` as [`ops::grouped_linear`] takes it.
     pub(crate) fn forward_rows(&self, rows: Tensor<2>, offsets: Option<&Tensor<1, Int>>) -> Tensor<2> {
         let bias = |bias: &Option<Param<Tensor<2>>>| bias.as_ref().map(|b| b.val());
-        let hidden = ops::grouped_linear(rows, self.w_in.val(), bias(&self.b_in), Some(self.activation), offsets);
+        let hidden = match &self.w_gate {
+            None => ops::grouped_linear(rows, self.w_in.val(), bias(&self.b_in), Some(self.activation), offsets),
+            Some(w_gate) => {
+                let gate = ops::grouped_linear(rows.clone(), w_gate.val(), bias(&self.b_gate), Some(self.activation), offsets);
+                gate * ops::grouped_linear(rows, self.w_in.val(), bias(&self.b_in), None, offsets)
+            }
+        };
         ops::grouped_linear(hidden, self.w_out.val(), bias(&self.b_out), None, offsets)
     }
 }
@@ -101,6 +139,7 @@ impl ModuleDisplay for ExpertMlp {
             .add("d_model", &d_model)
             .add("d_ff", &d_ff)
             .add_debug_attribute("activation", &self.activation)
+            .add("gated", &self.w_gate.is_some())
             .add("bias", &self.b_in.is_some())
             .optional()
     }
@@ -120,7 +159,7 @@ mod tests {
     #[test]
     fn display() {
         let experts = ExpertMlpConfig::new().init(2, 4, 8, &Device::default());
-        let text = "ExpertMlp {num_experts: 2, d_model: 4, d_ff: 8, activation: Gelu, bias: true, params: 152}";
+        let text = "ExpertMlp {num_experts: 2, d_model: 4, d_ff: 8, activation: Gelu, gated: false, bias: true, params: 152}";
         assert_eq!(format!("{experts}"), text);
     }
 }

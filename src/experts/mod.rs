@@ -3,4 +3,4 @@
 mod mlp;
 
 pub use crate::ops::Activation;
-pub use mlp::{ExpertMlp, ExpertMlpConfig};
+pub use mlp::{ExpertMlp, ExpertMlpConfig, FeedForwardForm};

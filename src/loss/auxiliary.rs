@@ -3,18 +3,34 @@
 use burn::config::Config;
 use burn::tensor::Tensor;
 
-use super::{load_balancing_loss, router_z_loss};
+use super::{global_entropy_loss, importance_loss, load_balancing_loss, load_loss, local_entropy_loss, router_z_loss};
 use crate::{error::ConfigError, routing::Routing};
 
-/// Weights of the auxiliary losses.
+/// Weights of the auxiliary losses; a loss of weight 0 is not computed. For weights that differ between modalities, make one
+/// [`AuxiliaryLoss`] for each and add up the totals.
 #[derive(Config, Debug, PartialEq)]
 pub struct AuxiliaryLossConfig {
     /// Weight of [`load_balancing_loss`]. Default: 0.01
     #[config(default = 0.01)]
     pub load_balancing: f64,
-    /// Weight of [`router_z_loss`]. Default: 0.001
+    /// Weight of [`router_z_loss`]; needs softmax scores. Default: 0.001
     #[config(default = 0.001)]
     pub router_z: f64,
+    /// Weight of [`importance_loss`]. Default: 0
+    #[config(default = 0.0)]
+    pub importance: f64,
+    /// Weight of [`load_loss`]; needs router noise. Default: 0
+    #[config(default = 0.0)]
+    pub load: f64,
+    /// Weight of [`local_entropy_loss`]. Default: 0
+    #[config(default = 0.0)]
+    pub local_entropy: f64,
+    /// Weight of [`global_entropy_loss`]. Default: 0
+    #[config(default = 0.0)]
+    pub global_entropy: f64,
+    /// Experts that [`global_entropy_loss`] wants in use. Default: 4
+    #[config(default = 4.0)]
+    pub experts_in_use: f64,
 }
 
 /// Each loss on each layer, averaged over layers, then weighted.
@@ -32,15 +48,23 @@ pub struct LossTerm {
     pub mean: Tensor<1>,
 }
 
-/// What [`AuxiliaryLoss::forward`] returns.
+/// What [`AuxiliaryLoss::forward`] returns; a term is `None` when its weight is 0.
 #[derive(Debug, Clone)]
 pub struct AuxiliaryLossOutput {
     /// The weighted sum, `[1]`: add it to the task loss.
     pub total: Tensor<1>,
     /// See [`load_balancing_loss`].
-    pub load_balancing: LossTerm,
+    pub load_balancing: Option<LossTerm>,
     /// See [`router_z_loss`].
-    pub router_z: LossTerm,
+    pub router_z: Option<LossTerm>,
+    /// See [`importance_loss`].
+    pub importance: Option<LossTerm>,
+    /// See [`load_loss`].
+    pub load: Option<LossTerm>,
+    /// See [`local_entropy_loss`].
+    pub local_entropy: Option<LossTerm>,
+    /// See [`global_entropy_loss`].
+    pub global_entropy: Option<LossTerm>,
 }
 
 impl AuxiliaryLossConfig {
@@ -49,10 +73,22 @@ impl AuxiliaryLossConfig {
     /// # Errors
     /// The first such weight, with its value.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        for (field, value) in [("load_balancing", self.load_balancing), ("router_z", self.router_z)] {
+        let weights = [
+            ("load_balancing", self.load_balancing),
+            ("router_z", self.router_z),
+            ("importance", self.importance),
+            ("load", self.load),
+            ("local_entropy", self.local_entropy),
+            ("global_entropy", self.global_entropy),
+        ];
+        for (field, value) in weights {
             if !(value.is_finite() && value >= 0.0) {
                 return Err(ConfigError::OutOfRange { field, value, reason: "a loss weight must be finite and not negative" });
             }
+        }
+        if !(self.experts_in_use.is_finite() && self.experts_in_use >= 1.0) {
+            let reason = "a modality uses at least one expert";
+            return Err(ConfigError::OutOfRange { field: "experts_in_use", value: self.experts_in_use, reason });
         }
         Ok(())
     }
@@ -74,12 +110,22 @@ impl AuxiliaryLoss {
     /// When `routings` is empty: a model without a sparse layer has no auxiliary loss.
     pub fn forward(&self, routings: &[Routing]) -> AuxiliaryLossOutput {
         assert!(!routings.is_empty(), "auxiliary losses need the routing of at least one layer, got none");
-        let term = |loss: fn(&Routing) -> Tensor<1>| {
-            let per_layer = Tensor::cat(routings.iter().map(loss).collect(), 0);
-            LossTerm { mean: per_layer.clone().mean(), per_layer }
+        let mut total = Tensor::zeros([1], &routings[0].probs.device());
+        let mut term = |weight: f64, loss: &dyn Fn(&Routing) -> Tensor<1>| {
+            (weight > 0.0).then(|| {
+                let per_layer = Tensor::cat(routings.iter().map(loss).collect(), 0);
+                let mean = per_layer.clone().mean();
+                total = total.clone() + mean.clone() * weight;
+                LossTerm { mean, per_layer }
+            })
         };
-        let (load_balancing, router_z) = (term(load_balancing_loss), term(router_z_loss));
-        let total = load_balancing.mean.clone() * self.config.load_balancing + router_z.mean.clone() * self.config.router_z;
-        AuxiliaryLossOutput { total, load_balancing, router_z }
+        let config = &self.config;
+        let load_balancing = term(config.load_balancing, &load_balancing_loss);
+        let router_z = term(config.router_z, &router_z_loss);
+        let importance = term(config.importance, &importance_loss);
+        let load = term(config.load, &load_loss);
+        let local_entropy = term(config.local_entropy, &local_entropy_loss);
+        let global_entropy = term(config.global_entropy, &|routing| global_entropy_loss(routing, config.experts_in_use));
+        AuxiliaryLossOutput { total, load_balancing, router_z, importance, load, local_entropy, global_entropy }
     }
 }

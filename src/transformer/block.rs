@@ -21,6 +21,15 @@ pub enum FeedForward {
     Moe(MoeFeedForward),
 }
 
+/// What routing should know about the tokens; nothing else reads it.
+#[derive(Clone, Debug, Default)]
+pub struct TokenMarks {
+    /// `[B, N]`, false for padding, which gets no expert.
+    pub valid: Option<Tensor<2, Bool>>,
+    /// `[B, N]`, true for tokens that are seated before all others, where tokens choose.
+    pub protected: Option<Tensor<2, Bool>>,
+}
+
 /// `h = x + MHA(LN₁(x))`, `y = h + FFN(LN₂(h))`; made by [`EncoderConfig`](super::EncoderConfig).
 #[derive(Module, Debug)]
 pub struct TransformerBlock {
@@ -40,13 +49,7 @@ impl TransformerBlock {
     /// # Shapes (`B` samples of `N` tokens)
     /// - x, output: `[B, N, D]`
     /// - mask: `[B, N, N]`, true where a token must not look
-    /// - valid: `[B, N]`, false for padding; only routing reads it
-    pub fn forward(
-        &self,
-        x: Tensor<3>,
-        mask: Option<Tensor<3, Bool>>,
-        valid: Option<Tensor<2, Bool>>,
-    ) -> (Tensor<3>, Option<Routing>) {
+    pub fn forward(&self, x: Tensor<3>, mask: Option<Tensor<3, Bool>>, marks: &TokenMarks) -> (Tensor<3>, Option<Routing>) {
         let input = MhaInput::self_attn(self.norm_attention.forward(x.clone()));
         let input = match mask {
             Some(mask) => input.mask_attn(mask),
@@ -57,11 +60,14 @@ impl TransformerBlock {
         match &self.feed_forward {
             FeedForward::Dense(mlp) => (x + mlp.forward(normed), None),
             FeedForward::Moe(moe) => {
-                let input = MoeInput::new(normed);
-                let moe = moe.forward(match valid {
-                    Some(valid) => input.valid(valid),
-                    None => input,
-                });
+                let mut input = MoeInput::new(normed);
+                if let Some(valid) = &marks.valid {
+                    input = input.valid(valid.clone());
+                }
+                if let Some(protected) = marks.protected.as_ref().filter(|_| moe.assignment.can_protect()) {
+                    input = input.protected(protected.clone());
+                }
+                let moe = moe.forward(input);
                 (x + moe.output, Some(moe.routing))
             }
         }

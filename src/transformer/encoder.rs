@@ -4,9 +4,9 @@ use burn::config::Config;
 use burn::module::Module;
 use burn::nn::attention::{MultiHeadAttentionConfig, generate_autoregressive_mask};
 use burn::nn::{LayerNorm, LayerNormConfig};
-use burn::tensor::{Bool, Device, Tensor, assert_shape};
+use burn::tensor::{Device, Tensor, assert_shape};
 
-use super::{FeedForward, MlpConfig, SparseEncoderConfig, TransformerBlock};
+use super::{FeedForward, MlpConfig, Protection, SparseEncoderConfig, TokenMarks, TransformerBlock};
 use crate::{
     cost::Cost,
     error::{ConfigError, expect_valid},
@@ -41,6 +41,9 @@ pub struct EncoderConfig {
 pub struct Encoder {
     /// The blocks.
     pub blocks: Vec<TransformerBlock>,
+    /// Whether marked tokens are seated first.
+    #[module(skip)]
+    pub protection: Protection,
 }
 
 /// What an [`Encoder`] returns.
@@ -84,14 +87,16 @@ impl EncoderConfig {
     /// With the text of [`validate`](Self::validate).
     pub fn init(&self, device: &Device) -> Encoder {
         expect_valid(self.validate());
-        Encoder { blocks: (0..self.n_layers).map(|index| self.init_block(index, device)).collect() }
+        let protection = self.sparse.as_ref().map_or(Protection::None, |sparse| sparse.protection);
+        Encoder { blocks: (0..self.n_layers).map(|index| self.init_block(index, device)).collect(), protection }
     }
 
-    /// The layer of each sparse block.
+    /// The layer of each sparse block. Expert choice over the whole batch becomes expert choice in each sample, so that a result does not
+    /// depend on the rest of the batch.
     pub fn moe(&self, sparse: &SparseEncoderConfig) -> MoeFeedForwardConfig {
         MoeFeedForwardConfig::new(self.d_model, self.d_ff, sparse.num_experts)
             .with_router(sparse.router.clone())
-            .with_assignment(sparse.assignment.clone())
+            .with_assignment(sparse.assignment.clone().independent_of_batch())
             .with_experts(ExpertMlpConfig::new().with_activation(self.activation))
     }
 
@@ -110,7 +115,7 @@ impl EncoderConfig {
                 let feed_forward = match self.sparse_block(index) {
                     None => Cost::feed_forward(num_tokens, d, self.d_ff, true),
                     Some(sparse) => {
-                        let active = sparse.assignment.active_experts();
+                        let active = sparse.assignment.active_experts(sparse.num_experts);
                         Cost::moe_feed_forward(num_tokens, d, self.d_ff, true, sparse.num_experts, active)
                     }
                 };
@@ -144,22 +149,25 @@ impl Encoder {
     ///
     /// # Shapes (`B` samples of `N` tokens)
     /// - x, hidden: `[B, N, D]`
-    /// - valid: `[B, N]`, false for padding, which gets no expert; attention does not read it
+    /// - marks: `[B, N]` each; protected tokens count only where [`SparseEncoderConfig::protection`] says so
     ///
     /// With `causal`, a token looks only at itself and at those before it.
     ///
     /// # Panics
     /// When a shape does not fit.
-    pub fn forward(&self, x: Tensor<3>, valid: Option<Tensor<2, Bool>>, causal: bool) -> EncoderOutput {
+    pub fn forward(&self, x: Tensor<3>, mut marks: TokenMarks, causal: bool) -> EncoderOutput {
         let [batch, num_tokens, _] = x.dims();
-        if let Some(valid) = &valid {
-            assert_shape!(valid, [batch, num_tokens]);
+        for mark in [&marks.valid, &marks.protected].into_iter().flatten() {
+            assert_shape!(mark, [batch, num_tokens]);
+        }
+        if self.protection == Protection::None {
+            marks.protected = None;
         }
         let mask = causal.then(|| generate_autoregressive_mask(batch, num_tokens, &x.device()));
         let mut hidden = x;
         let mut routings = Vec::new();
         for block in &self.blocks {
-            let (next, routing) = block.forward(hidden, mask.clone(), valid.clone());
+            let (next, routing) = block.forward(hidden, mask.clone(), &marks);
             hidden = next;
             routings.extend(routing);
         }

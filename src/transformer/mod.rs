@@ -5,7 +5,7 @@ mod encoder;
 mod mlp;
 mod sparse;
 
-pub use block::{FeedForward, TransformerBlock};
+pub use block::{FeedForward, TokenMarks, TransformerBlock};
 pub use encoder::{Encoder, EncoderConfig, EncoderOutput};
 pub use mlp::{Mlp, MlpConfig};
-pub use sparse::{BlockSelection, SparseEncoderConfig};
+pub use sparse::{BlockSelection, Protection, SparseEncoderConfig};

@@ -55,6 +55,18 @@ pub struct SparseEncoderConfig {
     /// Who chooses whom. Default: top-2 token choice
     #[config(default = "AssignmentConfig::default()")]
     pub assignment: AssignmentConfig,
+    /// Whether the token that becomes the embedding is seated before all others. Default: `Pooled`
+    #[config(default = "Protection::Pooled")]
+    pub protection: Protection,
+}
+
+/// Tokens that are seated before all others, where tokens choose their experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Protection {
+    /// The token whose output is the embedding: a CLIP's class token, and the end of its texts.
+    Pooled,
+    /// None.
+    None,
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use super::{
     UpcycledLayer, report::deviation,
 };
 use crate::{
+    experts::FeedForwardForm,
     moe::{MoeFeedForward, MoeInput},
     param::with_value,
 };
@@ -39,6 +40,11 @@ pub(super) fn copy(
     let [num_experts, d_model, d_ff] = moe.experts.dims();
     UpcycleError::shapes("w_in", &weights.w_in.dims(), &[d_model, d_ff])?;
     UpcycleError::shapes("w_out", &weights.w_out.dims(), &[d_ff, d_model])?;
+    let form = if moe.experts.w_gate.is_some() { FeedForwardForm::Gated } else { FeedForwardForm::Plain };
+    UpcycleError::settings("form", FeedForwardForm::Plain, form)?;
+    if moe.shared_expert.is_some() {
+        return Err(UpcycleError::Setting { at: String::new(), what: "shared_expert", dense: "none".into(), sparse: "one".into() });
+    }
     if weights.activation != moe.experts.activation {
         let dense = format!("{:?}", weights.activation);
         return Err(UpcycleError::Activation { at: String::new(), dense, sparse: moe.experts.activation });
@@ -68,7 +74,7 @@ pub(super) fn copy(
     let layer = UpcycledLayer {
         path: String::new(),
         num_experts,
-        active_experts: moe.assignment.active_experts(),
+        active_experts: moe.assignment.active_experts(num_experts),
         params_per_expert: moe.experts.num_params() / num_experts,
     };
     Ok((moe, layer))

@@ -8,7 +8,7 @@ use super::{
     DenseFeedForward, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy, Upcycled, UpcycledLayer,
     layer::copy, report::deviation,
 };
-use crate::transformer::{Encoder, FeedForward, TransformerBlock};
+use crate::transformer::{Encoder, FeedForward, TokenMarks, TransformerBlock};
 
 impl UpcycleFromDense<TransformerBlock> for TransformerBlock {
     fn upcycle_from_dense(self, dense: &TransformerBlock, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
@@ -21,7 +21,7 @@ impl UpcycleFromDense<TransformerBlock> for TransformerBlock {
         let max_deviation = match probe {
             None => None,
             Some((tokens, valid)) => {
-                let run = |block: &Self| block.clone().freeze().forward(tokens.clone(), None, valid.clone()).0;
+                let run = |block: &Self| block.clone().freeze().forward(tokens.clone(), None, &marks(&valid)).0;
                 Some(compare(run(dense), run(&model), valid.clone())?)
             }
         };
@@ -40,7 +40,7 @@ impl UpcycleFromDense<Encoder> for Encoder {
         let max_deviation = match probe {
             None => None,
             Some((tokens, valid)) => {
-                let run = |encoder: &Self| encoder.clone().freeze().forward(tokens.clone(), valid.clone(), false).hidden;
+                let run = |encoder: &Self| encoder.clone().freeze().forward(tokens.clone(), marks(&valid), false).hidden;
                 Some(compare(run(dense), run(&model), valid.clone())?)
             }
         };
@@ -102,6 +102,10 @@ fn block(
         }
     };
     Ok((sparse, layer))
+}
+
+fn marks(valid: &Option<Tensor<2, Bool>>) -> TokenMarks {
+    TokenMarks { valid: valid.clone(), protected: None }
 }
 
 pub(super) fn norm(target: &mut LayerNorm, source: &LayerNorm) -> Result<(), UpcycleError> {

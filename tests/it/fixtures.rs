@@ -22,7 +22,16 @@ fn passes(name: &str) {
 
 #[test]
 fn layers_equal_pytorch_forward_and_backward() {
-    ["moe-top1", "moe-top2-dropless", "moe-top2-capacity", "moe-top2-masked-after-drop"].into_iter().for_each(passes);
+    let cases = [
+        "top1",
+        "top2-dropless",
+        "top2-capacity",
+        "top2-masked-after-drop",
+        "top2-batch-priority",
+        "top2-protected",
+        "expert-choice",
+    ];
+    cases.into_iter().for_each(|name| passes(&format!("moe-{name}")));
 }
 
 #[test]
@@ -32,8 +41,9 @@ fn clips_equal_transformers_and_open_clip() {
 
 #[test]
 fn a_case_beyond_what_exists_names_its_option() {
-    let error = |name| verify::run(&case(name), &Device::default(), &mut verify::Errors::default()).unwrap_err().to_string();
-    assert_eq!(error("moe-expert-choice"), "the case needs `policy` = expert_choice, which does not exist yet");
-    assert_eq!(error("moe-top2-batch-priority"), "the case needs `fill_order` = batch_priority, which does not exist yet");
-    assert_eq!(error("moe-top2-protected"), "the case needs `protected_tokens` = 4, which does not exist yet");
+    let folder = tempfile::tempdir().unwrap();
+    let text = std::fs::read_to_string(case("moe-top1").join("case.json")).unwrap();
+    std::fs::write(folder.path().join("case.json"), text.replace("\"gelu\"", "\"mish\"")).unwrap();
+    let error = verify::run(folder.path(), &Device::default(), &mut verify::Errors::default()).unwrap_err().to_string();
+    assert_eq!(error, "the case needs `activation` = mish, which does not exist yet");
 }

@@ -44,11 +44,12 @@ fn run_layer(layer: &MoeFeedForward, x: &Tensor<2>, valid: &[bool], kernels: Ker
 }
 
 /// Scores that send every token to the same experts.
-fn biased_router(layer: MoeFeedForward) -> MoeFeedForward {
+fn biased_router(mut layer: MoeFeedForward) -> MoeFeedForward {
     let [d, e] = layer.router.weight.shape().dims();
     let rows: Vec<f32> = (0..d * e).map(|i| 3.0 * (i % e) as f32).collect();
     let weight = Tensor::<1>::from_floats(&rows[..], &layer.router.weight.device()).reshape([d, e]);
-    MoeFeedForward { router: burn_moe::Router { weight: Param::from_tensor(weight) }, ..layer }
+    layer.router.weight = Param::from_tensor(weight);
+    layer
 }
 
 #[test]

@@ -2,8 +2,8 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_moe::{
-    AssignmentConfig, AuxiliaryLossConfig, GateNormalization, MoeFeedForwardConfig, MoeInput, Phase, Routing, TokenChoiceConfig,
-    load_balancing_loss, router_z_loss,
+    AssignmentConfig, AssignmentInput, AuxiliaryLossConfig, GateNormalization, MoeFeedForwardConfig, MoeInput, Phase, RouterScore,
+    Routing, TokenChoiceConfig, load_balancing_loss, router_z_loss,
 };
 
 use super::support::{mask, numbers, values};
@@ -13,8 +13,9 @@ fn routing<const T: usize, const E: usize>(probs: [[f32; E]; T], top_k: usize) -
     let probs = Tensor::<2>::from_data(TensorData::from(probs), &device);
     let assignment: AssignmentConfig =
         TokenChoiceConfig::new().with_top_k(top_k).with_gate_normalization(GateNormalization::None).into();
-    let plan = assignment.assign(probs.clone(), None, Phase::Inference);
-    Routing { logits: probs.clone().log(), probs, valid: None, plan }
+    let plan = assignment.assign(&AssignmentInput::new(probs.clone(), Phase::Inference));
+    let logits = probs.clone().log();
+    Routing { logits, clean_probs: probs.clone(), probs, noise: None, score: RouterScore::Softmax, valid: None, plan }
 }
 
 fn scalar(loss: Tensor<1>) -> f32 {
@@ -99,7 +100,7 @@ fn the_total_is_the_weighted_mean_over_layers() {
     let mean = |loss: fn(&Routing) -> Tensor<1>| (scalar(loss(&a)) + scalar(loss(&b))) / 2.0;
     let expected = 2.0 * mean(load_balancing_loss) + 3.0 * mean(router_z_loss);
     assert!((scalar(output.total) - expected).abs() < 1e-5);
-    assert_eq!(output.load_balancing.per_layer.dims(), [2]);
+    assert_eq!(output.load_balancing.as_ref().unwrap().per_layer.dims(), [2]);
 }
 
 #[test]

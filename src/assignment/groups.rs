@@ -1,0 +1,53 @@
+//! Which tokens compete for the same slots.
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::ConfigError;
+
+/// The groups that tokens are routed in. Capacity is counted, and slots are handed out, in each group by itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TokenGroups {
+    /// All tokens of a call are one group.
+    #[default]
+    Whole,
+    /// This many tokens, in order; a token count that it does not divide is refused.
+    OfSize(usize),
+    /// Each sample is a group: of an input `[B, N, D]`, the `N` tokens of one index of the first axis. A sample's result then does not
+    /// depend on the rest of the batch, whatever the assignment. An input `[T, D]` is one sample.
+    PerSample,
+}
+
+impl TokenGroups {
+    /// Refuses a group of no tokens.
+    ///
+    /// # Errors
+    /// `OfSize(0)`.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        match self {
+            Self::OfSize(0) => Err(ConfigError::Zero { field: "group_size" }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Tokens of each group.
+    ///
+    /// # Panics
+    /// When the size does not divide the token count.
+    pub(super) fn size(&self, num_tokens: usize, tokens_per_sample: usize) -> usize {
+        let size = match *self {
+            Self::Whole => num_tokens,
+            Self::OfSize(size) => size,
+            Self::PerSample => tokens_per_sample,
+        };
+        assert!(num_tokens == 0 || num_tokens.is_multiple_of(size), "groups of {size} tokens do not divide {num_tokens} tokens");
+        size
+    }
+
+    /// The tokens of each group, in order.
+    pub(super) fn ranges(&self, num_tokens: usize, tokens_per_sample: usize) -> impl Iterator<Item = Range<usize>> {
+        let size = self.size(num_tokens, tokens_per_sample).max(1);
+        (0..num_tokens.div_ceil(size)).map(move |group| group * size..(group + 1) * size)
+    }
+}

@@ -42,7 +42,7 @@ struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Optimiser steps of both models
-    #[arg(long, default_value_t = 1200)]
+    #[arg(long, default_value_t = 4000)]
     steps: usize,
     /// Where the results go
     #[arg(long, default_value = "out/clip_up")]
@@ -65,9 +65,9 @@ struct Args {
     /// Which blocks become sparse: every N-th. CLIP-UP has 2; a model as small as this one gains more with 1 (docs/results.md)
     #[arg(long, default_value_t = 1)]
     every: usize,
-    /// Give every choice a slot in training too; otherwise each expert takes its even share of them
+    /// Slots per expert in training, in parts of the tokens (2 is the even share of two choices); without it, every choice has one
     #[arg(long)]
-    dropless: bool,
+    capacity: Option<f64>,
     /// Experts of each sparse block
     #[arg(long, default_value_t = 8)]
     experts: usize,
@@ -82,7 +82,7 @@ struct Args {
     #[arg(long, default_value_t = 256)]
     batch_size: usize,
     /// Steps between evaluations
-    #[arg(long, default_value_t = 200)]
+    #[arg(long, default_value_t = 500)]
     eval_every: usize,
 }
 
@@ -103,7 +103,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (set, test) = data(&args, dense.config.vision.image_size)?;
     println!("{} images to train on, {} to test on", set.len(), test.len());
 
-    let capacity = if args.dropless { Capacity::Dropless } else { Capacity::OfTokens(2.0) };
+    let capacity = args.capacity.map_or(Capacity::Dropless, Capacity::OfTokens);
     let experts = SparseEncoderConfig::new()
         .with_blocks(BlockSelection::EveryNth(args.every))
         .with_num_experts(args.experts)

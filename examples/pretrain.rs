@@ -51,26 +51,26 @@ struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Width of both towers
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 24)]
     width: usize,
     /// Attention heads of both towers
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 3)]
     heads: usize,
-    /// Hidden width of the feed-forward networks; four times the width unless given
+    /// Hidden width of the feed-forward networks; the width of the towers unless given
     #[arg(long)]
     d_ff: Option<usize>,
     /// Side of a patch in pixels
     #[arg(long, default_value_t = 8)]
     patch_size: usize,
-    #[arg(long, default_value_t = 5)]
-    vision_layers: usize,
     #[arg(long, default_value_t = 3)]
+    vision_layers: usize,
+    #[arg(long, default_value_t = 2)]
     text_layers: usize,
     /// Width of the shared embedding space
     #[arg(long, default_value_t = 64)]
     embed_dim: usize,
     /// Steps between evaluations
-    #[arg(long, default_value_t = 400)]
+    #[arg(long, default_value_t = 800)]
     eval_every: usize,
     /// Only cpu has been tried
     #[arg(long, default_value = "cpu")]
@@ -120,7 +120,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 fn config(args: &Args, image_size: usize) -> ClipConfig {
-    let encoder = |layers| EncoderConfig::new(args.width, args.heads, layers, args.d_ff.unwrap_or(4 * args.width));
+    let encoder = |layers| EncoderConfig::new(args.width, args.heads, layers, args.d_ff.unwrap_or(args.width));
     let vision = VisionConfig::new(encoder(args.vision_layers), image_size, args.patch_size);
     let text = TextConfig::new(encoder(args.text_layers)).with_context_length(24);
     ClipConfig::new(vision, text, args.embed_dim)

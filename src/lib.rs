@@ -23,7 +23,7 @@
 //!   `store`), and the training recipe: `recipe` (feature `train`).
 //!
 //! # Guides
-//! The modules of [`guide`]: notation, architecture, kernels, training. What was measured is in `docs/results.md`.
+//! The modules of [`guide`]: notation, architecture, routing, upcycling, kernels, training. What was measured is in `docs/results.md`.
 #![warn(clippy::print_stdout)]
 
 mod assignment;
@@ -90,6 +90,12 @@ pub mod guide {
     /// How the crate is built, and why.
     #[doc = include_str!("../docs/architecture.md")]
     pub mod architecture {}
+    /// Which routing option to take when.
+    #[doc = include_str!("../docs/routing.md")]
+    pub mod routing {}
+    /// Which upcycling strategy to take when.
+    #[doc = include_str!("../docs/upcycling.md")]
+    pub mod upcycling {}
     /// What the layers compute with.
     #[doc = include_str!("../docs/kernels.md")]
     pub mod kernels {}

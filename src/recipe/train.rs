@@ -55,6 +55,7 @@ impl OptimizerConfig {
             ".gamma",
             ".beta",
             ".b_in",
+            ".b_gate",
             ".b_out",
             ".router.",
             "logit_scale",

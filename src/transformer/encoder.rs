@@ -94,7 +94,7 @@ impl EncoderConfig {
     /// The layer of each sparse block. Expert choice over the whole batch becomes expert choice in each sample, so that a result does not
     /// depend on the rest of the batch.
     pub fn moe(&self, sparse: &SparseEncoderConfig) -> MoeFeedForwardConfig {
-        MoeFeedForwardConfig::new(self.d_model, self.d_ff, sparse.num_experts)
+        MoeFeedForwardConfig::new(self.d_model, sparse.d_ff.unwrap_or(self.d_ff), sparse.num_experts)
             .with_router(sparse.router.clone())
             .with_assignment(sparse.assignment.clone().independent_of_batch())
             .with_experts(ExpertMlpConfig::new().with_activation(self.activation))
@@ -116,7 +116,7 @@ impl EncoderConfig {
                     None => Cost::feed_forward(num_tokens, d, self.d_ff, true),
                     Some(sparse) => {
                         let active = sparse.assignment.active_experts(sparse.num_experts);
-                        Cost::moe_feed_forward(num_tokens, d, self.d_ff, true, sparse.num_experts, active)
+                        Cost::moe_feed_forward(num_tokens, d, sparse.d_ff.unwrap_or(self.d_ff), true, sparse.num_experts, active)
                     }
                 };
                 attention + feed_forward + Cost::params(4 * d)

@@ -49,6 +49,8 @@ pub struct SparseEncoderConfig {
     /// Number of experts, `E`. Default: 8
     #[config(default = 8)]
     pub num_experts: usize,
+    /// Hidden width of each expert, `F`. Default: that of the encoder
+    pub d_ff: Option<usize>,
     /// The router. Default: [`RouterConfig::new`]
     #[config(default = "RouterConfig::new()")]
     pub router: RouterConfig,

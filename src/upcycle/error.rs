@@ -44,6 +44,14 @@ pub enum UpcycleError {
         /// Path of the module.
         at: String,
     },
+    /// A strategy that cannot be used here.
+    #[error("strategy `{strategy}` is refused: {reason}")]
+    Strategy {
+        /// The strategy as written.
+        strategy: String,
+        /// Why it cannot be used.
+        reason: String,
+    },
     /// The module to upcycle to has no sparse block.
     #[error("the module to upcycle to has no sparse block: its configuration names none")]
     NotSparse,
@@ -89,7 +97,7 @@ impl UpcycleError {
                 *at = format!("{name}{inner}");
             }
             Self::NonFinite(error) => error.tensor = format!("{name}.{}", error.tensor),
-            Self::NotSparse | Self::Probe { .. } => {}
+            Self::NotSparse | Self::Probe { .. } | Self::Strategy { .. } => {}
         }
         self
     }

@@ -5,7 +5,9 @@ use burn::tensor::{Bool, Tensor};
 
 use super::{
     DenseFeedForward, DenseWeights, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy, Upcycled,
-    UpcycledLayer, report::deviation,
+    UpcycledLayer,
+    report::deviation,
+    strategy::{make, repeat_columns},
 };
 use crate::{
     experts::FeedForwardForm,
@@ -30,16 +32,59 @@ impl<Dense: DenseFeedForward> UpcycleFromDense<Dense> for MoeFeedForward {
     }
 }
 
-/// The layer with `weights` in every expert.
+/// The layer with experts made from `weights`.
 pub(super) fn copy(
     mut moe: MoeFeedForward,
     weights: &DenseWeights,
     strategy: UpcycleStrategy,
 ) -> Result<(MoeFeedForward, UpcycledLayer), UpcycleError> {
-    let UpcycleStrategy::Copy = strategy;
+    let [num_experts, _, _] = moe.experts.dims();
+    check(&moe, weights, strategy)?;
+    if let UpcycleStrategy::Granular { shards } = strategy {
+        moe.router.weight = with_value(moe.router.weight, |weight| repeat_columns(weight, shards));
+    }
+    let made = make(&moe, weights, strategy);
+    let experts = &mut moe.experts;
+    experts.w_in = replace(experts.w_in.clone(), made.w_in);
+    experts.w_out = replace(experts.w_out.clone(), made.w_out);
+    for (bias, made) in [(&mut experts.b_in, made.b_in), (&mut experts.b_out, made.b_out)] {
+        *bias = bias.take().zip(made).map(|(param, made)| replace(param, made));
+    }
+    let layer = UpcycledLayer {
+        path: String::new(),
+        num_experts,
+        active_experts: moe.assignment.active_experts(num_experts),
+        params_per_expert: moe.experts.num_params() / num_experts,
+    };
+    Ok((moe, layer))
+}
+
+/// Refuses what does not fit.
+fn check(moe: &MoeFeedForward, weights: &DenseWeights, strategy: UpcycleStrategy) -> Result<(), UpcycleError> {
     let [num_experts, d_model, d_ff] = moe.experts.dims();
-    UpcycleError::shapes("w_in", &weights.w_in.dims(), &[d_model, d_ff])?;
-    UpcycleError::shapes("w_out", &weights.w_out.dims(), &[d_ff, d_model])?;
+    let shards = match strategy {
+        UpcycleStrategy::Copy => 1,
+        UpcycleStrategy::CopyWithNoise { relative_std: value } | UpcycleStrategy::Drop { ratio: value } => {
+            let most = if matches!(strategy, UpcycleStrategy::Drop { .. }) { 1.0 } else { f64::MAX };
+            if !(0.0..=most).contains(&value) {
+                return Err(UpcycleError::Strategy {
+                    strategy: format!("{strategy:?}"),
+                    reason: "the number is out of range".into(),
+                });
+            }
+            1
+        }
+        UpcycleStrategy::Granular { shards } => {
+            let top_k = moe.assignment.active_experts(num_experts);
+            if shards == 0 || !num_experts.is_multiple_of(shards) || !top_k.is_multiple_of(shards) {
+                let reason = format!("it must divide the {num_experts} experts and the {top_k} choices of each token");
+                return Err(UpcycleError::Strategy { strategy: format!("{strategy:?}"), reason });
+            }
+            shards
+        }
+    };
+    UpcycleError::shapes("w_in", &weights.w_in.dims(), &[d_model, d_ff * shards])?;
+    UpcycleError::shapes("w_out", &weights.w_out.dims(), &[d_ff * shards, d_model])?;
     let form = if moe.experts.w_gate.is_some() { FeedForwardForm::Gated } else { FeedForwardForm::Plain };
     UpcycleError::settings("form", FeedForwardForm::Plain, form)?;
     if moe.shared_expert.is_some() {
@@ -50,7 +95,7 @@ pub(super) fn copy(
         return Err(UpcycleError::Activation { at: String::new(), dense, sparse: moe.experts.activation });
     }
     for (what, dense, sparse, width) in
-        [("b_in", &weights.b_in, &moe.experts.b_in, d_ff), ("b_out", &weights.b_out, &moe.experts.b_out, d_model)]
+        [("b_in", &weights.b_in, &moe.experts.b_in, d_ff * shards), ("b_out", &weights.b_out, &moe.experts.b_out, d_model)]
     {
         if dense.is_some() != sparse.is_some() {
             return Err(UpcycleError::Bias { at: String::new(), what, dense: dense.is_some() });
@@ -62,31 +107,12 @@ pub(super) fn copy(
     }
     crate::check_finite("w_in", &weights.w_in)?;
     crate::check_finite("w_out", &weights.w_out)?;
-
-    let experts = &mut moe.experts;
-    experts.w_in = replace(experts.w_in.clone(), stack(&weights.w_in, num_experts));
-    experts.w_out = replace(experts.w_out.clone(), stack(&weights.w_out, num_experts));
-    for (bias, dense) in [(&mut experts.b_in, &weights.b_in), (&mut experts.b_out, &weights.b_out)] {
-        if let (Some(param), Some(dense)) = (bias.take(), dense) {
-            *bias = Some(replace(param, stack(dense, num_experts)));
-        }
-    }
-    let layer = UpcycledLayer {
-        path: String::new(),
-        num_experts,
-        active_experts: moe.assignment.active_experts(num_experts),
-        params_per_expert: moe.experts.num_params() / num_experts,
-    };
-    Ok((moe, layer))
+    Ok(())
 }
 
 /// The parameter with a value from another model, which may live on another device.
 pub(super) fn replace<const D: usize>(param: Param<Tensor<D>>, value: Tensor<D>) -> Param<Tensor<D>> {
     with_value(param, |old| Tensor::from_data(value.into_data(), &old.device()))
-}
-
-fn stack<const D: usize, const E: usize>(tensor: &Tensor<D>, num_experts: usize) -> Tensor<E> {
-    Tensor::stack(vec![tensor.clone().detach(); num_experts], 0)
 }
 
 fn compare(

@@ -9,6 +9,7 @@ mod dense;
 mod error;
 mod layer;
 mod report;
+mod strategy;
 mod transformer;
 
 pub use dense::{DenseFeedForward, DenseWeights};
@@ -52,13 +53,33 @@ pub struct UpcycleOptions {
     pub probe: Option<Probe>,
 }
 
-/// How experts are made from the dense network.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// How experts are made from the dense network. What is random is drawn on the device of the sparse module, so `device.seed` decides it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum UpcycleStrategy {
-    /// Every expert is a copy.
+    /// Every expert is a copy (Komatsuzaki et al., [arXiv 2212.05055](https://arxiv.org/abs/2212.05055)).
     #[default]
     Copy,
+    /// Every expert is a copy with normal noise on its two weights, so that experts differ from the start.
+    CopyWithNoise {
+        /// Standard deviation of the noise, relative to that of the weight it is added to.
+        relative_std: f64,
+    },
+    /// Every expert is a copy of which a share of the hidden units, drawn for each expert, starts anew: their columns of `w_in` and
+    /// `b_in` and rows of `w_out` are normal, with the mean and standard deviation of the dense weight (drop-upcycling,
+    /// [arXiv 2502.19261](https://arxiv.org/abs/2502.19261), section 3).
+    Drop {
+        /// Share of the hidden units, from 0 to 1; the paper takes one half.
+        ratio: f64,
+    },
+    /// Every expert is one of `shards` equal parts of the hidden units, and the parts of one dense copy are chosen together: `E` and
+    /// `top_k` of the sparse layer are `shards` times larger than for copies and its hidden width that much smaller, so the
+    /// operations stay. The part's `w_out` is multiplied by `shards`, as its gate is that much smaller (virtual groups,
+    /// [arXiv 2410.07524](https://arxiv.org/abs/2410.07524), section 3.2). Exact for every activation, with normalised gates.
+    Granular {
+        /// Parts of the hidden units.
+        shards: usize,
+    },
 }
 
 /// A batch on which a dense and a sparse model are compared.

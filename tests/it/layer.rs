@@ -3,8 +3,8 @@
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use burn_moe::{
-    Activation, Capacity, ExpertMlpConfig, GateNormalization, Kernels, MoeFeedForward, MoeFeedForwardConfig, MoeInput,
-    RouterConfig, RoutingStats, TokenChoiceConfig, with_kernels,
+    Activation, Capacity, ExpertChoiceConfig, ExpertMlpConfig, FillOrder, GateNormalization, Kernels, MoeFeedForward,
+    MoeFeedForwardConfig, MoeInput, RouterConfig, RoutingStats, TokenChoiceConfig, TokenGroups, with_kernels,
 };
 use proptest::prelude::*;
 
@@ -19,7 +19,10 @@ struct Case {
     k: usize,
     capacity: Capacity,
     normalization: GateNormalization,
+    order: FillOrder,
+    group: usize,
     valid: Vec<bool>,
+    protected: Vec<bool>,
     seed: u64,
 }
 
@@ -35,10 +38,15 @@ fn cases() -> impl Strategy<Value = Case> {
         let normalization =
             prop_oneof![Just(GateNormalization::None), Just(GateNormalization::BeforeDrop), Just(GateNormalization::AfterDrop)];
         let valid = prop::collection::vec(prop::bool::weighted(0.8), t);
-        (1..=e.min(4), capacity, normalization, valid).prop_map(move |(k, capacity, normalization, valid)| {
-            let normalization = if k == 1 { GateNormalization::None } else { normalization };
-            Case { t, d, f, e, k, capacity, normalization, valid, seed }
-        })
+        let order = prop_oneof![Just(FillOrder::ChoiceMajor), Just(FillOrder::TokenMajor), Just(FillOrder::BatchPriority)];
+        let protected = prop::collection::vec(prop::bool::weighted(0.1), t);
+        let groups: Vec<usize> = (1..=t.max(1)).filter(|size| t % size == 0).collect();
+        (1..=e.min(4), capacity, normalization, order, prop::sample::select(groups), valid, protected).prop_map(
+            move |(k, capacity, normalization, order, group, valid, protected)| {
+                let normalization = if k == 1 { GateNormalization::None } else { normalization };
+                Case { t, d, f, e, k, capacity, normalization, order, group, valid, protected, seed }
+            },
+        )
     })
 }
 
@@ -47,6 +55,8 @@ fn layer(case: &Case, device: &Device) -> MoeFeedForward {
     let assignment = TokenChoiceConfig::new()
         .with_top_k(case.k)
         .with_gate_normalization(case.normalization)
+        .with_fill_order(case.order)
+        .with_groups(TokenGroups::OfSize(case.group))
         .with_training_capacity(case.capacity)
         .with_inference_capacity(case.capacity);
     MoeFeedForwardConfig::new(case.d, case.f, case.e)
@@ -78,15 +88,29 @@ fn naive(case: &Case, layer: &MoeFeedForward, x: &[f32]) -> (Vec<f32>, usize) {
             order[..k].to_vec()
         })
         .collect();
-    let slots = case.capacity.slots(t, k, e).unwrap_or(usize::MAX);
-    let mut load = vec![0; e];
+    let slots = case.capacity.slots(case.group, k, e).unwrap_or(usize::MAX);
+    let mut rows = 0;
     let mut kept = vec![vec![false; k]; t];
-    for rank in 0..k {
-        for i in (0..t).filter(|&i| case.valid[i]) {
-            let expert = chosen[i][rank];
-            kept[i][rank] = load[expert] < slots;
-            load[expert] += usize::from(kept[i][rank]);
+    for group in 0..t / case.group {
+        let mut load = vec![0; e];
+        for protected in [true, false] {
+            let mut tokens: Vec<usize> = (group * case.group..(group + 1) * case.group)
+                .filter(|&i| case.valid[i] && case.protected[i] == protected)
+                .collect();
+            if case.order == FillOrder::BatchPriority {
+                tokens.sort_by(|&a, &b| probs[b][chosen[b][0]].total_cmp(&probs[a][chosen[a][0]]));
+            }
+            let choices: Vec<(usize, usize)> = match case.order {
+                FillOrder::TokenMajor => tokens.iter().flat_map(|&i| (0..k).map(move |rank| (i, rank))).collect(),
+                _ => (0..k).flat_map(|rank| tokens.iter().map(move |&i| (i, rank))).collect(),
+            };
+            for (i, rank) in choices {
+                let expert = chosen[i][rank];
+                kept[i][rank] = load[expert] < slots;
+                load[expert] += usize::from(kept[i][rank]);
+            }
         }
+        rows += load.iter().sum::<usize>();
     }
     let mut output = vec![0.0; t * d];
     for i in 0..t {
@@ -111,7 +135,7 @@ fn naive(case: &Case, layer: &MoeFeedForward, x: &[f32]) -> (Vec<f32>, usize) {
             }
         }
     }
-    (output, load.iter().sum())
+    (output, rows)
 }
 
 proptest! {
@@ -124,7 +148,7 @@ proptest! {
         let x = numbers([case.t, case.d], case.seed, &device);
         let (expected, rows) = naive(&case, &layer, &values(&x));
         for kernels in [Kernels::Fastest, Kernels::Reference] {
-            let input = MoeInput::new(x.clone()).valid(mask(&case.valid, &device));
+            let input = MoeInput::new(x.clone()).valid(mask(&case.valid, &device)).protected(mask(&case.protected, &device));
             let result = with_kernels(kernels, || layer.forward(input));
             prop_assert!(largest_difference(&values(&result.output), &expected) < 1e-4, "{:?}", kernels);
             prop_assert_eq!(result.routing.plan.num_rows(), rows);
@@ -139,8 +163,9 @@ proptest! {
         let plan = &routing.plan;
         let num_valid = case.valid.iter().filter(|&&v| v).count();
         prop_assert_eq!(plan.asked().iter().sum::<usize>(), num_valid * case.k);
-        if let Some(slots) = case.capacity.slots(case.t, case.k, case.e) {
-            prop_assert!(plan.load().iter().all(|&load| load <= slots), "an expert is over its capacity");
+        if let Some(slots) = case.capacity.slots(case.group, case.k, case.e) {
+            let groups = case.t / case.group;
+            prop_assert!(plan.load().iter().all(|&load| load <= slots * groups), "an expert is over its capacity");
         }
         // Every row is named by exactly one choice, and belongs to that choice's token.
         let mut seen = vec![false; plan.num_rows()];
@@ -179,7 +204,7 @@ proptest! {
 
     #[test]
     fn without_drops_a_token_alone_comes_out_as_in_any_batch(mut case in cases()) {
-        case.capacity = Capacity::Dropless;
+        (case.capacity, case.group) = (Capacity::Dropless, 1);
         let device = Device::default();
         let layer = layer(&case, &device);
         let x = numbers([case.t, case.d], case.seed, &device);
@@ -192,7 +217,7 @@ proptest! {
 
     #[test]
     fn without_drops_permuting_tokens_permutes_outputs(mut case in cases()) {
-        case.capacity = Capacity::Dropless;
+        (case.capacity, case.group) = (Capacity::Dropless, 1);
         let device = Device::default();
         let layer = layer(&case, &device);
         let x = numbers([case.t, case.d], case.seed, &device);
@@ -222,6 +247,64 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn gated_experts_multiply_gate_and_input() {
+    let device = Device::default();
+    let config = MoeFeedForwardConfig::new(3, 5, 1).with_experts(ExpertMlpConfig::swiglu());
+    let assignment = TokenChoiceConfig::new().with_top_k(1).with_gate_normalization(GateNormalization::None);
+    let layer = config.with_assignment(assignment.into()).init(&device);
+    let x = numbers([6, 3], 1, &device);
+    // One expert: its gate is 1.
+    let experts = &layer.experts;
+    let weight = |w: &burn::module::Param<Tensor<3>>| w.val().squeeze_dim::<2>(0);
+    let (w_gate, b_gate) = (experts.w_gate.as_ref().unwrap(), experts.b_gate.as_ref().unwrap());
+    let gate = Activation::Silu.forward(x.clone().matmul(weight(w_gate)) + b_gate.val());
+    let input = x.clone().matmul(weight(&experts.w_in)) + experts.b_in.as_ref().unwrap().val();
+    let expected = (gate * input).matmul(weight(&experts.w_out)) + experts.b_out.as_ref().unwrap().val();
+    assert!(largest_difference(&values(&layer.forward(x).output), &values(&expected)) < 1e-6);
+}
+
+#[test]
+fn a_shared_expert_is_added_for_valid_tokens_only() {
+    let device = Device::default();
+    let layer = MoeFeedForwardConfig::new(4, 8, 3).with_shared_expert(Some(6)).init(&device);
+    let x = numbers([5, 4], 2, &device);
+    let valid = mask(&[true, true, false, true, true], &device);
+    let with = values(&layer.forward(MoeInput::new(x.clone()).valid(valid.clone())).output);
+    let shared = values(&layer.shared_expert.clone().unwrap().forward(x.clone().unsqueeze_dim(0)));
+    let without = MoeFeedForward { shared_expert: None, ..layer };
+    let routed = values(&without.forward(MoeInput::new(x).valid(valid)).output);
+    for token in 0..5 {
+        for i in token * 4..token * 4 + 4 {
+            let expected = if token == 2 { 0.0 } else { routed[i] + shared[i] };
+            assert!((with[i] - expected).abs() < 1e-6);
+        }
+    }
+}
+
+#[test]
+fn expert_choice_per_sample_does_not_depend_on_other_samples() {
+    let device = Device::default();
+    let config = ExpertChoiceConfig::new().with_groups(TokenGroups::PerSample);
+    let layer = MoeFeedForwardConfig::new(4, 8, 3).with_assignment(config.into()).init(&device);
+    let x = numbers([5, 6, 4], 2, &device);
+    let together = layer.forward(x.clone());
+    // Four of six tokens for each of three experts, ceil(2 · 6 / 3), in each of five samples.
+    assert_eq!(together.routing.plan.load(), [20, 20, 20]);
+    for sample in 0..5 {
+        let alone = values(&layer.forward(x.clone().narrow(0, sample, 1)).output);
+        assert!(largest_difference(&alone, &values(&together.output)[sample * 24..][..24]) < 1e-6);
+    }
+}
+
+#[test]
+#[should_panic(expected = "expert choice has no protected tokens")]
+fn expert_choice_refuses_protected_tokens() {
+    let device = Device::default();
+    let layer = MoeFeedForwardConfig::new(4, 8, 3).with_assignment(ExpertChoiceConfig::new().into()).init(&device);
+    layer.forward(MoeInput::new(numbers([5, 4], 2, &device)).protected(mask(&[true; 5], &device)));
 }
 
 #[test]

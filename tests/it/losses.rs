@@ -2,8 +2,9 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_moe::{
-    AssignmentConfig, AssignmentInput, AuxiliaryLossConfig, GateNormalization, MoeFeedForwardConfig, MoeInput, Phase, RouterScore,
-    Routing, TokenChoiceConfig, load_balancing_loss, router_z_loss,
+    AssignmentConfig, AssignmentInput, AuxiliaryLossConfig, GateNormalization, MoeFeedForwardConfig, MoeInput, Phase, RouterConfig,
+    RouterNoise, RouterScore, Routing, TokenChoiceConfig, global_entropy_loss, importance_loss, load_balancing_loss, load_loss,
+    local_entropy_loss, router_z_loss,
 };
 
 use super::support::{mask, numbers, values};
@@ -31,6 +32,55 @@ fn load_balancing_has_the_value_of_vmoe_for_first_choices() {
 }
 
 #[test]
+fn importance_has_the_value_of_vmoe() {
+    let gates = [[0.5, 0.4, 0.1], [0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.8, 0.2, 0.0]];
+    // Importances 1.7, 1.1 and 1.2: variance 0.0688889, mean 4/3.
+    let loss = scalar(importance_loss(&routing(gates, 1)));
+    assert!((loss - 0.038_749_99).abs() < 1e-6, "{loss}");
+    assert!(scalar(importance_loss(&routing([[0.25f32; 4]; 3], 2))).abs() < 1e-12);
+    assert!((scalar(importance_loss(&routing([[1.0, 0.0, 0.0, 0.0]; 5], 1))) - 3.0).abs() < 1e-5);
+}
+
+#[test]
+fn load_has_the_value_of_vmoe() {
+    let device = Device::default();
+    let tensor = |values: [[f32; 3]; 3]| Tensor::<2>::from_data(TensorData::from(values), &device);
+    let logits = tensor([[0.9, 0.06, 0.04], [0.7, 0.18, 0.12], [0.85, 0.05, 0.1]]);
+    let noise = tensor([[-0.037, 0.026, -0.018], [-0.074, 0.045, -0.015], [-0.067, -0.059, 0.073]]);
+    let mut routing = routing([[0.5, 0.3, 0.2]; 3], 2);
+    routing.noise = Some(RouterNoise { logits: logits.clone() + noise, std: 0.1 });
+    routing.logits = logits;
+    let loss = scalar(load_loss(&routing));
+    assert!((loss - 0.485_738_65).abs() < 1e-6, "{loss}");
+}
+
+#[test]
+#[should_panic(expected = "the load loss needs router noise: set `RouterConfig::noise`")]
+fn load_without_noise_is_refused() {
+    load_loss(&routing([[0.5, 0.3, 0.2]; 3], 2));
+}
+
+#[test]
+#[should_panic(expected = "the router z-loss is about a softmax")]
+fn router_z_of_other_scores_is_refused() {
+    let mut routing = routing([[0.5, 0.3, 0.2]; 3], 2);
+    routing.score = RouterScore::Sigmoid;
+    router_z_loss(&routing);
+}
+
+#[test]
+fn entropies_are_those_of_each_token_and_of_their_mean() {
+    let sure = routing([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]], 1);
+    let unsure = routing([[0.25f32; 4]; 2], 1);
+    assert!(scalar(local_entropy_loss(&sure)).abs() < 1e-6);
+    assert!((scalar(local_entropy_loss(&unsure)) - 4f32.ln()).abs() < 1e-6);
+    // Two experts are used evenly: H = ln 2.
+    assert!((scalar(global_entropy_loss(&sure, 4.0)) - 2f32.ln()).abs() < 1e-6);
+    assert_eq!(scalar(global_entropy_loss(&sure, 2.0)), 0.0);
+    assert_eq!(scalar(global_entropy_loss(&unsure, 3.0)), 0.0);
+}
+
+#[test]
 fn load_balancing_is_one_at_balance_and_the_expert_count_at_collapse() {
     let balanced = [[0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1], [0.1, 0.1, 0.7, 0.1], [0.1, 0.1, 0.1, 0.7]];
     assert!((scalar(load_balancing_loss(&routing(balanced, 1))) - 1.0).abs() < 1e-6);
@@ -51,14 +101,17 @@ fn router_z_of_zero_logits_is_the_squared_logarithm_of_the_expert_count() {
 #[test]
 fn losses_and_gradients_stay_finite_where_routing_is_extreme() {
     let device = Device::default().autodiff();
-    let layer = MoeFeedForwardConfig::new(4, 8, 4).init(&device);
+    let router = RouterConfig::new().with_noise(1.0);
+    let layer = MoeFeedForwardConfig::new(4, 8, 4).with_router(router).init(&device);
+    let every_loss =
+        AuxiliaryLossConfig::new().with_importance(0.1).with_load(0.1).with_local_entropy(0.1).with_global_entropy(0.1);
     // Exact balance (no logits), one-hot routing (huge ones), one valid token, none.
     for (scale, valid) in
         [(0.0, vec![true; 6]), (1e4, vec![true; 6]), (1.0, [vec![true], vec![false; 5]].concat()), (1.0, vec![false; 6])]
     {
         let x = (numbers([6, 4], 9, &device) * scale).require_grad();
         let result = layer.forward(MoeInput::new(x.clone()).valid(mask(&valid, &device)));
-        let losses = AuxiliaryLossConfig::new().init().forward(&[result.routing]);
+        let losses = every_loss.init().forward(&[result.routing]);
         let total = losses.total.clone() + result.output.sum() * 0.0;
         let gradients = total.backward();
         let router = values(&layer.router.weight.grad(&gradients).unwrap());
@@ -88,7 +141,8 @@ fn padding_counts_in_no_loss() {
     let padded = Tensor::cat(vec![x.clone(), numbers([3, 4], 8, &device)], 0);
     let valid = mask(&[true, true, true, true, true, false, false, false], &device);
     let (alone, padded) = (layer.forward(x).routing, layer.forward(MoeInput::new(padded).valid(valid)).routing);
-    for loss in [load_balancing_loss, router_z_loss] {
+    for loss in [load_balancing_loss, router_z_loss, importance_loss, local_entropy_loss, |r: &Routing| global_entropy_loss(r, 4.0)]
+    {
         assert!((scalar(loss(&alone)) - scalar(loss(&padded))).abs() < 1e-6);
     }
 }

@@ -4,8 +4,9 @@ use burn::module::Module;
 use burn::nn::{Linear, LinearConfig, activation::ActivationConfig, transformer::PositionWiseFeedForwardConfig};
 use burn::tensor::{Bool, Device, Int, Tensor};
 use burn_moe::{
-    Activation, Capacity, DenseFeedForward, DenseWeights, EncoderConfig, ExpertMlpConfig, GateNormalization, MoeFeedForwardConfig,
-    Probe, SparseEncoderConfig, TokenChoiceConfig, UpcycleError, UpcycleFromDense, UpcycleOptions,
+    Activation, Capacity, DenseFeedForward, DenseWeights, EncoderConfig, ExpertMlpConfig, GateNormalization, MlpConfig,
+    MoeFeedForwardConfig, Probe, SparseEncoderConfig, TokenChoiceConfig, UpcycleError, UpcycleFromDense, UpcycleOptions,
+    UpcycleStrategy,
     clip::{Clip, ClipConfig, EndOfText, SparseClipConfig, TextConfig, VisionConfig},
 };
 
@@ -246,4 +247,103 @@ fn parameters_are_counted_as_the_cost_says() {
     // A token's way through the dense model leaves no parameter out.
     assert_eq!(dense.cost().params_active, dense.cost().params_total);
     assert_eq!(dense.init(&device).num_params() as u64, dense.cost().params_total);
+}
+
+#[test]
+fn granular_experts_compute_what_the_dense_network_computes() {
+    let device = Device::default();
+    for activation in [Activation::Gelu, Activation::QuickGelu, Activation::Relu, Activation::Silu] {
+        let dense = MlpConfig::new(6, 24).with_activation(activation).init(&device);
+        // Three parts of 8 hidden units: 4 copies make 12 experts, of which 2 · 3 are chosen.
+        let assignment = TokenChoiceConfig::new().with_top_k(6);
+        let sparse = MoeFeedForwardConfig::new(6, 8, 12)
+            .with_assignment(assignment.into())
+            .with_experts(ExpertMlpConfig::new().with_activation(activation))
+            .init(&device);
+        let strategy = UpcycleStrategy::Granular { shards: 3 };
+        let options = UpcycleOptions { strategy, ..tokens_probe([2, 9, 6], &device) };
+        let upcycled = sparse.upcycle_from_dense(&dense, &options).unwrap();
+        assert!(upcycled.report.max_deviation.unwrap() < 1e-5, "{activation:?}: {:?}", upcycled.report.max_deviation);
+    }
+}
+
+#[test]
+fn an_encoder_may_have_granular_experts() {
+    let device = Device::default();
+    let config = EncoderConfig::new(8, 2, 2, 16);
+    let assignment = TokenChoiceConfig::new().with_top_k(4).into();
+    let sparse = SparseEncoderConfig::new().with_num_experts(8).with_d_ff(Some(8)).with_assignment(assignment);
+    let dense = config.init(&device);
+    let options = UpcycleOptions { strategy: UpcycleStrategy::Granular { shards: 2 }, ..tokens_probe([2, 5, 8], &device) };
+    let upcycled = config.with_sparse(Some(sparse)).init(&device).upcycle_from_dense(&dense, &options).unwrap();
+    assert!(upcycled.report.max_deviation.unwrap() < 1e-5);
+}
+
+#[test]
+fn noise_and_drops_change_experts_by_as_much_as_they_say() {
+    let device = Device::default();
+    let dense = MlpConfig::new(32, 64).init(&device);
+    let upcycle = |strategy| {
+        let sparse = MoeFeedForwardConfig::new(32, 64, 4).init(&device);
+        sparse.upcycle_from_dense(&dense, &UpcycleOptions { strategy, probe: None }).unwrap().model.experts
+    };
+    let dense_in = values(&dense.linear_in.weight.val());
+    let std = |values: &[f32]| (values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32).sqrt();
+
+    let noisy = upcycle(UpcycleStrategy::CopyWithNoise { relative_std: 0.1 });
+    let noisy_in = values(&noisy.w_in.val());
+    let changes: Vec<f32> = noisy_in.iter().zip(dense_in.iter().cycle()).map(|(a, b)| a - b).collect();
+    assert!((std(&changes) / std(&dense_in) - 0.1).abs() < 0.01);
+    assert_ne!(noisy_in[..dense_in.len()], noisy_in[dense_in.len()..2 * dense_in.len()]);
+
+    let dropped = upcycle(UpcycleStrategy::Drop { ratio: 0.25 });
+    let (w_in, w_out) = (values(&dropped.w_in.val()), values(&dropped.w_out.val()));
+    let dense_out = values(&dense.linear_out.weight.val());
+    let mut drawn = Vec::new();
+    for expert in 0..4 {
+        let changed_in: Vec<usize> =
+            (0..64).filter(|f| (0..32).any(|d| w_in[(expert * 32 + d) * 64 + f] != dense_in[d * 64 + f])).collect();
+        let changed_out: Vec<usize> =
+            (0..64).filter(|f| (0..32).any(|d| w_out[(expert * 64 + f) * 32 + d] != dense_out[f * 32 + d])).collect();
+        assert_eq!(changed_in.len(), 16);
+        assert_eq!(changed_in, changed_out);
+        drawn.push(changed_in);
+    }
+    assert!(drawn.iter().any(|units| *units != drawn[0]), "each expert draws its own");
+}
+
+#[test]
+fn strategies_that_do_not_fit_are_refused() {
+    let device = Device::default();
+    let dense = MlpConfig::new(6, 24).init(&device);
+    let error = |strategy| {
+        let sparse = MoeFeedForwardConfig::new(6, 24, 8).init(&device);
+        sparse.upcycle_from_dense(&dense, &UpcycleOptions { strategy, probe: None }).unwrap_err().to_string()
+    };
+    assert_eq!(
+        error(UpcycleStrategy::Granular { shards: 4 }),
+        "strategy `Granular { shards: 4 }` is refused: it must divide the 8 experts and the 2 choices of each token"
+    );
+    assert_eq!(
+        error(UpcycleStrategy::Granular { shards: 2 }),
+        "`w_in` is [6, 24] in the dense module and [6, 48] in the sparse one"
+    );
+    assert_eq!(
+        error(UpcycleStrategy::Drop { ratio: 1.5 }),
+        "strategy `Drop { ratio: 1.5 }` is refused: the number is out of range"
+    );
+    assert!(error(UpcycleStrategy::CopyWithNoise { relative_std: f64::NAN }).contains("out of range"));
+}
+
+#[test]
+fn sparse_parts_that_no_dense_network_has_are_refused() {
+    let device = Device::default();
+    let dense = MlpConfig::new(6, 24).init(&device);
+    let error = |config: MoeFeedForwardConfig| {
+        config.init(&device).upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap_err().to_string()
+    };
+    let config = MoeFeedForwardConfig::new(6, 24, 8);
+    let gated = config.clone().with_experts(ExpertMlpConfig::geglu());
+    assert_eq!(error(gated), "`form` is Plain in the dense module and Gated in the sparse one");
+    assert_eq!(error(config.with_shared_expert(Some(4))), "`shared_expert` is none in the dense module and one in the sparse one");
 }

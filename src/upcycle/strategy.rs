@@ -1,0 +1,105 @@
+//! Experts from the weights of a dense network.
+
+use burn::tensor::{Bool, Device, Distribution, Tensor, TensorData};
+
+use super::{DenseWeights, UpcycleStrategy};
+use crate::moe::MoeFeedForward;
+
+/// Stacked weights of all experts.
+pub(super) struct Stacked {
+    pub w_in: Tensor<3>,
+    pub b_in: Option<Tensor<2>>,
+    pub w_out: Tensor<3>,
+    pub b_out: Option<Tensor<2>>,
+}
+
+/// The experts of `moe`, made from `weights`, which fit it.
+pub(super) fn make(moe: &MoeFeedForward, weights: &DenseWeights, strategy: UpcycleStrategy) -> Stacked {
+    let [num_experts, d_model, d_ff] = moe.experts.dims();
+    // Outside of any graph, and where the sparse module lives.
+    let device = moe.experts.w_in.val().device().inner();
+    fn moved<const D: usize>(tensor: &Tensor<D>, device: &Device) -> Tensor<D> {
+        Tensor::from_data(tensor.clone().detach().into_data(), device)
+    }
+    let (w_in, w_out) = (moved(&weights.w_in, &device), moved(&weights.w_out, &device));
+    let (b_in, b_out) =
+        (weights.b_in.as_ref().map(|bias| moved(bias, &device)), weights.b_out.as_ref().map(|bias| moved(bias, &device)));
+    let copies = Stacked {
+        w_in: stack(&w_in, num_experts),
+        b_in: b_in.as_ref().map(|bias| stack(bias, num_experts)),
+        w_out: stack(&w_out, num_experts),
+        b_out: b_out.as_ref().map(|bias| stack(bias, num_experts)),
+    };
+    match strategy {
+        UpcycleStrategy::Copy => copies,
+        UpcycleStrategy::CopyWithNoise { relative_std } => {
+            let noise = |stacked: &Tensor<3>, std: f64| stacked.random_like(Distribution::Normal(0.0, relative_std * std));
+            let (std_in, std_out) = (moments(&w_in).1, moments(&w_out).1);
+            Stacked {
+                w_in: copies.w_in.clone() + noise(&copies.w_in, std_in),
+                w_out: copies.w_out.clone() + noise(&copies.w_out, std_out),
+                ..copies
+            }
+        }
+        UpcycleStrategy::Drop { ratio } => {
+            let dropped = draw_units(num_experts, d_ff, (ratio * d_ff as f64).round() as usize, &device);
+            let anew = |stacked: Tensor<3>, (mean, std): (f64, f64), mask: Tensor<3, Bool>| {
+                let fresh = stacked.random_like(Distribution::Normal(mean, std));
+                stacked.mask_where(mask, fresh)
+            };
+            Stacked {
+                w_in: anew(copies.w_in, moments(&w_in), dropped.clone().unsqueeze_dim::<3>(1).expand([num_experts, d_model, d_ff])),
+                b_in: copies.b_in.zip(b_in).map(|(stacked, dense)| {
+                    let (mean, std) = moments(&dense);
+                    stacked.clone().mask_where(dropped.clone(), stacked.random_like(Distribution::Normal(mean, std)))
+                }),
+                w_out: anew(copies.w_out, moments(&w_out), dropped.unsqueeze_dim::<3>(2).expand([num_experts, d_ff, d_model])),
+                b_out: copies.b_out,
+            }
+        }
+        UpcycleStrategy::Granular { shards } => {
+            let copies_of_each = num_experts / shards;
+            Stacked {
+                w_in: w_in.reshape([d_model, shards, d_ff]).swap_dims(0, 1).repeat_dim(0, copies_of_each),
+                b_in: b_in.map(|bias| bias.reshape([shards, d_ff]).repeat_dim(0, copies_of_each)),
+                w_out: w_out.reshape([shards, d_ff, d_model]).repeat_dim(0, copies_of_each) * shards as f64,
+                b_out: copies.b_out,
+            }
+        }
+    }
+}
+
+/// Mean and standard deviation of all values.
+fn moments<const D: usize>(tensor: &Tensor<D>) -> (f64, f64) {
+    let values: Vec<f32> = tensor.clone().try_into_vec_as().expect("weights are floats");
+    let count = values.len().max(1) as f64;
+    let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / count;
+    let variance = values.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>() / count;
+    (mean, variance.sqrt())
+}
+
+/// `count` hidden units of each expert, `[E, F]`.
+fn draw_units(num_experts: usize, d_ff: usize, count: usize, device: &Device) -> Tensor<2, Bool> {
+    let draws = Tensor::<2>::random([num_experts, d_ff], Distribution::Uniform(0.0, 1.0), device);
+    let draws: Vec<f32> = draws.try_into_vec_as().expect("draws are floats");
+    let mut drawn = vec![false; draws.len()];
+    for (expert, draws) in draws.chunks_exact(d_ff).enumerate() {
+        let mut units: Vec<usize> = (0..d_ff).collect();
+        units.sort_by(|&a, &b| draws[a].total_cmp(&draws[b]));
+        units.truncate(count);
+        units.into_iter().for_each(|unit| drawn[expert * d_ff + unit] = true);
+    }
+    Tensor::from_data(TensorData::new(drawn, [num_experts, d_ff]), device)
+}
+
+/// Every `times`-th column, `times` times over: `[D, E] -> [D, E]`.
+pub(super) fn repeat_columns(weight: Tensor<2>, times: usize) -> Tensor<2> {
+    let [d_model, num_experts] = weight.dims();
+    let groups = num_experts / times;
+    let first = weight.reshape([d_model, groups, times]).narrow(2, 0, 1);
+    first.expand([d_model, groups, times]).reshape([d_model, num_experts])
+}
+
+fn stack<const D: usize, const E: usize>(tensor: &Tensor<D>, num_experts: usize) -> Tensor<E> {
+    Tensor::stack(vec![tensor.clone().detach(); num_experts], 0)
+}

@@ -10,7 +10,7 @@ test:
 
 # Reference cases on a device of yours
 verify device="cpu":
-    cargo run --release --example verify -- --device {{device}} tests/fixtures/moe-top1 tests/fixtures/moe-top2-[cdm]* tests/fixtures/clip-*
+    cargo run --release --example verify -- --device {{device}} tests/fixtures/*
 
 # Benchmarks
 bench:

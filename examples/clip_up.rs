@@ -42,7 +42,7 @@ struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Optimiser steps of both models
-    #[arg(long, default_value_t = 4000)]
+    #[arg(long, default_value_t = 3000)]
     steps: usize,
     /// Where the results go
     #[arg(long, default_value = "out/clip_up")]

@@ -78,8 +78,8 @@ pub use transformer::{
     TokenMarks, TransformerBlock,
 };
 pub use upcycle::{
-    DenseFeedForward, DenseWeights, Probe, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy,
-    Upcycled, UpcycledLayer,
+    DenseFeedForward, DenseWeights, Probe, Reduced, Reduction, ReductionReport, UpcycleError, UpcycleFromDense, UpcycleOptions,
+    UpcycleReport, UpcycleStrategy, Upcycled, UpcycledLayer, expert_similarity,
 };
 
 /// The guides of `docs/`, so that their code is compiled and run.

@@ -131,7 +131,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 /// Times `base` and `ours` in turn and prints the median of their ratios, times `scale`, as `ratio NAME VALUE`; criterion reports
-/// `ours`. `flops` are those of one call of `ours`, for a line `gflops NAME VALUE`.
+/// `ours`, and a line `time NAME MILLISECONDS` says its median. `flops` are those of one call of `ours`, for a line `gflops NAME VALUE`.
 pub(crate) fn paired(
     criterion: &mut Criterion,
     name: &str,
@@ -163,8 +163,10 @@ pub(crate) fn paired(
         return;
     }
     println!("ratio {name} {:.3}", scale * median(pairs.iter().map(|(base, ours)| ours / base).collect()));
+    let seconds = median(pairs.iter().map(|(_, ours)| *ours).collect());
+    println!("time {name} {:.2}", 1e3 * seconds);
     if let Some(flops) = flops {
-        println!("gflops {name} {:.1}", flops / median(pairs.iter().map(|(_, ours)| *ours).collect()) / 1e9);
+        println!("gflops {name} {:.1}", flops / seconds / 1e9);
     }
 }
 

@@ -129,6 +129,17 @@ impl AssignmentConfig {
         matches!(self, Self::TokenChoice(_))
     }
 
+    /// The same for a layer of one expert, which every token then asks for.
+    pub(crate) fn with_one_expert(self) -> Self {
+        match self {
+            Self::TokenChoice(config) => {
+                let config = config.with_top_k(1).with_gate_normalization(GateNormalization::None);
+                config.with_training_capacity(Capacity::Dropless).with_inference_capacity(Capacity::Dropless).into()
+            }
+            Self::ExpertChoice(config) => config.with_capacity(Capacity::OfTokens(1.0)).into(),
+        }
+    }
+
     /// The same, with samples as groups where a result would otherwise depend on other samples at inference.
     pub(crate) fn independent_of_batch(mut self) -> Self {
         if let Self::ExpertChoice(config) = &mut self

@@ -52,6 +52,14 @@ pub enum UpcycleError {
         /// Why it cannot be used.
         reason: String,
     },
+    /// A reduction that cannot be done.
+    #[error("reduction `{reduction}` is refused: {reason}")]
+    Reduction {
+        /// The reduction as written.
+        reduction: String,
+        /// Why it cannot be done.
+        reason: String,
+    },
     /// The module to upcycle to has no sparse block.
     #[error("the module to upcycle to has no sparse block: its configuration names none")]
     NotSparse,
@@ -97,7 +105,7 @@ impl UpcycleError {
                 *at = format!("{name}{inner}");
             }
             Self::NonFinite(error) => error.tensor = format!("{name}.{}", error.tensor),
-            Self::NotSparse | Self::Probe { .. } | Self::Strategy { .. } => {}
+            Self::NotSparse | Self::Probe { .. } | Self::Strategy { .. } | Self::Reduction { .. } => {}
         }
         self
     }

@@ -1,4 +1,4 @@
-//! Turning a trained dense model into a sparse one that computes the same.
+//! Turning a trained dense model into a sparse one that computes the same, and back.
 //!
 //! Sparse Upcycling ([arXiv 2212.05055](https://arxiv.org/abs/2212.05055)), and CLIP-UP
 //! ([arXiv 2502.00965](https://arxiv.org/abs/2502.00965)) for the recipe on CLIP.
@@ -8,12 +8,14 @@ mod clip;
 mod dense;
 mod error;
 mod layer;
+mod reduce;
 mod report;
 mod strategy;
 mod transformer;
 
 pub use dense::{DenseFeedForward, DenseWeights};
 pub use error::UpcycleError;
+pub use reduce::{Reduced, Reduction, ReductionReport, expert_similarity};
 pub use report::{UpcycleReport, UpcycledLayer};
 
 use burn::tensor::{Bool, Int, Tensor};

@@ -5,9 +5,10 @@ use burn::nn::{Linear, LinearConfig, activation::ActivationConfig, transformer::
 use burn::tensor::{Bool, Device, Int, Tensor};
 use burn_moe::{
     Activation, Capacity, DenseFeedForward, DenseWeights, EncoderConfig, ExpertMlpConfig, GateNormalization, MlpConfig,
-    MoeFeedForwardConfig, Probe, SparseEncoderConfig, TokenChoiceConfig, UpcycleError, UpcycleFromDense, UpcycleOptions,
-    UpcycleStrategy,
+    MoeFeedForwardConfig, Probe, Reduction, SparseEncoderConfig, TokenChoiceConfig, TokenMarks, UpcycleError, UpcycleFromDense,
+    UpcycleOptions, UpcycleStrategy,
     clip::{Clip, ClipConfig, EndOfText, SparseClipConfig, TextConfig, VisionConfig},
+    expert_similarity,
 };
 
 use super::support::{largest_difference, numbers, values};
@@ -346,4 +347,71 @@ fn sparse_parts_that_no_dense_network_has_are_refused() {
     let gated = config.clone().with_experts(ExpertMlpConfig::geglu());
     assert_eq!(error(gated), "`form` is Plain in the dense module and Gated in the sparse one");
     assert_eq!(error(config.with_shared_expert(Some(4))), "`shared_expert` is none in the dense module and one in the sparse one");
+}
+
+#[test]
+fn copies_go_back_to_the_dense_network_they_came_from() {
+    let device = Device::default();
+    let dense = MlpConfig::new(6, 24).init(&device);
+    let sparse = MoeFeedForwardConfig::new(6, 24, 4).init(&device);
+    let sparse = sparse.upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap().model;
+    let x = numbers([9, 6], 3, &device);
+    let expected = values(&dense.forward(x.clone()));
+    let load = [0.1, 0.2, 0.3, 0.4];
+    for reduction in [Reduction::Average, Reduction::Prune { count: 3 }, Reduction::Merge { count: 2 }] {
+        let reduced = sparse.reduce(&reduction, &load, Some(x.clone())).unwrap();
+        assert!(reduced.report.relative_deviation.unwrap() < 1e-6, "{reduction:?}");
+        assert!(largest_difference(&values(&reduced.model.forward(x.clone()).output), &expected) < 1e-5, "{reduction:?}");
+        assert!(reduced.report.params_after < reduced.report.params_before);
+    }
+    let average = sparse.reduce(&Reduction::Average, &load, None).unwrap().model.dense().unwrap();
+    assert!(largest_difference(&values(&average.forward(x)), &expected) < 1e-5);
+}
+
+#[test]
+fn an_upcycled_encoder_goes_back_to_the_dense_one() {
+    let device = Device::default();
+    let config = EncoderConfig::new(8, 2, 4, 16);
+    let dense = config.init(&device);
+    let sparse = config.with_sparse(Some(SparseEncoderConfig::new())).init(&device);
+    let sparse = sparse.upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap().model;
+    let back = sparse.clone().to_dense(&[vec![0.125; 8], vec![0.125; 8]]).unwrap();
+    let run =
+        |encoder: &burn_moe::Encoder| values(&encoder.forward(numbers([2, 5, 8], 1, &device), TokenMarks::default(), false).hidden);
+    assert!(largest_difference(&run(&back), &run(&dense)) < 1e-5);
+    assert_eq!(back.num_params(), dense.num_params());
+    let error = sparse.to_dense(&[vec![0.125; 8]]).unwrap_err().to_string();
+    assert_eq!(error, "reduction `Average` is refused: there are loads of 1 layers and 2 sparse blocks");
+}
+
+#[test]
+fn the_busiest_experts_stay_and_the_most_similar_ones_are_merged() {
+    let device = Device::default();
+    let mut layer = MoeFeedForwardConfig::new(4, 6, 4).init(&device);
+    // Experts 1 and 3 are nearly the same.
+    let w_in = layer.experts.w_in.val();
+    let one = w_in.clone().narrow(0, 1, 1) + 1e-4;
+    layer.experts.w_in = burn::module::Param::from_tensor(Tensor::cat(vec![w_in.narrow(0, 0, 3), one], 0));
+    for field in ["w_out", "b_in", "b_out"] {
+        let experts = &mut layer.experts;
+        let same3 = |w: Tensor<3>| Tensor::cat(vec![w.clone().narrow(0, 0, 3), w.narrow(0, 1, 1)], 0);
+        let same2 = |b: Tensor<2>| Tensor::cat(vec![b.clone().narrow(0, 0, 3), b.narrow(0, 1, 1)], 0);
+        match field {
+            "w_out" => experts.w_out = burn::module::Param::from_tensor(same3(experts.w_out.val())),
+            "b_in" => experts.b_in = experts.b_in.take().map(|b| burn::module::Param::from_tensor(same2(b.val()))),
+            _ => experts.b_out = experts.b_out.take().map(|b| burn::module::Param::from_tensor(same2(b.val()))),
+        }
+    }
+    let similarity = expert_similarity(&layer.experts);
+    assert!(similarity[1][3] > 0.999 && similarity[0][2] < 0.9 && (similarity[2][2] - 1.0).abs() < 1e-9);
+    let load = [0.3, 0.2, 0.4, 0.1];
+    let made_from = |reduction| layer.reduce(&reduction, &load, None).unwrap().report.made_from;
+    assert_eq!(made_from(Reduction::Prune { count: 2 }), [vec![0], vec![2]]);
+    assert_eq!(made_from(Reduction::Merge { count: 3 }), [vec![0], vec![1, 3], vec![2]]);
+    let error = |reduction, load: &[f64]| layer.reduce(&reduction, load, None).unwrap_err().to_string();
+    assert_eq!(
+        error(Reduction::Prune { count: 1 }, &load),
+        "reduction `Prune { count: 1 }` is refused: between 2 (the choices of each token) and 4 experts can be left"
+    );
+    assert_eq!(error(Reduction::Average, &[1.0]), "reduction `Average` is refused: [1.0] is no load of 4 experts");
 }

@@ -43,6 +43,7 @@ mod phase;
 mod plan;
 mod router;
 mod routing;
+mod soft_moe;
 mod stats;
 mod transformer;
 mod upcycle;
@@ -66,13 +67,14 @@ pub use loss::{
     AuxiliaryLoss, AuxiliaryLossConfig, AuxiliaryLossOutput, LossTerm, global_entropy_loss, importance_loss, load_balancing_loss,
     load_loss, local_entropy_loss, router_z_loss,
 };
-pub use moe::{MoeFeedForward, MoeFeedForwardConfig, MoeInput, MoeOutput};
+pub use moe::{MoeFeedForward, MoeFeedForwardConfig};
 pub use ops::{Kernels, with_kernels};
 pub use phase::Phase;
 pub use plan::DispatchPlan;
 pub use router::{BalancingBias, Router, RouterConfig, RouterNoise, RouterOutput, RouterScore};
-pub use routing::Routing;
-pub use stats::RoutingStats;
+pub use routing::{MoeInput, MoeOutput, Routing};
+pub use soft_moe::{SoftMoeFeedForward, SoftMoeFeedForwardConfig};
+pub use stats::{RoutingStats, co_firing};
 pub use transformer::{
     BlockSelection, Encoder, EncoderConfig, EncoderOutput, FeedForward, Mlp, MlpConfig, Protection, SparseEncoderConfig,
     TokenMarks, TransformerBlock,

@@ -2,7 +2,7 @@
 
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Flag, Module, ModuleDisplay, Param};
-use burn::tensor::{Bool, Device, Shape, Tensor, TensorData};
+use burn::tensor::{Bool, Device, Tensor, TensorData};
 
 use crate::{
     assignment::{AssignmentConfig, AssignmentInput},
@@ -11,7 +11,7 @@ use crate::{
     experts::{ExpertMlp, ExpertMlpConfig},
     phase::Phase,
     router::{Router, RouterConfig, RouterOutput},
-    routing::{Routing, invalid_mask},
+    routing::{FlatTokens, MoeInput, MoeOutput, Routing, invalid_mask},
 };
 
 /// Configuration of a [`MoeFeedForward`].
@@ -60,84 +60,6 @@ pub struct MoeFeedForward {
     pub training: Param<Flag>,
 }
 
-/// Tokens with what is known about them.
-///
-/// ```
-/// # use burn::tensor::{Bool, Device, Tensor};
-/// # use burn_moe::{MoeFeedForwardConfig, MoeInput};
-/// # let device = Device::default();
-/// # let moe = MoeFeedForwardConfig::new(8, 16, 4).init(&device);
-/// # let x = Tensor::<3>::ones([2, 5, 8], &device);
-/// # let not_padding = Tensor::<2, Bool>::from_data([[true, true, true, false, false]; 2], &device);
-/// let output = moe.forward(MoeInput::new(x).valid(not_padding)).output;
-/// ```
-#[derive(Debug, Clone)]
-pub struct MoeInput<const R: usize> {
-    x: Tensor<R>,
-    valid: Option<TokenMask>,
-    protected: Option<TokenMask>,
-}
-
-/// A flag per token, and the shape it came in.
-#[derive(Debug, Clone)]
-struct TokenMask {
-    flags: Tensor<1, Bool>,
-    shape: Vec<usize>,
-}
-
-impl TokenMask {
-    fn new<const M: usize>(mask: Tensor<M, Bool>) -> Self {
-        Self { shape: mask.dims().to_vec(), flags: mask.flatten(0, M as i32 - 1) }
-    }
-
-    /// The flags on the host, if the mask fits tokens of `shape`.
-    fn read(self, shape: &Shape, num_tokens: usize) -> Vec<bool> {
-        let leading = &shape[..shape.num_dims() - 1];
-        assert!(
-            self.shape == leading || self.shape == [num_tokens],
-            "a mask of shape {:?} does not fit tokens of shape {shape:?}: expected {leading:?} or [{num_tokens}]",
-            self.shape
-        );
-        self.flags.into_data().iter::<bool>().collect()
-    }
-}
-
-/// What a [`MoeFeedForward`] returns.
-#[derive(Debug, Clone)]
-pub struct MoeOutput<const R: usize> {
-    /// Same shape as the input.
-    pub output: Tensor<R>,
-    /// What was decided on the way.
-    pub routing: Routing,
-}
-
-impl<const R: usize> MoeInput<R> {
-    /// Tokens `[.., D]`, all valid.
-    pub fn new(x: Tensor<R>) -> Self {
-        Self { x, valid: None, protected: None }
-    }
-
-    /// Which tokens are not padding; the shape is that of the input without its last axis, or `[T]`. Padding gets no slot, comes out as
-    /// exactly 0, and counts in no loss and no statistic.
-    pub fn valid<const M: usize>(mut self, mask: Tensor<M, Bool>) -> Self {
-        self.valid = Some(TokenMask::new(mask));
-        self
-    }
-
-    /// Which tokens are seated before all others; the shape as for [`valid`](Self::valid). A choice of a protected token is dropped only
-    /// when more protected choices than slots name its expert. Only token choice has protected tokens.
-    pub fn protected<const M: usize>(mut self, mask: Tensor<M, Bool>) -> Self {
-        self.protected = Some(TokenMask::new(mask));
-        self
-    }
-}
-
-impl<const R: usize> From<Tensor<R>> for MoeInput<R> {
-    fn from(x: Tensor<R>) -> Self {
-        Self::new(x)
-    }
-}
-
 impl MoeFeedForwardConfig {
     /// Refuses what no layer can be built from.
     ///
@@ -182,25 +104,10 @@ impl MoeFeedForward {
     /// # Panics
     /// When the last axis is not `D`, or a mask has neither the leading axes of the input nor `[T]`.
     pub fn forward<const R: usize>(&self, input: impl Into<MoeInput<R>>) -> MoeOutput<R> {
-        let MoeInput { x, valid, protected } = input.into();
-        let shape = x.shape();
         let [_, d_model, _] = self.experts.dims();
-        assert!(
-            R >= 2 && shape[R - 1] == d_model,
-            "tokens of shape {shape:?} do not fit a layer of width {d_model}: expected [.., {d_model}]"
-        );
-        let num_tokens = shape.num_elements() / d_model;
-        let valid = valid.map(|mask| mask.read(&shape, num_tokens));
-        let protected = protected.map(|mask| mask.read(&shape, num_tokens));
-        let tokens = x.reshape([num_tokens, d_model]);
-        let tokens = match &valid {
-            // Whatever padding holds, NaN included, stops here.
-            Some(valid) => tokens.clone().mask_fill(invalid_mask(valid, &tokens.device()), 0.0),
-            None => tokens,
-        };
-        let tokens_per_sample = if R == 2 { num_tokens } else { num_tokens / shape[0].max(1) };
-        let routing = self.route(&tokens, valid, protected, tokens_per_sample);
-        let output = self.compute(tokens, &routing);
+        let FlatTokens { x, shape, per_sample, valid, protected } = input.into().into_tokens(d_model);
+        let routing = self.route(&x, valid, protected, per_sample);
+        let output = self.compute(x, &routing);
         MoeOutput { output: output.reshape(shape), routing }
     }
 

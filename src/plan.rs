@@ -20,6 +20,7 @@ pub struct DispatchPlan {
     num_choices: usize,
     gates: Tensor<2>,
     asked: Vec<usize>,
+    asked_per_choice: Vec<usize>,
     kept_per_choice: Vec<usize>,
     offsets: Vec<usize>,
     row_token: Vec<i32>,
@@ -44,16 +45,14 @@ impl DispatchPlan {
         let num_tokens = seats.len().checked_div(num_choices).unwrap_or(0);
         let mut asked = vec![0; num_experts];
         let mut kept = vec![0; num_experts];
-        let mut kept_per_choice = vec![0; num_choices];
+        let (mut asked_per_choice, mut kept_per_choice) = (vec![0; num_choices], vec![0; num_choices]);
         for (choice, seat) in seats.iter().enumerate() {
-            match *seat {
-                Seat::Unasked => {}
-                Seat::Dropped { expert } => asked[expert] += 1,
-                Seat::Kept { expert, .. } => {
-                    asked[expert] += 1;
-                    kept[expert] += 1;
-                    kept_per_choice[choice % num_choices] += 1;
-                }
+            let (Seat::Dropped { expert } | Seat::Kept { expert, .. }) = *seat else { continue };
+            asked[expert] += 1;
+            asked_per_choice[choice % num_choices] += 1;
+            if matches!(seat, Seat::Kept { .. }) {
+                kept[expert] += 1;
+                kept_per_choice[choice % num_choices] += 1;
             }
         }
         let mut offsets = Vec::with_capacity(num_experts + 1);
@@ -75,7 +74,24 @@ impl DispatchPlan {
             })
             .collect();
         debug_assert!(row_token.iter().all(|&token| token != NONE), "every row has a token");
-        Self { num_tokens, num_choices, gates, asked, kept_per_choice, offsets, row_token, choice_row, unroutable }
+        Self {
+            num_tokens,
+            num_choices,
+            gates,
+            asked,
+            asked_per_choice,
+            kept_per_choice,
+            offsets,
+            row_token,
+            choice_row,
+            unroutable,
+        }
+    }
+
+    /// A plan in which nobody chooses: for layers without choices.
+    pub(crate) fn without_rows(num_experts: usize, num_tokens: usize, device: &Device) -> Self {
+        let seats = vec![Seat::Unasked; num_tokens];
+        Self::new(num_experts, 1, &seats, Tensor::zeros([num_tokens, 1], device), Vec::new())
     }
 
     /// Tokens, `T`, padding included.
@@ -116,6 +132,11 @@ impl DispatchPlan {
     /// Rows of each expert, `[E]`.
     pub fn load(&self) -> Vec<usize> {
         self.offsets.windows(2).map(|pair| pair[1] - pair[0]).collect()
+    }
+
+    /// Asked choices by rank, before drops, `[M]`.
+    pub fn asked_per_choice(&self) -> &[usize] {
+        &self.asked_per_choice
     }
 
     /// Kept choices by rank (first choices, second choices, …; by expert for expert choice), `[M]`.

@@ -1,5 +1,7 @@
 //! What a researcher asks of a routing, read only from [`Routing`].
 
+use burn::tensor::Tensor;
+
 use crate::routing::{Routing, entropy};
 
 /// Figures of one layer on one batch, on the host.
@@ -9,6 +11,10 @@ pub struct RoutingStats {
     pub load: Vec<f64>,
     /// Share of asked choices without a slot, `1 − kept / asked`.
     pub dropped: f64,
+    /// The same by rank: first choices, second choices, … (by expert for expert choice), `[M]`.
+    pub dropped_per_choice: Vec<f64>,
+    /// Mean over valid tokens of their largest probability: 1 for one-hot routing, `1 / E` for uniform.
+    pub confidence: f64,
     /// Mean over valid tokens of the entropy of their probabilities, in nats: 0 for one-hot routing, `ln E` for uniform.
     pub entropy: f64,
     /// Valid tokens.
@@ -20,11 +26,15 @@ impl RoutingStats {
     pub fn new(routing: &Routing) -> Self {
         let plan = &routing.plan;
         let rows = plan.num_rows();
-        let entropy = entropy(routing.clean_probs.clone().detach());
+        let probs = routing.clean_probs.clone().detach();
+        let mean = |per_token: Tensor<2>| f64::from(routing.mean_over_valid(per_token).into_scalar::<f32>());
+        let share_dropped = |(&kept, &asked): (&usize, &usize)| if asked == 0 { 0.0 } else { 1.0 - kept as f64 / asked as f64 };
         Self {
             load: plan.load().into_iter().map(|load| load as f64 / rows.max(1) as f64).collect(),
             dropped: plan.dropped(),
-            entropy: routing.mean_over_valid(entropy).into_scalar::<f32>().into(),
+            dropped_per_choice: plan.kept_per_choice().iter().zip(plan.asked_per_choice()).map(share_dropped).collect(),
+            confidence: mean(probs.clone().max_dim(1)),
+            entropy: mean(entropy(probs)),
             num_valid: routing.num_valid(),
         }
     }
@@ -34,17 +44,65 @@ impl RoutingStats {
         let first = stats.first()?;
         let total: usize = stats.iter().map(|s| s.num_valid).sum();
         let weight = |s: &Self| s.num_valid as f64 / total.max(1) as f64;
-        let mut mean = Self { load: vec![0.0; first.load.len()], dropped: 0.0, entropy: 0.0, num_valid: total };
-        for s in stats {
-            mean.load.iter_mut().zip(&s.load).for_each(|(sum, load)| *sum += weight(s) * load);
-            mean.dropped += weight(s) * s.dropped;
-            mean.entropy += weight(s) * s.entropy;
-        }
-        Some(mean)
+        let of = |value: &dyn Fn(&Self) -> f64| stats.iter().map(|s| weight(s) * value(s)).sum();
+        Some(Self {
+            load: (0..first.load.len()).map(|expert| of(&|s| s.load[expert])).collect(),
+            dropped: of(&|s| s.dropped),
+            dropped_per_choice: (0..first.dropped_per_choice.len()).map(|rank| of(&|s| s.dropped_per_choice[rank])).collect(),
+            confidence: of(&|s| s.confidence),
+            entropy: of(&|s| s.entropy),
+            num_valid: total,
+        })
     }
 
     /// Load of the busiest expert over the mean load: 1 when perfectly even.
     pub fn peak_load(&self) -> f64 {
         self.load.iter().copied().fold(0.0, f64::max) * self.load.len() as f64
+    }
+}
+
+/// How often two experts compute the same token, `[E][E]`: the number of tokens that both have a row of, over the number that the first has
+/// a row of (0 when it has none). The diagonal is 1. Compare that of images with that of texts to see what a modality uses together.
+pub fn co_firing(routing: &Routing) -> Vec<Vec<f64>> {
+    let plan = &routing.plan;
+    let row_expert = plan.row_expert();
+    let mut counts = vec![vec![0.0; plan.num_experts()]; plan.num_experts()];
+    for rows in plan.choice_row().chunks_exact(plan.num_choices()) {
+        let experts: Vec<usize> = rows.iter().filter_map(|&row| usize::try_from(row).ok()).map(|row| row_expert[row]).collect();
+        for &a in &experts {
+            experts.iter().for_each(|&b| counts[a][b] += 1.0);
+        }
+    }
+    for (expert, row) in counts.iter_mut().enumerate() {
+        let own = row[expert];
+        row.iter_mut().for_each(|count| *count = if own > 0.0 { *count / own } else { 0.0 });
+    }
+    counts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Device;
+
+    use crate::{Capacity, MoeFeedForwardConfig, TokenChoiceConfig};
+
+    #[test]
+    fn second_choices_are_dropped_and_pairs_are_counted() {
+        // Tokens 0 and 1 choose experts 0 and 1, token 2 chooses 2 and 1; each expert has one slot.
+        let device = Device::default();
+        let config = TokenChoiceConfig::new().with_inference_capacity(Capacity::Fixed(1));
+        let mut layer = MoeFeedForwardConfig::new(3, 4, 3).with_assignment(config.into()).init(&device);
+        layer.router.weight = burn::module::Param::from_tensor(Tensor::eye(3, &device));
+        let x = Tensor::<2>::from_floats([[5.0, 3.0, 0.0], [5.0, 3.0, 0.0], [0.0, 3.0, 5.0]], &device);
+        let routing = layer.forward(x).routing;
+        let stats = RoutingStats::new(&routing);
+        // First choices: 0 kept, 1 dropped, 2 kept. Second choices all want expert 1: one of three.
+        let near = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-6);
+        assert!(near(&stats.dropped_per_choice, &[1.0 / 3.0, 2.0 / 3.0]), "{:?}", stats.dropped_per_choice);
+        // e⁵ / (e⁵ + e³ + 1)
+        assert!((stats.confidence - 0.8756).abs() < 1e-4, "{}", stats.confidence);
+        assert_eq!(co_firing(&routing), [vec![1.0, 1.0, 0.0], vec![1.0, 1.0, 0.0], vec![0.0, 0.0, 1.0]]);
+        assert_eq!(RoutingStats::mean(&[stats.clone(), stats.clone()]).unwrap().confidence, stats.confidence);
     }
 }

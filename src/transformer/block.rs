@@ -7,8 +7,8 @@ use burn::tensor::{Bool, Tensor};
 
 use super::Mlp;
 use crate::{
-    moe::{MoeFeedForward, MoeInput},
-    routing::Routing,
+    moe::MoeFeedForward,
+    routing::{MoeInput, Routing},
 };
 
 /// The feed-forward network of a block.

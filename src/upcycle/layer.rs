@@ -9,11 +9,7 @@ use super::{
     report::deviation,
     strategy::{make, repeat_columns},
 };
-use crate::{
-    experts::FeedForwardForm,
-    moe::{MoeFeedForward, MoeInput},
-    param::with_value,
-};
+use crate::{experts::FeedForwardForm, moe::MoeFeedForward, param::with_value, routing::MoeInput};
 
 impl<Dense: DenseFeedForward> UpcycleFromDense<Dense> for MoeFeedForward {
     fn upcycle_from_dense(self, dense: &Dense, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {

@@ -7,8 +7,9 @@ use burn::tensor::{Tensor, TensorData};
 use super::{DenseWeights, UpcycleError};
 use crate::{
     experts::ExpertMlp,
-    moe::{MoeFeedForward, MoeInput},
+    moe::MoeFeedForward,
     param::with_value,
+    routing::MoeInput,
     transformer::{Encoder, FeedForward, Mlp},
 };
 

@@ -11,7 +11,7 @@ const LEVELS: [(u8, &[&str]); 10] = [
     (2, &["router", "assignment"]),
     (3, &["dispatch", "experts"]),
     (4, &["routing"]),
-    (5, &["moe", "loss", "stats", "cost"]),
+    (5, &["moe", "soft_moe", "loss", "stats", "cost"]),
     (6, &["transformer"]),
     (7, &["clip"]),
     (8, &["upcycle"]),

@@ -1,5 +1,10 @@
 //! What one sparse layer decided on one batch: data for losses and statistics.
 
+mod input;
+
+pub(crate) use input::FlatTokens;
+pub use input::{MoeInput, MoeOutput};
+
 use burn::tensor::{Bool, Device, Tensor, TensorData};
 
 use crate::{

@@ -1,0 +1,117 @@
+//! What goes into a layer and what comes out.
+
+use burn::tensor::{Bool, Shape, Tensor};
+
+use super::{Routing, invalid_mask};
+
+/// Tokens with what is known about them.
+///
+/// ```
+/// # use burn::tensor::{Bool, Device, Tensor};
+/// # use burn_moe::{MoeFeedForwardConfig, MoeInput};
+/// # let device = Device::default();
+/// # let moe = MoeFeedForwardConfig::new(8, 16, 4).init(&device);
+/// # let x = Tensor::<3>::ones([2, 5, 8], &device);
+/// # let not_padding = Tensor::<2, Bool>::from_data([[true, true, true, false, false]; 2], &device);
+/// let output = moe.forward(MoeInput::new(x).valid(not_padding)).output;
+/// ```
+#[derive(Debug, Clone)]
+pub struct MoeInput<const R: usize> {
+    x: Tensor<R>,
+    valid: Option<TokenMask>,
+    protected: Option<TokenMask>,
+}
+
+/// A flag per token, and the shape it came in.
+#[derive(Debug, Clone)]
+struct TokenMask {
+    flags: Tensor<1, Bool>,
+    shape: Vec<usize>,
+}
+
+impl TokenMask {
+    fn new<const M: usize>(mask: Tensor<M, Bool>) -> Self {
+        Self { shape: mask.dims().to_vec(), flags: mask.flatten(0, M as i32 - 1) }
+    }
+
+    /// The flags on the host, if the mask fits tokens of `shape`.
+    fn read(self, shape: &Shape, num_tokens: usize) -> Vec<bool> {
+        let leading = &shape[..shape.num_dims() - 1];
+        assert!(
+            self.shape == leading || self.shape == [num_tokens],
+            "a mask of shape {:?} does not fit tokens of shape {shape:?}: expected {leading:?} or [{num_tokens}]",
+            self.shape
+        );
+        self.flags.into_data().iter::<bool>().collect()
+    }
+}
+
+/// What a sparse layer returns.
+#[derive(Debug, Clone)]
+pub struct MoeOutput<const R: usize> {
+    /// Same shape as the input.
+    pub output: Tensor<R>,
+    /// What was decided on the way.
+    pub routing: Routing,
+}
+
+impl<const R: usize> MoeInput<R> {
+    /// Tokens `[.., D]`, all valid.
+    pub fn new(x: Tensor<R>) -> Self {
+        Self { x, valid: None, protected: None }
+    }
+
+    /// Which tokens are not padding; the shape is that of the input without its last axis, or `[T]`. Padding gets no slot, comes out as
+    /// exactly 0, and counts in no loss and no statistic.
+    pub fn valid<const M: usize>(mut self, mask: Tensor<M, Bool>) -> Self {
+        self.valid = Some(TokenMask::new(mask));
+        self
+    }
+
+    /// Which tokens are seated before all others; the shape as for [`valid`](Self::valid). A choice of a protected token is dropped only
+    /// when more protected choices than slots name its expert. Only token choice has protected tokens.
+    pub fn protected<const M: usize>(mut self, mask: Tensor<M, Bool>) -> Self {
+        self.protected = Some(TokenMask::new(mask));
+        self
+    }
+}
+
+/// An input as a layer works on it.
+pub(crate) struct FlatTokens {
+    /// `[T, D]`; padding is zero.
+    pub x: Tensor<2>,
+    /// The shape it came in.
+    pub shape: Shape,
+    /// Tokens of one index of the first axis; all of them for `[T, D]`.
+    pub per_sample: usize,
+    pub valid: Option<Vec<bool>>,
+    pub protected: Option<Vec<bool>>,
+}
+
+impl<const R: usize> MoeInput<R> {
+    /// Checks shapes and masks, and zeroes padding.
+    pub(crate) fn into_tokens(self, d_model: usize) -> FlatTokens {
+        let shape = self.x.shape();
+        assert!(
+            R >= 2 && shape[R - 1] == d_model,
+            "tokens of shape {shape:?} do not fit a layer of width {d_model}: expected [.., {d_model}]"
+        );
+        let num_tokens = shape.num_elements() / d_model;
+        let valid = self.valid.map(|mask| mask.read(&shape, num_tokens));
+        let protected = self.protected.map(|mask| mask.read(&shape, num_tokens));
+        let x = self.x.reshape([num_tokens, d_model]);
+        let x = match &valid {
+            // Whatever padding holds, NaN included, stops here.
+            Some(valid) => x.clone().mask_fill(invalid_mask(valid, &x.device()), 0.0),
+            None => x,
+        };
+        let per_sample = if R == 2 { num_tokens } else { num_tokens / shape[0].max(1) };
+        FlatTokens { x, shape, per_sample, valid, protected }
+    }
+}
+
+impl<const R: usize> From<Tensor<R>> for MoeInput<R> {
+    fn from(x: Tensor<R>) -> Self {
+        Self::new(x)
+    }
+}

@@ -1,0 +1,219 @@
+//! Soft MoE: every slot is a mixture of tokens.
+
+use burn::config::Config;
+use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
+use burn::nn::Initializer;
+use burn::tensor::{Device, FloatDType, Tensor, activation::softmax};
+
+use crate::{
+    error::{ConfigError, expect_valid},
+    experts::{ExpertMlp, ExpertMlpConfig},
+    plan::DispatchPlan,
+    router::RouterScore,
+    routing::{MoeInput, MoeOutput, Routing, invalid_mask},
+};
+
+/// Configuration of a [`SoftMoeFeedForward`].
+#[derive(Config, Debug)]
+pub struct SoftMoeFeedForwardConfig {
+    /// Token width, `D`.
+    pub d_model: usize,
+    /// Hidden width of each expert, `F`.
+    pub d_ff: usize,
+    /// Number of experts, `E`.
+    pub num_experts: usize,
+    /// Slots of each expert for one sample, `S`. The operations are those of `E · S` tokens. Default: 1
+    #[config(default = 1)]
+    pub slots_per_expert: usize,
+    /// Standard deviation of the normal distribution that the slots' weights start from. Default: 0.02
+    #[config(default = 0.02)]
+    pub init_std: f64,
+    /// The experts. Default: [`ExpertMlpConfig::new`]
+    #[config(default = "ExpertMlpConfig::new()")]
+    pub experts: ExpertMlpConfig,
+}
+
+/// Experts over mixtures of tokens (Puigcerver et al., [arXiv 2308.00951](https://arxiv.org/abs/2308.00951), equations 1 and 2): nothing is
+/// chosen and nothing dropped, and all of it has a gradient.
+///
+/// `logits = x · Φ`; a slot's input is the mean of its sample's valid tokens, weighted by a softmax of the logits over these tokens; a token's
+/// output is the mean of its sample's slots' outputs, weighted by a softmax over the slots. The same input and output types as
+/// [`MoeFeedForward`](crate::MoeFeedForward): the routing has the slots' weights summed by expert as its probabilities, and a plan without a
+/// row, so that losses about choices are zero. Not for causal models, whose tokens must not see later ones.
+#[derive(Module, Debug)]
+#[module(custom_display)]
+pub struct SoftMoeFeedForward {
+    /// `Φ`, `[D, E · S]`.
+    pub slots: Param<Tensor<2>>,
+    /// The feed-forward networks.
+    pub experts: ExpertMlp,
+}
+
+impl SoftMoeFeedForwardConfig {
+    /// Refuses what no layer can be built from.
+    ///
+    /// # Errors
+    /// The first field that cannot be used, with its value.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        for (field, value) in [
+            ("d_model", self.d_model),
+            ("d_ff", self.d_ff),
+            ("num_experts", self.num_experts),
+            ("slots_per_expert", self.slots_per_expert),
+        ] {
+            ConfigError::non_zero(field, value)?;
+        }
+        if !(self.init_std.is_finite() && self.init_std >= 0.0) {
+            let reason = "a standard deviation must be finite and not negative";
+            return Err(ConfigError::OutOfRange { field: "init_std", value: self.init_std, reason });
+        }
+        Ok(())
+    }
+
+    /// A new layer.
+    ///
+    /// # Panics
+    /// With the text of [`validate`](Self::validate).
+    pub fn init(&self, device: &Device) -> SoftMoeFeedForward {
+        expect_valid(self.validate());
+        let shape = [self.d_model, self.num_experts * self.slots_per_expert];
+        SoftMoeFeedForward {
+            slots: Initializer::Normal { mean: 0.0, std: self.init_std }.init(shape, device),
+            experts: self.experts.init(self.num_experts, self.d_model, self.d_ff, device),
+        }
+    }
+}
+
+impl SoftMoeFeedForward {
+    /// Mixes, computes and mixes back, each sample by itself.
+    ///
+    /// # Shapes
+    /// - input: `[B, .., D]`; all tokens of one index of the first axis are one sample. `[T, D]` is one sample
+    /// - output: as the input; exactly 0 for padding
+    ///
+    /// # Panics
+    /// When the last axis is not `D`, a mask does not fit, or tokens are protected: nothing is ever dropped.
+    pub fn forward<const R: usize>(&self, input: impl Into<MoeInput<R>>) -> MoeOutput<R> {
+        let [num_experts, d_model, _] = self.experts.dims();
+        let tokens = input.into().into_tokens(d_model);
+        assert!(tokens.protected.is_none(), "soft MoE has no protected tokens: it drops none");
+        let (num_tokens, per_sample) = (tokens.x.dims()[0], tokens.per_sample);
+        let samples = num_tokens.checked_div(per_sample).unwrap_or(0);
+        let [_, num_slots] = self.slots.shape().dims();
+        let device = tokens.x.device();
+
+        let logits = tokens.x.clone().cast(FloatDType::F32).matmul(self.slots.val().cast(FloatDType::F32));
+        let invalid = tokens.valid.as_deref().map(|valid| invalid_mask(valid, &device));
+        let over_tokens = match &invalid {
+            // Far below any logit, and finite: a sample without a valid token must not divide zero by zero.
+            Some(invalid) => logits.clone().mask_fill(invalid.clone(), -1e30),
+            None => logits.clone(),
+        };
+        let dtype = tokens.x.dtype();
+        let dispatch = softmax(over_tokens.reshape([samples, per_sample, num_slots]), 1).cast(dtype);
+        let combine = softmax(logits.clone(), 1);
+
+        let x = tokens.x.reshape([samples, per_sample, d_model]);
+        let per_expert = num_slots / num_experts;
+        let mixed = dispatch.swap_dims(1, 2).matmul(x).reshape([samples, num_experts, per_expert, d_model]);
+        let slots = mixed.swap_dims(0, 1).reshape([num_experts, samples * per_expert, d_model]);
+        let computed = self.experts.forward(slots).reshape([num_experts, samples, per_expert, d_model]);
+        let computed = computed.swap_dims(0, 1).reshape([samples, num_slots, d_model]);
+        let output = combine.clone().cast(dtype).reshape([samples, per_sample, num_slots]).matmul(computed);
+        let output = output.reshape([num_tokens, d_model]);
+        let output = match invalid {
+            Some(invalid) => output.mask_fill(invalid, 0.0),
+            None => output,
+        };
+
+        let by_expert = |x: Tensor<2>| x.reshape([num_tokens, num_experts, per_expert]).sum_dim(2).squeeze_dim::<2>(2);
+        let probs = by_expert(combine);
+        let plan = DispatchPlan::without_rows(num_experts, num_tokens, &device);
+        let routing = Routing {
+            logits,
+            clean_probs: probs.clone(),
+            probs,
+            noise: None,
+            score: RouterScore::Softmax,
+            valid: tokens.valid,
+            plan,
+        };
+        MoeOutput { output: output.reshape(tokens.shape), routing }
+    }
+}
+
+impl ModuleDisplay for SoftMoeFeedForward {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        DisplaySettings::new().with_new_line_after_attribute(false).optional()
+    }
+
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        let [num_experts, d_model, d_ff] = self.experts.dims();
+        let [_, num_slots] = self.slots.shape().dims();
+        content
+            .add("d_model", &d_model)
+            .add("d_ff", &d_ff)
+            .add("num_experts", &num_experts)
+            .add("slots_per_expert", &(num_slots / num_experts))
+            .optional()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::{Bool, Distribution};
+
+    fn values<const D: usize>(x: Tensor<D>) -> Vec<f32> {
+        x.try_into_vec_as().unwrap()
+    }
+
+    fn layer(device: &Device) -> SoftMoeFeedForward {
+        SoftMoeFeedForwardConfig::new(4, 8, 3).with_slots_per_expert(2).with_init_std(1.0).init(device)
+    }
+
+    #[test]
+    fn it_is_the_formula() {
+        let device = Device::default();
+        let layer = layer(&device);
+        let x = Tensor::<2>::random([5, 4], Distribution::Normal(0.0, 1.0), &device);
+        let logits = x.clone().matmul(layer.slots.val());
+        let slots = softmax(logits.clone(), 0).transpose().matmul(x.clone()).reshape([3, 2, 4]);
+        let expected = softmax(logits, 1).matmul(layer.experts.forward(slots).reshape([6, 4]));
+        let found = layer.forward(x);
+        assert!((found.output - expected).abs().max().into_scalar::<f32>() < 1e-6);
+        assert_eq!(found.routing.probs.dims(), [5, 3]);
+        assert_eq!(found.routing.plan.num_rows(), 0);
+    }
+
+    #[test]
+    fn a_sample_depends_on_its_own_valid_tokens_only() {
+        let device = Device::default();
+        let layer = layer(&device);
+        let x = Tensor::<3>::random([2, 5, 4], Distribution::Normal(0.0, 1.0), &device);
+        let valid = Tensor::<2, Bool>::from_data([[true, true, true, false, false], [false; 5]], &device);
+        let padded = x.clone().mask_fill(valid.clone().bool_not().unsqueeze_dim::<3>(2), f32::NAN);
+        let output = values(layer.forward(MoeInput::new(padded).valid(valid)).output);
+        let alone = values(layer.forward(x.narrow(0, 0, 1).narrow(1, 0, 3)).output);
+        assert!(alone.iter().zip(&output).all(|(a, b)| (a - b).abs() < 1e-6));
+        assert!(output[12..].iter().all(|v| *v == 0.0));
+    }
+
+    #[test]
+    fn gradients_reach_everything() {
+        let device = Device::default().autodiff();
+        let layer = layer(&device);
+        let x = Tensor::<2>::random([5, 4], Distribution::Normal(0.0, 1.0), &device).require_grad();
+        let grads = layer.forward(x.clone()).output.square().sum().backward();
+        for gradient in [x.grad(&grads), layer.slots.val().grad(&grads)] {
+            assert!(gradient.unwrap().abs().max().into_scalar::<f32>() > 0.0);
+        }
+        assert!(layer.experts.w_in.val().grad(&grads).is_some());
+    }
+
+    #[test]
+    fn display() {
+        let text = "SoftMoeFeedForward {d_model: 4, d_ff: 8, num_experts: 3, slots_per_expert: 2, params: 252}";
+        assert_eq!(format!("{}", layer(&Device::default())), text);
+    }
+}

@@ -83,6 +83,13 @@ impl Clip {
         self.logit_scale.val().exp()
     }
 
+    /// Moves the balancing biases of both towers by what one training step routed; see [`BalancingBias`](crate::BalancingBias).
+    pub fn update_balancing_bias(mut self, image_routings: &[Routing], text_routings: &[Routing]) -> Self {
+        self.vision.encoder = self.vision.encoder.update_balancing_bias(image_routings);
+        self.text.encoder = self.text.encoder.update_balancing_bias(text_routings);
+        self
+    }
+
     /// Brings a logit scale that a training step has moved too far back to ln 100.
     pub fn clamp_logit_scale(mut self) -> Self {
         self.logit_scale = with_value(self.logit_scale, |scale| scale.clamp_max(MAX_LOGIT_SCALE));

@@ -341,7 +341,8 @@ impl Run {
             return Err(self.non_finite(step + 1, &output.image_embeds, &output.text_embeds, &total));
         }
         let gradients = GradientsParams::from_grads(total.backward(), &self.model);
-        self.model = self.optimizer.step(learning_rate, self.model.clone(), gradients).clamp_logit_scale();
+        let model = self.optimizer.step(learning_rate, self.model.clone(), gradients).clamp_logit_scale();
+        self.model = model.update_balancing_bias(&output.image_routings, &output.text_routings);
         self.progress.dropped.push(dropped);
         self.time += start.elapsed();
         self.timed_steps += 1;

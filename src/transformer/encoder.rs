@@ -145,6 +145,25 @@ impl Encoder {
         self.blocks.iter().enumerate().filter(move |(_, block)| is_sparse(block)).map(|(index, _)| index)
     }
 
+    /// Moves the balancing biases of all sparse blocks by what one training step routed; see [`BalancingBias`](crate::BalancingBias).
+    /// Without such biases the encoder stays as it is.
+    ///
+    /// # Panics
+    /// When there is not one routing per sparse block.
+    pub fn update_balancing_bias(mut self, routings: &[Routing]) -> Self {
+        let sparse_blocks = self.sparse_blocks().count();
+        assert_eq!(routings.len(), sparse_blocks, "{} routings do not fit {sparse_blocks} sparse blocks", routings.len());
+        let mut routings = routings.iter();
+        for block in &mut self.blocks {
+            if let FeedForward::Moe(moe) = &mut block.feed_forward
+                && let Some(routing) = routings.next()
+            {
+                *moe = moe.clone().update_balancing_bias(routing);
+            }
+        }
+        self
+    }
+
     /// Passes tokens through all blocks.
     ///
     /// # Shapes (`B` samples of `N` tokens)

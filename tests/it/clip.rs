@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use burn_moe::{
-    EncoderConfig, UpcycleFromDense, UpcycleOptions,
+    BalancingBias, EncoderConfig, FeedForward, RouterConfig, SparseEncoderConfig, UpcycleFromDense, UpcycleOptions,
     clip::{
         ClipConfig, MAX_LOGIT_SCALE, SparseClipConfig, TextConfig, VisionConfig,
         checkpoint::{CheckpointError, ClipCheckpoint, Precision},
@@ -49,6 +49,25 @@ fn a_model_comes_back_from_disk_to_the_bit() {
     assert_eq!(format!("{}", back.config), format!("{}", sparse.config));
     let refused = sparse.save_open_clip(folder.path(), Precision::F32).unwrap_err();
     assert_eq!(refused.to_string(), "open_clip's layout has no place for sparse blocks");
+}
+
+#[test]
+fn a_balancing_bias_and_narrow_experts_come_back_from_disk() {
+    let device = Device::default();
+    let folder = tempfile::tempdir().unwrap();
+    let router = RouterConfig::new().with_balancing_bias(BalancingBias::Sign { rate: 0.5 });
+    let experts = SparseEncoderConfig::new().with_router(router).with_d_ff(Some(4));
+    let sparse_config = config().sparse(SparseClipConfig::new().with_vision(Some(experts)));
+    let model = sparse_config.init(&device);
+    let routings = model.encode_image(numbers([2, 3, 8, 8], 4, &device)).routings;
+    let model = model.update_balancing_bias(&routings, &[]);
+    let sparse = ClipCheckpoint { config: sparse_config, model };
+    sparse.save_sparse(folder.path(), Precision::F32).unwrap();
+    let back = ClipCheckpoint::load(folder.path(), &device).unwrap();
+    assert_eq!(image_embeds(&back, &device), image_embeds(&sparse, &device));
+    let FeedForward::Moe(layer) = &back.model.vision.encoder.blocks[1].feed_forward else { panic!("block 1 is sparse") };
+    let bias = values(&layer.router.balancing_bias.as_ref().unwrap().val());
+    assert!(bias.iter().any(|b| *b == 0.5) && bias.iter().any(|b| *b == -0.5), "{bias:?}");
 }
 
 #[test]

@@ -3,7 +3,11 @@
 use safetensors::{Dtype, tensor::TensorView};
 
 use super::Precision;
-use crate::{clip::ClipConfig, transformer::EncoderConfig};
+use crate::{
+    clip::ClipConfig,
+    router::BalancingBias,
+    transformer::{EncoderConfig, SparseEncoderConfig},
+};
 
 /// Whose names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -212,7 +216,7 @@ impl Table {
             self.norm(&format!("{key}.ln_2"), d, &format!("{path}.norm_feed_forward"));
             match encoder.sparse_block(index) {
                 None => self.mlp(&key, ["mlp.c_fc", "mlp.c_proj"], d, f, &path),
-                Some(sparse) => self.moe(&format!("{key}.moe"), sparse.num_experts, d, f, &path),
+                Some(sparse) => self.moe(&format!("{key}.moe"), sparse, d, sparse.d_ff.unwrap_or(f), &path),
             }
         }
     }
@@ -235,9 +239,13 @@ impl Table {
         self.linear(&format!("{key}.{}", names[1]), f, d, &format!("{path}.feed_forward.Dense.linear_out"));
     }
 
-    fn moe(&mut self, key: &str, e: usize, d: usize, f: usize, path: &str) {
+    fn moe(&mut self, key: &str, sparse: &SparseEncoderConfig, d: usize, f: usize, path: &str) {
+        let e = sparse.num_experts;
         let path = format!("{path}.feed_forward.Moe");
         self.same(&format!("{key}.router.weight"), &[d, e], &format!("{path}.router.weight"));
+        if sparse.router.balancing_bias != BalancingBias::None {
+            self.same(&format!("{key}.router.balancing_bias"), &[e], &format!("{path}.router.balancing_bias"));
+        }
         self.same(&format!("{key}.experts.w_in"), &[e, d, f], &format!("{path}.experts.w_in"));
         self.same(&format!("{key}.experts.b_in"), &[e, f], &format!("{path}.experts.b_in"));
         self.same(&format!("{key}.experts.w_out"), &[e, f, d], &format!("{path}.experts.w_out"));

@@ -224,7 +224,9 @@ impl RouterScore {
                 (probs.clone(), probs)
             }
             Self::Sigmoid => {
-                let scores = activation::sigmoid(logits);
+                // Zero for finite logits; keeps NaN what a sigmoid would flatten to 0 or 1, so that nobody is routed by it.
+                let not_finite = logits.clone() * 0.0;
+                let scores = activation::sigmoid(logits) + not_finite;
                 (scores.clone(), scores.clone() / scores.sum_dim(1).clamp_min(f64::from(f32::MIN_POSITIVE)))
             }
         }
@@ -279,6 +281,15 @@ mod tests {
         let near = |a: Vec<f32>, b: [f32; 2]| assert!((a[0] - b[0]).abs() < 1e-6 && (a[1] - b[1]).abs() < 1e-6, "{a:?}");
         near(values(output.scores), [0.75, 0.5]); // σ(ln 3) = 3/4, σ(0) = 1/2
         near(values(output.probs), [0.6, 0.4]);
+    }
+
+    #[test]
+    fn sigmoid_scores_of_infinite_logits_are_not_finite() {
+        let device = Device::default();
+        let router = RouterConfig::new().with_score(RouterScore::Sigmoid).with_init_std(1.0).init(2, 2, &device);
+        let output = router.forward(Tensor::from_floats([[f32::INFINITY, 1.0], [1.0, 1.0]], &device), Phase::Inference);
+        let scores = output.scores.try_into_vec_as::<f32>().unwrap();
+        assert!(scores[..2].iter().all(|s| s.is_nan()) && scores[2..].iter().all(|s| s.is_finite()), "{scores:?}");
     }
 
     #[test]

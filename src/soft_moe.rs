@@ -39,7 +39,7 @@ pub struct SoftMoeFeedForwardConfig {
 /// `logits = x · Φ`; a slot's input is the mean of its sample's valid tokens, weighted by a softmax of the logits over these tokens; a token's
 /// output is the mean of its sample's slots' outputs, weighted by a softmax over the slots. The same input and output types as
 /// [`MoeFeedForward`](crate::MoeFeedForward): the routing has the slots' weights summed by expert as its probabilities, and a plan without a
-/// row, so that losses about choices are zero. Not for causal models, whose tokens must not see later ones.
+/// row, so that load balancing is zero and a load loss is refused. Not for causal models, whose tokens must not see later ones.
 #[derive(Module, Debug)]
 #[module(custom_display)]
 pub struct SoftMoeFeedForward {

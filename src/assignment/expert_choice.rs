@@ -66,7 +66,8 @@ impl ExpertChoiceConfig {
             let slots = self.capacity.slots(group.len(), 1, num_experts).unwrap_or(usize::MAX);
             let candidates: Vec<usize> = group.filter(|&token| routable[token]).collect();
             for expert in 0..num_experts {
-                let score = |token: usize| input.selection_score(&scores, token, expert);
+                // A balancing bias would add the same to all of an expert's tokens.
+                let score = |token: usize| scores[token * num_experts + expert];
                 let mut order = candidates.clone();
                 // Stable, so that ties stay in token order.
                 order.sort_by(|&a, &b| score(b).total_cmp(&score(a)));

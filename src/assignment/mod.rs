@@ -73,16 +73,11 @@ impl<'a> AssignmentInput<'a> {
         self.scores.clone().detach().try_into_vec_as().expect("scores are f32")
     }
 
-    fn selection_score(&self, scores: &[f32], token: usize, expert: usize) -> f32 {
-        let [_, num_experts] = self.scores.dims();
-        scores[token * num_experts + expert] + self.selection_bias.map_or(0.0, |bias| bias[expert])
-    }
-
     /// Tokens that may ask for a slot. One whose scores are not finite may not: it must not take a seat from another token.
     fn routable(&self, scores: &[f32]) -> Vec<bool> {
-        let [num_tokens, num_experts] = self.scores.dims();
-        let finite = |token: usize| scores[token * num_experts..(token + 1) * num_experts].iter().all(|score| score.is_finite());
-        (0..num_tokens).map(|token| self.is_valid(token) && finite(token)).collect()
+        let [_, num_experts] = self.scores.dims();
+        let rows = scores.chunks_exact(num_experts).enumerate();
+        rows.map(|(token, scores)| self.is_valid(token) && scores.iter().all(|score| score.is_finite())).collect()
     }
 
     /// Valid tokens that may not ask.
@@ -127,6 +122,24 @@ impl AssignmentConfig {
     /// Whether tokens may be protected: only where tokens choose.
     pub fn can_protect(&self) -> bool {
         matches!(self, Self::TokenChoice(_))
+    }
+
+    /// The fewest experts that a layer can have.
+    pub(crate) fn least_experts(&self) -> usize {
+        match self {
+            Self::TokenChoice(config) => config.top_k,
+            Self::ExpertChoice(_) => 1,
+        }
+    }
+
+    /// Rows that experts compute for `num_tokens` tokens when nothing is dropped.
+    pub(crate) fn rows(&self, num_tokens: usize, num_experts: usize) -> usize {
+        match self {
+            Self::TokenChoice(config) => num_tokens * config.top_k,
+            Self::ExpertChoice(config) => {
+                num_experts * config.capacity.slots(num_tokens, 1, num_experts).unwrap_or(num_tokens).min(num_tokens)
+            }
+        }
     }
 
     /// The same for a layer of one expert, which every token then asks for.

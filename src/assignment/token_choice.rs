@@ -142,7 +142,7 @@ impl TokenChoiceConfig {
         if kept.iter().all(|&kept| kept) {
             return match self.gate_normalization {
                 GateNormalization::None => raw,
-                GateNormalization::BeforeDrop | GateNormalization::AfterDrop => raw.clone() / raw.sum_dim(1),
+                GateNormalization::BeforeDrop | GateNormalization::AfterDrop => share(raw),
             };
         }
         let device = raw.device();
@@ -151,35 +151,35 @@ impl TokenChoiceConfig {
         let unseated = Tensor::from_data(TensorData::new(unseated, shape), &device);
         match self.gate_normalization {
             GateNormalization::None => raw.mask_fill(unseated, 0.0),
-            GateNormalization::BeforeDrop => (raw.clone() / raw.sum_dim(1)).mask_fill(unseated, 0.0),
-            GateNormalization::AfterDrop => {
-                let seated = raw.mask_fill(unseated.clone(), 0.0);
-                let sum = seated.clone().sum_dim(1);
-                // Without a seat, or with one whose probability is too small for f32, the sum is 0: divide by 1 instead, so
-                // that neither the gate nor its gradient is NaN.
-                let none = sum.clone().equal_elem(0.0);
-                let sum = sum.mask_fill(none, 1.0);
-                (seated / sum).mask_fill(unseated, 0.0)
-            }
+            GateNormalization::BeforeDrop => share(raw).mask_fill(unseated, 0.0),
+            GateNormalization::AfterDrop => share(raw.mask_fill(unseated.clone(), 0.0)).mask_fill(unseated, 0.0),
         }
     }
 }
 
-/// The `top_k` experts of each token by descending score, `[T · K]`; nothing for a token that may not ask.
+/// Each score over the sum of its row. A sum can be next to nothing: of a seat whose probability is too small for f32, or of experts that a
+/// balancing bias chose. The floor, whose square f32 can still hold, keeps gates and their gradients finite there.
+fn share(scores: Tensor<2>) -> Tensor<2> {
+    scores.clone() / scores.sum_dim(1).clamp_min(1e-18)
+}
+
+/// The `top_k` experts of each token by descending score, ties to the lower index, `[T · K]`; nothing for a token that may not ask.
 fn choose(input: &AssignmentInput, scores: &[f32], routable: &[bool], top_k: usize) -> Vec<Option<usize>> {
     let [_, num_experts] = input.scores.dims();
-    let mut chosen = Vec::with_capacity(routable.len() * top_k);
-    for (token, &routable) in routable.iter().enumerate() {
-        let score = |expert| input.selection_score(scores, token, expert);
-        let first = chosen.len();
-        for _ in 0..top_k {
-            let best = (0..num_experts)
-                .filter(|expert| !chosen[first..].contains(&Some(*expert)))
-                // `max_by` keeps the last of equals; going backwards, that is the lower index.
-                .rev()
-                .max_by(|&a, &b| score(a).total_cmp(&score(b)));
-            chosen.push(if routable { best } else { None });
+    let mut chosen = vec![None; routable.len() * top_k];
+    let mut best: Vec<(f32, usize)> = Vec::with_capacity(top_k + 1);
+    for (token, scores) in scores.chunks_exact(num_experts).enumerate().filter(|(token, _)| routable[*token]) {
+        best.clear();
+        for (expert, &score) in scores.iter().enumerate() {
+            let score = score + input.selection_bias.map_or(0.0, |bias| bias[expert]);
+            let rank = best.iter().position(|(other, _)| score > *other).unwrap_or(best.len());
+            if rank < top_k {
+                best.truncate(top_k - 1);
+                best.insert(rank, (score, expert));
+            }
         }
+        let ranks = chosen[token * top_k..][..top_k].iter_mut();
+        ranks.zip(&best).for_each(|(chosen, (_, expert))| *chosen = Some(*expert));
     }
     chosen
 }
@@ -292,6 +292,16 @@ mod tests {
         let plan = plan(&config, &[[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]], None, Capacity::Fixed(1));
         assert_eq!(plan.asked(), [2, 2, 0]);
         assert_eq!(gates(&plan), [1.0, 0.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn experts_that_only_a_bias_chose_get_zero_gates_and_not_nan() {
+        let probs = Tensor::from_data(TensorData::new(vec![1.0f32, 0.0, 0.0], [1, 3]), &Device::default());
+        let input = AssignmentInput { selection_bias: Some(&[0.0, 2.0, 2.0]), ..AssignmentInput::new(probs, Phase::Training) };
+        for normalization in [GateNormalization::BeforeDrop, GateNormalization::AfterDrop] {
+            let plan = TokenChoiceConfig::new().with_gate_normalization(normalization).assign(&input, Capacity::Dropless);
+            assert_eq!((plan.load(), gates(&plan)), (vec![0, 1, 1], vec![0.0, 0.0]));
+        }
     }
 
     #[test]

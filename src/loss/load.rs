@@ -9,12 +9,12 @@ use crate::routing::Routing;
 /// chosen if its noise were drawn again. `θ_t` is the `K`-th largest noisy logit, `σ` the standard deviation of the noise (V-MoE,
 /// [arXiv 2106.05974](https://arxiv.org/abs/2106.05974), appendix A).
 ///
-/// 0 at perfect balance. Zero, with a zero gradient, when no token is valid. Output: `[1]`.
+/// For token choice, where `K` is the plan's choices per token. 0 at perfect balance. Zero, with a zero gradient, when no token is valid. Output: `[1]`.
 ///
 /// # Panics
-/// Without noise: the load is then a count, which has no gradient.
+/// Without noise, as outside of training: the load is then a count, which has no gradient.
 pub fn load_loss(routing: &Routing) -> Tensor<1> {
-    let noise = routing.noise.as_ref().expect("the load loss needs router noise: set `RouterConfig::noise`");
+    let noise = routing.noise.as_ref().expect("the load loss needs router noise: `RouterConfig::noise` above 0, in training");
     let [num_tokens, num_experts] = noise.logits.dims();
     let top_k = routing.plan.num_choices();
     // Where the K-th largest is, on the host like all choices; its value keeps its gradient.

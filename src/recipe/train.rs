@@ -26,6 +26,8 @@ use crate::{
     error::ConfigError,
     finite::{NonFiniteError, check_finite, check_finite_module},
     loss::AuxiliaryLossConfig,
+    router::RouterScore,
+    transformer::FeedForward,
 };
 
 /// AdamW and its learning rate. Biases, norms, embeddings, the logit scale and routers are not decayed.
@@ -190,7 +192,8 @@ pub enum TrainError {
 /// Trains all arms on the same batches, step by step, and evaluates each on `test` at the start, every
 /// [`eval_every`](TrainConfig::eval_every) steps and at the end.
 ///
-/// The order of the data depends on the seed alone. With `checkpointing` the run leaves a checkpoint now and then, and goes on
+/// The order of the data depends on the seed alone; router noise comes from the device's own generator, which arms share and checkpoints
+/// do not keep. With `checkpointing` the run leaves a checkpoint now and then, and goes on
 /// from the last one when it is started again with the same configuration.
 ///
 /// # Errors
@@ -213,6 +216,7 @@ pub fn train(
     for arm in arms {
         arm.auxiliary.validate()?;
         check_model(&arm, set, config)?;
+        check_losses(&arm)?;
         runs.push(Run::new(arm, &vocabulary, device));
     }
     let resumed = match checkpointing {
@@ -253,6 +257,24 @@ pub fn train(
         }
     }
     runs.into_iter().map(|run| run.finish(config.steps, &vocabulary)).collect()
+}
+
+/// Refuses loss weights that the routers of a model have no use for.
+fn check_losses(arm: &Arm) -> Result<(), TrainError> {
+    let refused = |what, expected: &str, found: f64| {
+        Err(TrainError::Model { arm: arm.name.clone(), what, expected: expected.into(), found: found.to_string() })
+    };
+    let towers = [&arm.model.vision.encoder, &arm.model.text.encoder];
+    for block in towers.into_iter().flat_map(|encoder| &encoder.blocks) {
+        let FeedForward::Moe(moe) = &block.feed_forward else { continue };
+        if moe.router.score != RouterScore::Softmax && arm.auxiliary.router_z > 0.0 {
+            return refused("weight of the router z-loss", "0 without softmax scores", arm.auxiliary.router_z);
+        }
+        if moe.router.noise == 0.0 && arm.auxiliary.load > 0.0 {
+            return refused("weight of the load loss", "0 without router noise", arm.auxiliary.load);
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a model that would not understand the batches.

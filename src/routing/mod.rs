@@ -15,7 +15,7 @@ use crate::{
 /// The routing of one layer on one batch. Everything that losses and statistics need is in here; nothing is kept elsewhere.
 #[derive(Debug, Clone)]
 pub struct Routing {
-    /// Router logits without noise, `[T, E]`, f32.
+    /// Router logits without noise, `[T, E]`, f32 (Soft MoE: of each slot, `[T, E · S]`).
     pub logits: Tensor<2>,
     /// Router probabilities without noise, `[T, E]`, f32: what importance, entropies and statistics read.
     pub clean_probs: Tensor<2>,

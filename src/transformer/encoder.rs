@@ -12,6 +12,7 @@ use crate::{
     error::{ConfigError, expect_valid},
     experts::{Activation, ExpertMlpConfig},
     moe::MoeFeedForwardConfig,
+    router::BalancingBias,
     routing::Routing,
 };
 
@@ -115,8 +116,12 @@ impl EncoderConfig {
                 let feed_forward = match self.sparse_block(index) {
                     None => Cost::feed_forward(num_tokens, d, self.d_ff, true),
                     Some(sparse) => {
-                        let active = sparse.assignment.active_experts(sparse.num_experts);
-                        Cost::moe_feed_forward(num_tokens, d, sparse.d_ff.unwrap_or(self.d_ff), true, sparse.num_experts, active)
+                        let experts = sparse.num_experts;
+                        let (active, rows) =
+                            (sparse.assignment.active_experts(experts), sparse.assignment.rows(num_tokens, experts));
+                        let bias = if sparse.router.balancing_bias == BalancingBias::None { 0 } else { experts };
+                        Cost::params(bias)
+                            + Cost::moe_feed_forward(num_tokens, rows, d, sparse.d_ff.unwrap_or(self.d_ff), true, experts, active)
                     }
                 };
                 attention + feed_forward + Cost::params(4 * d)

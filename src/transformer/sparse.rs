@@ -40,7 +40,7 @@ impl BlockSelection {
     }
 }
 
-/// The sparse blocks of one encoder. Width, hidden width and activation are the encoder's.
+/// The sparse blocks of one encoder. Width, activation and, unless given, hidden width are the encoder's.
 #[derive(Config, Debug)]
 pub struct SparseEncoderConfig {
     /// Which blocks. Default: `EveryNth(2)`

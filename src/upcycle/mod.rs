@@ -23,9 +23,10 @@ use serde::{Deserialize, Serialize};
 
 /// Takes over the weights of a trained dense module.
 ///
-/// `self` is a freshly made sparse module (its router is kept as it is: normal, std 0.02); what it shares with the dense one is
-/// copied, and every expert becomes a copy of the dense feed-forward network, biases included. With gates that sum to one
-/// and nothing dropped, which is the default outside of training, the result computes what the dense module computes.
+/// `self` is a freshly made sparse module (its router, normal with std 0.02, stays but for [`UpcycleStrategy::Granular`]); what it
+/// shares with the dense one is copied, and experts are made from the dense feed-forward network, biases included, by the
+/// [`UpcycleStrategy`]: copies by default. With copies, gates that sum to one and nothing dropped, which is the default outside of training,
+/// the result computes what the dense module computes.
 pub trait UpcycleFromDense<Dense>: Sized {
     /// The sparse module with the dense one's weights.
     ///

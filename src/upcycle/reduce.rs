@@ -9,6 +9,7 @@ use crate::{
     experts::ExpertMlp,
     moe::MoeFeedForward,
     param::with_value,
+    router::{Router, RouterScore},
     routing::MoeInput,
     transformer::{Encoder, FeedForward, Mlp},
 };
@@ -69,11 +70,11 @@ impl MoeFeedForward {
         {
             return Err(refused(format!("{load:?} is no load of {num_experts} experts")));
         }
-        let top_k = self.assignment.active_experts(num_experts);
+        let least = self.assignment.least_experts();
         if let Reduction::Prune { count } | Reduction::Merge { count } = reduction
-            && !(top_k..=num_experts).contains(count)
+            && !(least..=num_experts).contains(count)
         {
-            return Err(refused(format!("between {top_k} (the choices of each token) and {num_experts} experts can be left")));
+            return Err(refused(format!("between {least} and {num_experts} experts can be left")));
         }
         let made_from = match reduction {
             Reduction::Average => vec![(0..num_experts).collect()],
@@ -83,6 +84,8 @@ impl MoeFeedForward {
         let mut model = recombine(self, &made_from, load);
         if *reduction == Reduction::Average {
             model.assignment = model.assignment.with_one_expert();
+            // One expert has the gate 1, whatever the scores of many were.
+            model.router = Router { score: RouterScore::Softmax, noise: 0.0, balancing_bias: None, ..model.router };
         }
         let relative_deviation = calibration.map(|tokens| {
             let run = |layer: &Self| layer.clone().freeze().forward(MoeInput::new(tokens.clone())).output.detach();

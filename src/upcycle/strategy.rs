@@ -24,14 +24,24 @@ pub(super) fn make(moe: &MoeFeedForward, weights: &DenseWeights, strategy: Upcyc
     let (w_in, w_out) = (moved(&weights.w_in, &device), moved(&weights.w_out, &device));
     let (b_in, b_out) =
         (weights.b_in.as_ref().map(|bias| moved(bias, &device)), weights.b_out.as_ref().map(|bias| moved(bias, &device)));
+    let b_out = b_out.map(|bias| stack(&bias, num_experts));
+    if let UpcycleStrategy::Granular { shards } = strategy {
+        let copies_of_each = num_experts / shards;
+        return Stacked {
+            w_in: w_in.reshape([d_model, shards, d_ff]).swap_dims(0, 1).repeat_dim(0, copies_of_each),
+            b_in: b_in.map(|bias| bias.reshape([shards, d_ff]).repeat_dim(0, copies_of_each)),
+            w_out: w_out.reshape([shards, d_ff, d_model]).repeat_dim(0, copies_of_each) * shards as f64,
+            b_out,
+        };
+    }
     let copies = Stacked {
         w_in: stack(&w_in, num_experts),
         b_in: b_in.as_ref().map(|bias| stack(bias, num_experts)),
         w_out: stack(&w_out, num_experts),
-        b_out: b_out.as_ref().map(|bias| stack(bias, num_experts)),
+        b_out,
     };
     match strategy {
-        UpcycleStrategy::Copy => copies,
+        UpcycleStrategy::Copy | UpcycleStrategy::Granular { .. } => copies,
         UpcycleStrategy::CopyWithNoise { relative_std } => {
             let noise = |stacked: &Tensor<3>, std: f64| stacked.random_like(Distribution::Normal(0.0, relative_std * std));
             let (std_in, std_out) = (moments(&w_in).1, moments(&w_out).1);
@@ -54,15 +64,6 @@ pub(super) fn make(moe: &MoeFeedForward, weights: &DenseWeights, strategy: Upcyc
                     stacked.clone().mask_where(dropped.clone(), stacked.random_like(Distribution::Normal(mean, std)))
                 }),
                 w_out: anew(copies.w_out, moments(&w_out), dropped.unsqueeze_dim::<3>(2).expand([num_experts, d_ff, d_model])),
-                b_out: copies.b_out,
-            }
-        }
-        UpcycleStrategy::Granular { shards } => {
-            let copies_of_each = num_experts / shards;
-            Stacked {
-                w_in: w_in.reshape([d_model, shards, d_ff]).swap_dims(0, 1).repeat_dim(0, copies_of_each),
-                b_in: b_in.map(|bias| bias.reshape([shards, d_ff]).repeat_dim(0, copies_of_each)),
-                w_out: w_out.reshape([shards, d_ff, d_model]).repeat_dim(0, copies_of_each) * shards as f64,
                 b_out: copies.b_out,
             }
         }

@@ -167,7 +167,7 @@ fn a_version_of_the_future_says_so() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("burn_moe_config.json"), r#"{"version": 99, "clip": {}}"#).unwrap();
     let error = ClipCheckpoint::load(folder.path(), &Device::default()).unwrap_err().to_string();
-    assert!(error.contains("version 99 was written by another burn-moe; this one reads 1"), "{error}");
+    assert!(error.contains("version 99 was written by another burn-moe; this one reads 2"), "{error}");
 }
 
 #[test]

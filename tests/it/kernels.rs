@@ -3,8 +3,8 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use burn_moe::{
-    Activation, Capacity, ExpertMlpConfig, Kernels, Mlp, MlpConfig, MoeFeedForward, MoeFeedForwardConfig, MoeInput,
-    TokenChoiceConfig, with_kernels,
+    Activation, Capacity, ExpertChoiceConfig, ExpertMlpConfig, Kernels, Mlp, MlpConfig, MoeFeedForward, MoeFeedForwardConfig,
+    MoeInput, TokenChoiceConfig, with_kernels,
 };
 
 use super::support::{largest_difference, mask, numbers, values};
@@ -71,6 +71,38 @@ fn the_layer_and_its_gradients_do_not_depend_on_the_kernels() {
                 assert_same(&fast, &reference, &format!("T {t} D {d} F {f} E {e} {capacity:?} bias {bias} skewed {skewed}"));
             }
         }
+    }
+}
+
+#[test]
+fn gated_and_shared_experts_and_expert_choice_do_not_depend_on_the_kernels() {
+    let device = Device::default().autodiff();
+    let config = MoeFeedForwardConfig::new(10, 24, 4);
+    let cases = [
+        config.clone().with_experts(ExpertMlpConfig::swiglu()).with_shared_expert(Some(12)),
+        config.clone().with_experts(ExpertMlpConfig::geglu()),
+        config.with_assignment(ExpertChoiceConfig::new().into()),
+    ];
+    for config in cases {
+        let layer = config.init(&device);
+        let x = numbers([50, 10], 3, &device);
+        let valid: Vec<bool> = (0..50).map(|t| t % 7 != 6).collect();
+        let run = |kernels| {
+            let mut outcome = run_layer(&layer, &x, &valid, kernels);
+            // What `run_layer` does not look at.
+            with_kernels(kernels, || {
+                let input = MoeInput::new(x.clone()).valid(mask(&valid, &device));
+                let grads = layer.forward(input).output.square().sum().backward();
+                let gate = layer.experts.w_gate.as_ref().and_then(|w| w.val().grad(&grads));
+                let bias = layer.experts.b_gate.as_ref().and_then(|b| b.val().grad(&grads));
+                let shared = layer.shared_expert.as_ref().and_then(|shared| shared.w_in.val().grad(&grads));
+                outcome.extend(gate.map(|g| ("w_gate", values(&g))));
+                outcome.extend(bias.map(|g| ("b_gate", values(&g))));
+                outcome.extend(shared.map(|g| ("shared w_in", values(&g))));
+            });
+            outcome
+        };
+        assert_same(&run(Kernels::Fastest), &run(Kernels::Reference), &format!("{layer}"));
     }
 }
 

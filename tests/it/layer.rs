@@ -1,10 +1,13 @@
 //! The layer against a naive loop, and the relations it must keep.
 
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 use burn_moe::{
-    Activation, Capacity, ExpertChoiceConfig, ExpertMlpConfig, FillOrder, GateNormalization, Kernels, MoeFeedForward,
-    MoeFeedForwardConfig, MoeInput, RouterConfig, RoutingStats, TokenChoiceConfig, TokenGroups, with_kernels,
+    Activation, Capacity, EncoderConfig, ExpertChoiceConfig, ExpertMlpConfig, FillOrder, GateNormalization, Kernels,
+    MoeFeedForward, MoeFeedForwardConfig, MoeInput, Protection, RouterConfig, Routing, RoutingStats, SparseEncoderConfig,
+    TokenChoiceConfig, TokenGroups, TokenMarks,
+    clip::{ClipConfig, TextConfig, VisionConfig},
+    with_kernels,
 };
 use proptest::prelude::*;
 
@@ -305,6 +308,38 @@ fn expert_choice_refuses_protected_tokens() {
     let device = Device::default();
     let layer = MoeFeedForwardConfig::new(4, 8, 3).with_assignment(ExpertChoiceConfig::new().into()).init(&device);
     layer.forward(MoeInput::new(numbers([5, 4], 2, &device)).protected(mask(&[true; 5], &device)));
+}
+
+#[test]
+fn towers_seat_the_pooled_token_first() {
+    let device = Device::default().autodiff();
+    // One slot per expert, and nothing but protection to say who gets it.
+    let tight = TokenChoiceConfig::new().with_training_capacity(Capacity::Fixed(1));
+    let vision_of = |protection| {
+        let sparse = SparseEncoderConfig::new().with_protection(protection).with_assignment(tight.clone().into());
+        let encoder = || EncoderConfig::new(8, 2, 2, 16).with_sparse(Some(sparse.clone()));
+        let text = TextConfig::new(encoder()).with_vocab_size(50).with_context_length(6);
+        ClipConfig::new(VisionConfig::new(encoder(), 8, 2), text, 10).init(&device)
+    };
+    let text = Tensor::<2, Int>::from_data([[1, 2, 3, 49, 0, 0]], &device);
+    let seated = |routing: &Routing, token: i32| routing.plan.row_token().iter().filter(|t| **t == token).count();
+    let model = vision_of(Protection::Pooled);
+    assert_eq!(seated(&model.encode_image(numbers([1, 3, 8, 8], 3, &device)).routings[0], 0), 2);
+    assert_eq!(seated(&model.encode_text(text.clone()).routings[0], 3), 2);
+    // Without protection the first token fills two experts, and the end of the text comes last.
+    let model = vision_of(Protection::None);
+    assert_eq!(seated(&model.encode_text(text).routings[0], 0), 2);
+}
+
+#[test]
+fn expert_choice_in_a_tower_groups_by_sample() {
+    let device = Device::default();
+    let sparse = SparseEncoderConfig::new().with_assignment(ExpertChoiceConfig::new().into());
+    let encoder = EncoderConfig::new(8, 2, 2, 16).with_sparse(Some(sparse)).init(&device);
+    let x = numbers([3, 5, 8], 1, &device);
+    let run = |x: Tensor<3>| values(&encoder.forward(x, TokenMarks::default(), false).hidden);
+    let together = run(x.clone());
+    assert!(largest_difference(&run(x.narrow(0, 1, 1)), &together[40..80]) < 1e-6);
 }
 
 #[test]

@@ -55,7 +55,7 @@ fn load_has_the_value_of_vmoe() {
 }
 
 #[test]
-#[should_panic(expected = "the load loss needs router noise: set `RouterConfig::noise`")]
+#[should_panic(expected = "the load loss needs router noise: `RouterConfig::noise` above 0, in training")]
 fn load_without_noise_is_refused() {
     load_loss(&routing([[0.5, 0.3, 0.2]; 3], 2));
 }

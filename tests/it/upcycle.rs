@@ -4,9 +4,9 @@ use burn::module::Module;
 use burn::nn::{Linear, LinearConfig, activation::ActivationConfig, transformer::PositionWiseFeedForwardConfig};
 use burn::tensor::{Bool, Device, Int, Tensor};
 use burn_moe::{
-    Activation, Capacity, DenseFeedForward, DenseWeights, EncoderConfig, ExpertMlpConfig, GateNormalization, MlpConfig,
-    MoeFeedForwardConfig, Probe, Reduction, SparseEncoderConfig, TokenChoiceConfig, TokenMarks, UpcycleError, UpcycleFromDense,
-    UpcycleOptions, UpcycleStrategy,
+    Activation, BalancingBias, Capacity, DenseFeedForward, DenseWeights, EncoderConfig, ExpertMlpConfig, GateNormalization,
+    MlpConfig, MoeFeedForwardConfig, Probe, Reduction, RouterConfig, RouterScore, SparseEncoderConfig, TokenChoiceConfig,
+    TokenMarks, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleStrategy,
     clip::{Clip, ClipConfig, EndOfText, SparseClipConfig, TextConfig, VisionConfig},
     expert_similarity,
 };
@@ -369,6 +369,33 @@ fn copies_go_back_to_the_dense_network_they_came_from() {
 }
 
 #[test]
+fn a_layer_of_sigmoid_scores_is_averaged_too() {
+    let device = Device::default();
+    let router = RouterConfig::new().with_score(RouterScore::Sigmoid).with_balancing_bias(BalancingBias::Sign { rate: 0.1 });
+    let dense = MlpConfig::new(6, 24).init(&device);
+    let sparse = MoeFeedForwardConfig::new(6, 24, 4).with_router(router).init(&device);
+    let sparse = sparse.upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap().model;
+    let average = sparse.reduce(&Reduction::Average, &[0.25; 4], Some(numbers([9, 6], 3, &device))).unwrap();
+    assert!(average.report.relative_deviation.unwrap() < 1e-6, "{:?}", average.report);
+}
+
+#[test]
+fn different_experts_are_averaged_by_their_load() {
+    let device = Device::default();
+    let layer = MoeFeedForwardConfig::new(3, 5, 3).init(&device);
+    let load = [0.5, 0.3, 0.2];
+    let mean = |stacked: Vec<f32>, len: usize| -> Vec<f32> {
+        (0..len).map(|i| (0..3).map(|e| load[e] as f32 * stacked[e * len + i]).sum()).collect()
+    };
+    let average = layer.reduce(&Reduction::Average, &load, None).unwrap().model;
+    for (before, after) in [(&layer.experts.w_in, &average.experts.w_in), (&layer.experts.w_out, &average.experts.w_out)] {
+        assert!(largest_difference(&values(&after.val()), &mean(values(&before.val()), 15)) < 1e-6);
+    }
+    let columns = |layer: &burn_moe::MoeFeedForward| values(&layer.router.weight.val().transpose());
+    assert!(largest_difference(&columns(&average), &mean(columns(&layer), 3)) < 1e-6);
+}
+
+#[test]
 fn an_upcycled_encoder_goes_back_to_the_dense_one() {
     let device = Device::default();
     let config = EncoderConfig::new(8, 2, 4, 16);
@@ -411,7 +438,7 @@ fn the_busiest_experts_stay_and_the_most_similar_ones_are_merged() {
     let error = |reduction, load: &[f64]| layer.reduce(&reduction, load, None).unwrap_err().to_string();
     assert_eq!(
         error(Reduction::Prune { count: 1 }, &load),
-        "reduction `Prune { count: 1 }` is refused: between 2 (the choices of each token) and 4 experts can be left"
+        "reduction `Prune { count: 1 }` is refused: between 2 and 4 experts can be left"
     );
     assert_eq!(error(Reduction::Average, &[1.0]), "reduction `Average` is refused: [1.0] is no load of 4 experts");
 }

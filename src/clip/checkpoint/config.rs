@@ -22,7 +22,7 @@ impl From<serde_json::Error> for ConfigFileError {
 type Result<T> = std::result::Result<T, ConfigFileError>;
 
 /// Version of `burn_moe_config.json`.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 #[derive(Serialize, Deserialize)]
 struct BurnMoeFile {

@@ -142,7 +142,7 @@ fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// Beyond it Φ is 0 or 1 to within half a unit in the last place of 1.
+/// Beyond it Φ is 0 or 1 to within 1e-7.
 const NORMAL_END: f32 = 5.2;
 
 /// Φ(x), the normal distribution function, as `1/2 + x · P(x²) / Q(x²)`; the error is at most 2e-7.

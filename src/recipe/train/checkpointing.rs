@@ -11,7 +11,12 @@ use burn::module::Module;
 use serde::{Deserialize, Serialize};
 
 use super::{Arm, Run, TrainConfig, TrainError};
-use crate::recipe::{Evaluation, data::ImageTextSet};
+use crate::{
+    clip::Clip,
+    recipe::{Evaluation, data::ImageTextSet},
+    router::Router,
+    transformer::{Encoder, FeedForward, TransformerBlock},
+};
 
 /// Where a run is kept, so that it can go on after it was stopped.
 #[derive(Debug, Clone)]
@@ -43,8 +48,22 @@ struct Latest {
 }
 
 fn fingerprint(config: &TrainConfig, data: u64, runs: &[Run]) -> String {
-    let arms: Vec<_> = runs.iter().map(|run| (&run.arm.name, &run.arm.optimizer, &run.arm.auxiliary)).collect();
+    let arms: Vec<_> =
+        runs.iter().map(|run| (&run.arm.name, &run.arm.optimizer, &run.arm.auxiliary, routing_of(&run.arm.model))).collect();
     serde_json::to_string(&(config, data, arms)).expect("configurations are JSON")
+}
+
+/// How a model routes, in words: settings that no parameter shows.
+fn routing_of(model: &Clip) -> Vec<String> {
+    let towers = [&model.vision.encoder, &model.text.encoder];
+    let settings = |block: &TransformerBlock, encoder: &Encoder| match &block.feed_forward {
+        FeedForward::Dense(_) => "dense".to_string(),
+        FeedForward::Moe(moe) => {
+            let Router { score, noise, jitter, balancing_rate, .. } = &moe.router;
+            format!("{:?} {score:?} {noise} {jitter} {balancing_rate} {:?}", moe.assignment, encoder.protection)
+        }
+    };
+    towers.into_iter().flat_map(|encoder| encoder.blocks.iter().map(move |block| settings(block, encoder))).collect()
 }
 
 fn record_paths(folder: &Path, step: usize, arm: usize) -> [PathBuf; 2] {

@@ -10,7 +10,7 @@ use crate::{
     error::{ConfigError, expect_valid},
     experts::{ExpertMlp, ExpertMlpConfig},
     phase::Phase,
-    router::{Router, RouterConfig, RouterOutput},
+    router::{BalancingBias, Router, RouterConfig, RouterOutput},
     routing::{FlatTokens, MoeInput, MoeOutput, Routing, invalid_mask},
 };
 
@@ -72,6 +72,10 @@ impl MoeFeedForwardConfig {
             ConfigError::non_zero("shared_expert", d_ff)?;
         }
         self.router.validate()?;
+        if let (BalancingBias::Sign { rate }, AssignmentConfig::ExpertChoice(_)) = (self.router.balancing_bias, &self.assignment) {
+            let reason = "expert choice is balanced by itself, and a bias per expert changes no choice of it";
+            return Err(ConfigError::OutOfRange { field: "router.balancing_bias.rate", value: rate, reason });
+        }
         self.assignment.validate(self.num_experts)
     }
 
@@ -198,6 +202,14 @@ mod tests {
     fn init_refuses_what_validate_refuses() {
         let assignment = TokenChoiceConfig::new().with_top_k(3).into();
         MoeFeedForwardConfig::new(4, 8, 2).with_assignment(assignment).init(&Device::default());
+    }
+
+    #[test]
+    #[should_panic(expected = "`router.balancing_bias.rate` is 0.5: expert choice is balanced by itself")]
+    fn a_balancing_bias_that_would_do_nothing_is_refused() {
+        let router = RouterConfig::new().with_balancing_bias(BalancingBias::Sign { rate: 0.5 });
+        let assignment = crate::ExpertChoiceConfig::new().into();
+        MoeFeedForwardConfig::new(4, 8, 2).with_router(router).with_assignment(assignment).init(&Device::default());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The layer's peak memory: what it needs, and no `[T, E, C]` tensor.
+//! The layer's peak memory: what it needs and no more. A `[T, E, C]` tensor alone would take four times the larger bound here.
 //!
 //! A binary of its own, because the allocator counts for the whole process.
 
@@ -57,7 +57,4 @@ fn peak_memory_is_the_rows_their_hidden_activations_and_the_plan() {
     let bound = 2.0 * row + 3.0 * hidden + token + bytes(parameters) + routing;
     println!("forward and backward: {:.1} MB, bound {:.1} MB", training / 1e6, bound / 1e6);
     assert!(training < bound, "forward and backward took {training}, more than {bound}");
-
-    let dense_mask = bytes(TOKENS * EXPERTS * (TOKENS * TOP_K / EXPERTS));
-    assert!(training < dense_mask, "a [T, E, C] tensor alone would take {dense_mask}");
 }

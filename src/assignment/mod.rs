@@ -49,7 +49,7 @@ impl Default for AssignmentConfig {
 pub struct AssignmentInput<'a> {
     /// What gates are made of, `[T, E]`, f32.
     pub scores: Tensor<2>,
-    /// Added to each expert's scores when choosing, and never part of a gate, `[E]`. `None`: nothing.
+    /// Added to each expert's scores when tokens choose, and never part of a gate, `[E]`. `None`: nothing.
     pub selection_bias: Option<&'a [f32]>,
     /// Which tokens are not padding, `T` flags. `None`: all.
     pub valid: Option<&'a [bool]>,

@@ -68,7 +68,7 @@ pub use loss::{
     load_loss, local_entropy_loss, router_z_loss,
 };
 pub use moe::{MoeFeedForward, MoeFeedForwardConfig};
-pub use ops::{Kernels, with_kernels};
+pub use ops::{Kernels, release_idle_memory, with_kernels};
 pub use phase::Phase;
 pub use plan::DispatchPlan;
 pub use router::{BalancingBias, Router, RouterConfig, RouterNoise, RouterOutput, RouterScore};

@@ -56,3 +56,10 @@ pub(crate) fn has_kernels(device: &Device, dtype: DType) -> bool {
         false
     }
 }
+
+/// Gives back to the system what the CPU kernels keep for their next call: at most a quarter more than they ever had in use at once. For a
+/// program that is done with its layers and goes on.
+pub fn release_idle_memory() {
+    #[cfg(feature = "flex")]
+    super::flex::release_idle_memory();
+}

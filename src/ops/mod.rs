@@ -18,7 +18,7 @@ use burn::tensor::{Int, Tensor};
 
 pub use activation::Activation;
 pub(crate) use choice::has_kernels;
-pub use choice::{Kernels, with_kernels};
+pub use choice::{Kernels, release_idle_memory, with_kernels};
 
 /// Which token each row of the experts' input comes from, and the way back.
 #[derive(Clone, Debug)]

@@ -172,7 +172,7 @@ const LICENCES: [&str; 17] = [
 #[test]
 fn every_dependency_may_be_used() {
     let output = std::process::Command::new(env!("CARGO"))
-        .args(["metadata", "--format-version", "1", "--locked", "--offline", "--manifest-path"])
+        .args(["metadata", "--format-version", "1", "--locked", "--manifest-path"])
         .arg(format!("{ROOT}/Cargo.toml"))
         .output()
         .unwrap();

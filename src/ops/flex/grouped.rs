@@ -8,6 +8,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::{
+    buffer::Buffer,
     gemm::{Matrix, matmul},
     pointwise,
 };
@@ -100,15 +101,15 @@ pub(super) fn linear(
     offsets: &[usize],
     activation: Option<Activation>,
     keep_pre: bool,
-) -> (Vec<f32>, Option<Vec<f32>>) {
+) -> (Buffer, Option<Buffer>) {
     let width = maps.d_out;
     let affine = |piece: &Piece, out: &mut [f32]| matmul(out, rows_of(x, maps.d_in, &piece.range), maps.of(piece.expert));
     let bias_of = |piece: &Piece| &bias[piece.expert * width..(piece.expert + 1) * width];
     let pieces = row_pieces(offsets);
-    let mut out = vec![0.0; offsets[offsets.len() - 1] * width];
+    let mut out = Buffer::new(offsets[offsets.len() - 1] * width);
     match activation {
         Some(activation) if keep_pre => {
-            let mut pre = vec![0.0; out.len()];
+            let mut pre = Buffer::new(out.len());
             let out_parts = parts(&pieces, &mut out, width);
             let pre_parts = parts(&pieces, &mut pre, width);
             pieces.par_iter().zip(pre_parts.into_par_iter().zip(out_parts)).with_max_len(1).for_each(|(piece, (pre, out))| {
@@ -128,8 +129,8 @@ pub(super) fn linear(
 }
 
 /// `out[r] = grad[r] · weight[e(r)]ᵀ`.
-pub(super) fn backward_x(grad: &[f32], maps: &Maps, offsets: &[usize]) -> Vec<f32> {
-    let mut out = vec![0.0; offsets[offsets.len() - 1] * maps.d_in];
+pub(super) fn backward_x(grad: &[f32], maps: &Maps, offsets: &[usize]) -> Buffer {
+    let mut out = Buffer::new(offsets[offsets.len() - 1] * maps.d_in);
     for_each_piece(&row_pieces(offsets), &mut out, maps.d_in, |piece, out| {
         matmul(out, rows_of(grad, maps.d_out, &piece.range), maps.of(piece.expert).transposed());
     });
@@ -137,24 +138,26 @@ pub(super) fn backward_x(grad: &[f32], maps: &Maps, offsets: &[usize]) -> Vec<f3
 }
 
 /// `out[e] = Σ_{r of e} x[r]ᵀ · grad[r]`.
-pub(super) fn backward_weight(x: &[f32], grad: &[f32], [d_in, d_out]: [usize; 2], offsets: &[usize]) -> Vec<f32> {
+pub(super) fn backward_weight(x: &[f32], grad: &[f32], [d_in, d_out]: [usize; 2], offsets: &[usize]) -> Buffer {
     let num_experts = offsets.len() - 1;
-    let mut out = vec![0.0; num_experts * d_in * d_out];
+    let mut out = Buffer::new(num_experts * d_in * d_out);
     for_each_piece(&column_pieces(offsets, d_in), &mut out, d_out, |piece, out| {
         let rows = offsets[piece.expert]..offsets[piece.expert + 1];
-        if !rows.is_empty() {
-            let x = rows_of(x, d_in, &rows).columns(piece.range.start, piece.range.end);
-            matmul(out, x.transposed(), rows_of(grad, d_out, &rows));
+        if rows.is_empty() {
+            return out.fill(0.0);
         }
+        let x = rows_of(x, d_in, &rows).columns(piece.range.start, piece.range.end);
+        matmul(out, x.transposed(), rows_of(grad, d_out, &rows));
     });
     out
 }
 
 /// `out[e] = Σ_{r of e} grad[r]`.
-pub(super) fn backward_bias(grad: &[f32], d_out: usize, offsets: &[usize]) -> Vec<f32> {
-    let mut out = vec![0.0; (offsets.len() - 1) * d_out];
+pub(super) fn backward_bias(grad: &[f32], d_out: usize, offsets: &[usize]) -> Buffer {
+    let mut out = Buffer::new((offsets.len() - 1) * d_out);
     if d_out > 0 {
         out.par_chunks_mut(d_out).enumerate().for_each(|(expert, sum)| {
+            sum.fill(0.0);
             pointwise::add_rows(sum, &grad[offsets[expert] * d_out..offsets[expert + 1] * d_out]);
         });
     }

@@ -1,5 +1,6 @@
 //! Kernels for burn's CPU backend, f32.
 
+mod buffer;
 mod gemm;
 mod grouped;
 mod pointwise;
@@ -7,12 +8,17 @@ mod rows;
 
 use burn::backend::{
     Flex,
-    flex::FlexTensor,
+    flex::{FlexTensor, Layout},
     tensor::{FloatTensor, IntTensor},
 };
-use burn::tensor::{DType, TensorData};
+use burn::tensor::DType;
 
 use super::{Activation, extension::MoeOps};
+use buffer::Buffer;
+
+pub(super) fn release_idle_memory() {
+    buffer::release_idle();
+}
 
 impl MoeOps for Flex {
     fn moe_activation(x: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
@@ -124,8 +130,8 @@ fn floats(x: &FlexTensor) -> &[f32] {
     x.as_slice().expect("a contiguous f32 tensor")
 }
 
-fn tensor(values: Vec<f32>, shape: &[usize]) -> FlexTensor {
-    FlexTensor::from_data(TensorData::new(values, shape.to_vec()))
+fn tensor(values: Buffer, shape: &[usize]) -> FlexTensor {
+    FlexTensor::new(values.into_bytes(), Layout::contiguous(shape.into()), DType::F32)
 }
 
 /// Integers of either width that burn's devices may be set to; a negative one means "none".
@@ -140,4 +146,40 @@ fn indices(x: &FlexTensor) -> Vec<i32> {
 
 fn offset_values(x: &FlexTensor) -> Vec<usize> {
     indices(x).into_iter().map(|v| v as usize).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// In tests a new buffer holds NaN: see [`Buffer::new`].
+    #[test]
+    fn every_value_of_an_output_is_written() {
+        // Four tokens of width 2 with two choices each; experts 0 and 2 have rows, expert 1 has none, and token 3 has no seat.
+        let offsets = [0, 2, 2, 5];
+        let (row_choice, choice_row) = ([0, 2, 1, 3, 4], [0, 2, 1, 3, 4, -1, -1, -1]);
+        let (x, rows, gates) = ([1.0; 8], [1.0; 10], [0.5; 8]);
+        let maps = grouped::Maps { weight: &[1.0; 18], d_in: 2, d_out: 3 };
+        let (out, pre) = grouped::linear(&rows, &maps, &[1.0; 9], &offsets, Some(Activation::Gelu), true);
+        let outputs = [
+            rows::gather(&x, 2, &row_choice, 2),
+            rows::weighted_gather(&x, 2, &gates, &row_choice, 2),
+            rows::sum(&rows, 2, &choice_row, 4),
+            rows::weighted_sum(&rows, 2, &gates, &choice_row, 4),
+            rows::products(&x, &rows, 2, &choice_row, 2),
+            grouped::linear(&rows, &maps, &[1.0; 9], &offsets, None, false).0,
+            out,
+            pre.expect("it was asked for"),
+            grouped::backward_x(&[1.0; 15], &maps, &offsets),
+            grouped::backward_weight(&rows, &[1.0; 15], [2, 3], &offsets),
+            grouped::backward_bias(&[1.0; 15], 3, &offsets),
+            pointwise::activation(&x, Activation::Silu),
+            pointwise::activation_backward(&x, &x, Activation::Silu),
+        ];
+        for (index, output) in outputs.iter().enumerate() {
+            assert!(output.iter().all(|value| value.is_finite()), "output {index}: {:?}", &output[..]);
+        }
+        // The expert without rows has no gradient.
+        assert_eq!((&outputs[9][6..12], &outputs[10][3..6]), (&[0.0; 6][..], &[0.0; 3][..]));
+    }
 }

@@ -5,21 +5,22 @@
 use pulp::Arch;
 use rayon::prelude::*;
 
+use super::buffer::Buffer;
 use crate::ops::Activation;
 
 /// Elements that one task handles: enough to pay for the task, few enough to stay in the first-level cache.
 const CHUNK: usize = 4096;
 
 /// `out = act(x)`.
-pub(super) fn activation(x: &[f32], activation: Activation) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
+pub(super) fn activation(x: &[f32], activation: Activation) -> Buffer {
+    let mut out = Buffer::new(x.len());
     out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(out, x)| apply(out, x, activation));
     out
 }
 
 /// `grad · act'(x)`.
-pub(super) fn activation_backward(x: &[f32], grad: &[f32], activation: Activation) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
+pub(super) fn activation_backward(x: &[f32], grad: &[f32], activation: Activation) -> Buffer {
+    let mut out = Buffer::new(x.len());
     out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK).zip(grad.par_chunks(CHUNK))).for_each(|(out, (x, grad))| match activation {
         Activation::Gelu => zip(out, x, grad, |x, g| g * gelu_slope(x)),
         Activation::QuickGelu => zip(out, x, grad, |x, g| g * swish_slope(x, 1.702)),
@@ -238,7 +239,7 @@ mod tests {
         ];
         for (kind, formula) in formulas {
             let (values, slopes) = (activation(&x, kind), activation_backward(&x, &ones, kind));
-            for ((&x, &value), &slope) in x.iter().zip(&values).zip(&slopes) {
+            for ((&x, &value), &slope) in x.iter().zip(&values[..]).zip(&slopes[..]) {
                 let (expected, expected_slope) = formula(f64::from(x));
                 assert!(
                     (f64::from(value) - expected).abs() < 1e-6 * expected.abs().max(1.0),

@@ -5,6 +5,8 @@
 use pulp::Arch;
 use rayon::prelude::*;
 
+use super::buffer::Buffer;
+
 /// Values that one task moves.
 const CHUNK: usize = 1 << 14;
 
@@ -38,15 +40,15 @@ fn seated(choice_row: &[i32], token: usize, num_choices: usize) -> impl Iterator
 }
 
 /// `out[r] = x[t(r)]`.
-pub(super) fn gather(x: &[f32], width: usize, row_choice: &[i32], num_choices: usize) -> Vec<f32> {
-    let mut out = vec![0.0; row_choice.len() * width];
+pub(super) fn gather(x: &[f32], width: usize, row_choice: &[i32], num_choices: usize) -> Buffer {
+    let mut out = Buffer::new(row_choice.len() * width);
     for_each_row(&mut out, width, |r, row| row.copy_from_slice(row_of(x, width, row_choice[r] as usize / num_choices)));
     out
 }
 
 /// `out[r] = gates[choice of r] · x[t(r)]`.
-pub(super) fn weighted_gather(x: &[f32], width: usize, gates: &[f32], row_choice: &[i32], num_choices: usize) -> Vec<f32> {
-    let mut out = vec![0.0; row_choice.len() * width];
+pub(super) fn weighted_gather(x: &[f32], width: usize, gates: &[f32], row_choice: &[i32], num_choices: usize) -> Buffer {
+    let mut out = Buffer::new(row_choice.len() * width);
     for_each_row(&mut out, width, |r, row| {
         let choice = row_choice[r] as usize;
         let gate = gates[choice];
@@ -58,10 +60,11 @@ pub(super) fn weighted_gather(x: &[f32], width: usize, gates: &[f32], row_choice
 }
 
 /// `out[t] = Σ_m rows[row of (t, m)]`.
-pub(super) fn sum(rows: &[f32], width: usize, choice_row: &[i32], num_tokens: usize) -> Vec<f32> {
+pub(super) fn sum(rows: &[f32], width: usize, choice_row: &[i32], num_tokens: usize) -> Buffer {
     let num_choices = choice_row.len() / num_tokens;
-    let mut out = vec![0.0; num_tokens * width];
+    let mut out = Buffer::new(num_tokens * width);
     for_each_row(&mut out, width, |t, token| {
+        token.fill(0.0);
         for (_, row) in seated(choice_row, t, num_choices) {
             for (out, x) in token.iter_mut().zip(row_of(rows, width, row)) {
                 *out += x;
@@ -72,10 +75,11 @@ pub(super) fn sum(rows: &[f32], width: usize, choice_row: &[i32], num_tokens: us
 }
 
 /// `out[t] = Σ_m gates[t, m] · rows[row of (t, m)]`.
-pub(super) fn weighted_sum(rows: &[f32], width: usize, gates: &[f32], choice_row: &[i32], num_tokens: usize) -> Vec<f32> {
+pub(super) fn weighted_sum(rows: &[f32], width: usize, gates: &[f32], choice_row: &[i32], num_tokens: usize) -> Buffer {
     let num_choices = choice_row.len() / num_tokens;
-    let mut out = vec![0.0; num_tokens * width];
+    let mut out = Buffer::new(num_tokens * width);
     for_each_row(&mut out, width, |t, token| {
+        token.fill(0.0);
         for (m, row) in seated(choice_row, t, num_choices) {
             let gate = gates[t * num_choices + m];
             for (out, x) in token.iter_mut().zip(row_of(rows, width, row)) {
@@ -87,8 +91,9 @@ pub(super) fn weighted_sum(rows: &[f32], width: usize, gates: &[f32], choice_row
 }
 
 /// `out[t, m] = x[t] · rows[row of (t, m)]`, 0 for a choice without a row.
-pub(super) fn products(x: &[f32], rows: &[f32], width: usize, choice_row: &[i32], num_choices: usize) -> Vec<f32> {
-    let mut out = vec![0.0; choice_row.len()];
+pub(super) fn products(x: &[f32], rows: &[f32], width: usize, choice_row: &[i32], num_choices: usize) -> Buffer {
+    let mut out = Buffer::new(choice_row.len());
+    out.fill(0.0);
     let tokens = rows_per_task(width);
     out.par_chunks_mut(tokens * num_choices).enumerate().for_each(|(task, chunk)| {
         Arch::new().dispatch(|| {

@@ -14,12 +14,11 @@ use super::{
 };
 use crate::ops::Activation;
 
-/// Pieces per thread: more even out the load, fewer spend less on packing weights.
-const PIECES_PER_THREAD: usize = 4;
-/// Rows below which a piece is not cut: the product would spend its time on packing weights.
-const MIN_ROWS: usize = 64;
-/// Input columns below which a weight gradient is not cut.
-const MIN_COLUMNS: usize = 64;
+/// The work is cut where this many equal shares per thread meet: often enough that threads end together, and no more often, as
+/// each piece packs its weights again.
+const SHARES_PER_THREAD: usize = 2;
+/// Rows or columns below which no piece is cut off: the product would spend its time on packing.
+const MIN_LEN: usize = 64;
 
 /// The stacked weights `[E, D, F]`.
 pub(super) struct Maps<'a> {
@@ -39,36 +38,44 @@ impl<'a> Maps<'a> {
 struct Piece {
     expert: usize,
     range: Range<usize>,
+    /// How long it takes, in units of no meaning.
+    work: usize,
 }
 
-/// Rows of all experts in pieces of nearly equal size.
+/// Rows of all experts.
 fn row_pieces(offsets: &[usize]) -> Vec<Piece> {
-    let num_rows = offsets[offsets.len() - 1];
-    let most = num_rows.div_ceil(PIECES_PER_THREAD * rayon::current_num_threads()).max(MIN_ROWS);
-    let mut pieces = Vec::new();
-    for (expert, bounds) in offsets.windows(2).enumerate() {
-        let rows = bounds[0]..bounds[1];
-        let parts = rows.len().div_ceil(most);
-        pieces.extend(split(rows, parts).map(|range| Piece { expert, range }));
-    }
-    pieces
+    cut(offsets.windows(2).map(|bounds| (bounds[0]..bounds[1], 1)))
 }
 
-/// Input columns of every expert's weights, in more pieces the more rows the expert has.
+/// Input columns of every expert's weights; a column costs as much as its expert has rows.
 fn column_pieces(offsets: &[usize], d_in: usize) -> Vec<Piece> {
-    let num_rows = offsets[offsets.len() - 1];
-    let rows_per_piece = num_rows.div_ceil(PIECES_PER_THREAD * rayon::current_num_threads()).max(1);
-    let mut pieces = Vec::new();
-    for (expert, bounds) in offsets.windows(2).enumerate() {
-        let parts = (bounds[1] - bounds[0]).div_ceil(rows_per_piece).clamp(1, d_in.div_ceil(MIN_COLUMNS).max(1));
-        pieces.extend(split(0..d_in, parts).map(|range| Piece { expert, range }));
-    }
-    pieces
+    cut(offsets.windows(2).map(|bounds| (0..d_in, bounds[1] - bounds[0])))
 }
 
-fn split(range: Range<usize>, parts: usize) -> impl Iterator<Item = Range<usize>> {
-    let (start, len) = (range.start, range.len());
-    (0..parts).map(move |part| start + len * part / parts..start + len * (part + 1) / parts)
+/// Cuts each expert's range where equal shares of all the work meet; `experts` are their ranges with the work of one element.
+fn cut(experts: impl Iterator<Item = (Range<usize>, usize)> + Clone) -> Vec<Piece> {
+    let total: usize = experts.clone().map(|(range, work)| range.len() * work).sum();
+    let share = total.div_ceil(SHARES_PER_THREAD * rayon::current_num_threads()).max(1);
+    let mut before = 0;
+    let mut pieces = Vec::new();
+    for (expert, (range, work)) in experts.enumerate() {
+        let mut start = range.start;
+        while start < range.end {
+            let end = if work == 0 {
+                range.end
+            } else {
+                let at = before + (start - range.start) * work;
+                let to_next = (share - at % share).div_ceil(work);
+                // A cut too near to the start or to the end is left out.
+                let len = if to_next < MIN_LEN { to_next + share.div_ceil(work) } else { to_next };
+                if start + len + MIN_LEN > range.end { range.end } else { start + len }
+            };
+            pieces.push(Piece { expert, range: start..end, work: (end - start) * work });
+            start = end;
+        }
+        before += range.len() * work;
+    }
+    pieces
 }
 
 /// The part of `out` that each piece writes, `width` values for each of its rows or columns.
@@ -83,10 +90,16 @@ fn parts<'a>(pieces: &[Piece], mut out: &'a mut [f32], width: usize) -> Vec<&'a 
     parts
 }
 
-/// Lets threads take the pieces one by one.
+/// Calls `body` with each piece and the part of the output that belongs to it.
 fn for_each_piece(pieces: &[Piece], out: &mut [f32], width: usize, body: impl Fn(&Piece, &mut [f32]) + Sync) {
-    let parts = parts(pieces, out, width);
-    pieces.par_iter().zip(parts).with_max_len(1).for_each(|(piece, own)| body(piece, own));
+    largest_first(pieces, parts(pieces, out, width), body);
+}
+
+/// Lets threads take the pieces one by one, small ones last, so that they end together.
+fn largest_first<T: Send>(pieces: &[Piece], parts: Vec<T>, body: impl Fn(&Piece, T) + Sync) {
+    let mut queue: Vec<(&Piece, T)> = pieces.iter().zip(parts).collect();
+    queue.sort_by_key(|(piece, _)| std::cmp::Reverse(piece.work));
+    queue.into_iter().par_bridge().for_each(|(piece, part)| body(piece, part));
 }
 
 fn rows_of<'a>(values: &'a [f32], width: usize, rows: &Range<usize>) -> Matrix<'a> {
@@ -110,9 +123,8 @@ pub(super) fn linear(
     match activation {
         Some(activation) if keep_pre => {
             let mut pre = Buffer::new(out.len());
-            let out_parts = parts(&pieces, &mut out, width);
-            let pre_parts = parts(&pieces, &mut pre, width);
-            pieces.par_iter().zip(pre_parts.into_par_iter().zip(out_parts)).with_max_len(1).for_each(|(piece, (pre, out))| {
+            let both = parts(&pieces, &mut pre, width).into_iter().zip(parts(&pieces, &mut out, width)).collect();
+            largest_first(&pieces, both, |piece, (pre, out)| {
                 affine(piece, pre);
                 pointwise::bias_and_activation(pre, out, bias_of(piece), activation);
             });
@@ -184,6 +196,27 @@ mod tests {
             assert_eq!(next, *offsets.last().unwrap());
             let columns: usize = column_pieces(&offsets, 130).iter().map(|piece| piece.range.len()).sum();
             assert_eq!(columns, loads.len() * 130);
+        }
+    }
+
+    #[test]
+    fn threads_that_take_the_largest_piece_left_end_together() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        for loads in [vec![788; 8], vec![1576, 675, 675, 675, 676, 676, 676, 675], vec![6000, 0, 50, 254], vec![6304]] {
+            let offsets: Vec<usize> = std::iter::once(0)
+                .chain(loads.iter().scan(0, |sum, load| {
+                    *sum += load;
+                    Some(*sum)
+                }))
+                .collect();
+            let mut work: Vec<usize> = pool.install(|| row_pieces(&offsets)).iter().map(|piece| piece.work).collect();
+            assert!(work.len() <= loads.len() + 2 * SHARES_PER_THREAD, "{loads:?} in {} pieces", work.len());
+            work.sort_unstable();
+            let mut ends = [0, 0];
+            while let Some(next) = work.pop() {
+                *ends.iter_mut().min().unwrap() += next;
+            }
+            assert!(ends[0].abs_diff(ends[1]) <= 2 * MIN_LEN, "{loads:?}: {ends:?}");
         }
     }
 }

@@ -15,10 +15,9 @@ use std::{
 };
 
 use burn_moe::{
-    AuxiliaryLossConfig, BlockSelection, Capacity, Cost, Probe, SparseEncoderConfig, TokenChoiceConfig, UpcycleFromDense,
-    UpcycleOptions,
+    BlockSelection, Capacity, Cost, Probe, SparseEncoderConfig, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{
-        SparseClipConfig,
+        ClipAuxiliaryLossConfig, SparseClipConfig,
         checkpoint::{ClipCheckpoint, Precision},
         tokenizer::ClipTokenizer,
     },
@@ -125,7 +124,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         name: name.to_string(),
         model,
         optimizer: optimizer(rate),
-        auxiliary: AuxiliaryLossConfig::new(),
+        auxiliary: ClipAuxiliaryLossConfig::new(),
+        state: None,
     };
     let arms =
         vec![arm("dense_continued", dense.model.clone(), args.dense_lr), arm("sparse", upcycled.model.clone(), args.sparse_lr)];
@@ -166,7 +166,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         "config": {
             "train": config,
             "optimizer": { "dense_continued": optimizer(args.dense_lr), "sparse": optimizer(args.sparse_lr) },
-            "auxiliary": AuxiliaryLossConfig::new(),
+            "auxiliary": ClipAuxiliaryLossConfig::new(),
             "model": sparse_config,
             "device": args.device,
             "dense_checkpoint": args.dense,

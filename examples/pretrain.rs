@@ -11,9 +11,9 @@
 use std::{error::Error, path::PathBuf};
 
 use burn_moe::{
-    AuxiliaryLossConfig, EncoderConfig,
+    EncoderConfig,
     clip::{
-        ClipConfig, TextConfig, VisionConfig,
+        ClipAuxiliaryLossConfig, ClipConfig, TextConfig, VisionConfig,
         checkpoint::{ClipCheckpoint, Precision},
     },
     device_by_name,
@@ -105,7 +105,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("{:.5} GFLOPs per pair", start.config.cost().gflops());
 
     let optimizer = OptimizerConfig::new(WarmupCosine::new(args.learning_rate)).with_weight_decay(args.weight_decay);
-    let arm = Arm { name: "dense".into(), model: start.model, optimizer, auxiliary: AuxiliaryLossConfig::new() };
+    let auxiliary = ClipAuxiliaryLossConfig::new();
+    let arm = Arm { name: "dense".into(), model: start.model, optimizer, auxiliary, state: None };
     let run = TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed);
     let checkpointing = Checkpointing { folder: args.run, every: args.eval_every };
     let bar = ProgressBar::new(args.steps as u64)

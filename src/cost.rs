@@ -28,24 +28,13 @@ impl Cost {
         Self::linear(tokens, d_model, d_ff, bias) + Self::linear(tokens, d_ff, d_model, bias)
     }
 
-    /// A [`MoeFeedForward`](crate::MoeFeedForward) over `tokens`: the router, and experts that compute `rows` rows in all, of which a token
-    /// passes `active` out of `num_experts`.
-    pub fn moe_feed_forward(
-        tokens: usize,
-        rows: usize,
-        d_model: usize,
-        d_ff: usize,
-        bias: bool,
-        num_experts: usize,
-        active: usize,
-    ) -> Self {
-        let expert = Self::feed_forward(rows, d_model, d_ff, bias);
-        let experts = Self {
+    /// `E` experts of the cost `expert` each for all their rows together, of which a token passes `active`.
+    pub(crate) fn experts(expert: Self, num_experts: usize, active: usize) -> Self {
+        Self {
             flops: expert.flops,
             params_total: expert.params_total * num_experts as u64,
             params_active: expert.params_active * active as u64,
-        };
-        experts + Self::linear(tokens, d_model, num_experts, false)
+        }
     }
 
     /// Operations in units of 10⁹.

@@ -57,6 +57,14 @@ pub enum ConfigError {
         /// Number of blocks in the encoder.
         num_layers: usize,
     },
+    /// A setting that another one leaves without an effect.
+    #[error("`{field}` is set, but {reason}")]
+    NoEffect {
+        /// Name of the field.
+        field: &'static str,
+        /// Why nothing would read it.
+        reason: &'static str,
+    },
     /// A number outside its range.
     #[error("`{field}` is {value}: {reason}")]
     OutOfRange {

@@ -76,9 +76,11 @@ pub use routing::{MoeInput, MoeOutput, Routing};
 pub use soft_moe::{SoftMoeFeedForward, SoftMoeFeedForwardConfig};
 pub use stats::{RoutingStats, co_firing};
 pub use transformer::{
-    BlockSelection, Encoder, EncoderConfig, EncoderOutput, FeedForward, Mlp, MlpConfig, Protection, SparseEncoderConfig,
-    TokenMarks, TransformerBlock,
+    BlockSelection, Encoder, EncoderConfig, EncoderOutput, FeedForward, FeedForwardInputs, Mlp, MlpConfig, Padding, Protection,
+    SparseEncoderConfig, SparseLayer, TokenMarks, TransformerBlock,
 };
+#[cfg(feature = "train")]
+pub use upcycle::upcycle_optimizer;
 pub use upcycle::{
     DenseFeedForward, DenseWeights, Probe, Reduced, Reduction, ReductionReport, UpcycleError, UpcycleFromDense, UpcycleOptions,
     UpcycleReport, UpcycleStrategy, Upcycled, UpcycledLayer, expert_similarity,

@@ -6,6 +6,7 @@ use burn::tensor::{Bool, Device, Tensor, TensorData};
 
 use crate::{
     assignment::{AssignmentConfig, AssignmentInput},
+    cost::Cost,
     dispatch::Dispatcher,
     error::{ConfigError, expect_valid},
     experts::{ExpertMlp, ExpertMlpConfig},
@@ -77,6 +78,15 @@ impl MoeFeedForwardConfig {
             return Err(ConfigError::OutOfRange { field: "router.balancing_bias.rate", value: rate, reason });
         }
         self.assignment.validate(self.num_experts)
+    }
+
+    /// Cost for one sample of `num_tokens` tokens when nothing is dropped.
+    pub fn cost(&self, num_tokens: usize) -> Cost {
+        let rows = self.assignment.rows(num_tokens, self.num_experts);
+        let active = self.assignment.active_experts(self.num_experts);
+        let experts = Cost::experts(self.experts.cost(rows, self.d_model, self.d_ff), self.num_experts, active);
+        let shared = self.shared_expert.map_or(Cost::default(), |d_ff| self.experts.cost(num_tokens, self.d_model, d_ff));
+        self.router.cost(num_tokens, self.d_model, self.num_experts) + experts + shared
     }
 
     /// A new layer.

@@ -6,10 +6,10 @@ use burn::nn::Initializer;
 use burn::tensor::{Device, Distribution, FloatDType, Tensor, TensorData, activation, assert_shape};
 use serde::{Deserialize, Serialize};
 
-use crate::{error::ConfigError, param::with_value, phase::Phase};
+use crate::{cost::Cost, error::ConfigError, param::with_value, phase::Phase};
 
 /// Configuration of a [`Router`].
-#[derive(Config, Debug)]
+#[derive(Config, Debug, PartialEq)]
 pub struct RouterConfig {
     /// Standard deviation of the normal distribution that the weight starts from. Default: 0.02
     #[config(default = 0.02)]
@@ -127,6 +127,12 @@ impl RouterConfig {
             return Err(ConfigError::OutOfRange { field: "router.jitter", value: self.jitter, reason });
         }
         Ok(())
+    }
+
+    /// Cost of scoring `num_tokens` tokens.
+    pub fn cost(&self, num_tokens: usize, d_model: usize, num_experts: usize) -> Cost {
+        let bias = if self.balancing_bias == BalancingBias::None { 0 } else { num_experts };
+        Cost::linear(num_tokens, d_model, num_experts, false) + Cost::params(bias)
     }
 
     /// A router for `num_experts` experts over tokens of width `d_model`.

@@ -6,6 +6,7 @@ use burn::nn::Initializer;
 use burn::tensor::{Device, FloatDType, Tensor, activation::softmax};
 
 use crate::{
+    cost::Cost,
     error::{ConfigError, expect_valid},
     experts::{ExpertMlp, ExpertMlpConfig},
     plan::DispatchPlan,
@@ -68,6 +69,15 @@ impl SoftMoeFeedForwardConfig {
             return Err(ConfigError::OutOfRange { field: "init_std", value: self.init_std, reason });
         }
         Ok(())
+    }
+
+    /// Cost for one sample of `num_tokens` tokens: logits, both mixtures, and experts over their slots.
+    pub fn cost(&self, num_tokens: usize) -> Cost {
+        let slots = self.num_experts * self.slots_per_expert;
+        let logits = Cost::linear(num_tokens, self.d_model, slots, false);
+        let mixtures = Cost { flops: 2 * logits.flops, ..Cost::default() };
+        let expert = self.experts.cost(slots, self.d_model, self.d_ff);
+        logits + mixtures + Cost::experts(expert, self.num_experts, self.num_experts)
     }
 
     /// A new layer.

@@ -120,7 +120,7 @@ impl TokenChoiceConfig {
             for mut tokens in [protected, others] {
                 if self.fill_order == FillOrder::BatchPriority {
                     let largest =
-                        |token: usize| chosen[token * self.top_k].map_or(0.0, |expert| scores[token * num_experts + expert]);
+                        |token: usize| scores[token * num_experts..][..num_experts].iter().copied().fold(f32::MIN, f32::max);
                     tokens.sort_by(|&a, &b| largest(b).total_cmp(&largest(a)));
                 }
                 let choices = tokens.iter().map(|token| token * self.top_k);

@@ -10,7 +10,7 @@ use crate::{
     cost::Cost,
     error::{ConfigError, expect_valid},
     routing::Routing,
-    transformer::{Encoder, EncoderConfig, TokenMarks},
+    transformer::{Encoder, EncoderConfig, FeedForwardInputs, TokenMarks},
 };
 
 /// Which token of a text is its end, whose output is the embedding.
@@ -117,19 +117,35 @@ impl TextTower {
     /// # Panics
     /// When a text is longer than `context_length`.
     pub fn forward(&self, tokens: Tensor<2, Int>) -> TextOutput {
-        let [batch, len] = tokens.dims();
-        let [context_length, d_model] = self.position_embedding.shape().dims();
-        assert!(len <= context_length, "texts of {len} tokens are longer than the context of {context_length}");
-        let end = self.end_of_text.position(tokens.clone());
-        let marks = TokenMarks { valid: Some(not_after(&end, len)), protected: Some(is_at(&end, len)) };
-
-        let positions = self.position_embedding.val().narrow(0, 0, len);
-        let x = self.token_embedding.forward(tokens) + positions.unsqueeze();
+        let [batch, _] = tokens.dims();
+        let [_, d_model] = self.position_embedding.shape().dims();
+        let (x, marks, end) = self.embed(tokens);
         let encoded = self.encoder.forward(x, marks, true);
         let hidden = self.norm_final.forward(encoded.hidden);
         let index = end.reshape([batch, 1, 1]).expand([batch, 1, d_model]);
         let embedding = self.projection.forward::<2>(hidden.clone().gather(1, index).squeeze_dim(1));
         TextOutput { embedding, hidden, routings: encoded.routings }
+    }
+
+    /// What the feed-forward network of each block reads for these texts.
+    ///
+    /// # Panics
+    /// As [`forward`](Self::forward).
+    pub fn feed_forward_inputs(&self, tokens: Tensor<2, Int>) -> FeedForwardInputs {
+        let (x, marks, _) = self.embed(tokens);
+        self.encoder.feed_forward_inputs(x, marks, true)
+    }
+
+    /// What goes into the blocks, `[B, N, D]`, and where each text ends, `[B, 1]`.
+    fn embed(&self, tokens: Tensor<2, Int>) -> (Tensor<3>, TokenMarks, Tensor<2, Int>) {
+        let [_, len] = tokens.dims();
+        let [context_length, _] = self.position_embedding.shape().dims();
+        assert!(len <= context_length, "texts of {len} tokens are longer than the context of {context_length}");
+        let end = self.end_of_text.position(tokens.clone());
+        let marks = TokenMarks { valid: Some(not_after(&end, len)), protected: Some(is_at(&end, len)) };
+
+        let positions = self.position_embedding.val().narrow(0, 0, len);
+        (self.token_embedding.forward(tokens) + positions.unsqueeze(), marks, end)
     }
 }
 

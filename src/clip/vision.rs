@@ -9,7 +9,7 @@ use crate::{
     cost::Cost,
     error::{ConfigError, expect_valid},
     routing::Routing,
-    transformer::{Encoder, EncoderConfig, TokenMarks},
+    transformer::{Encoder, EncoderConfig, FeedForwardInputs, TokenMarks},
 };
 
 /// Configuration of a [`VisionTower`].
@@ -122,6 +122,24 @@ impl VisionTower {
     /// # Panics
     /// When the images do not have the size the tower was made for.
     pub fn forward(&self, images: Tensor<4>) -> VisionOutput {
+        let (tokens, marks) = self.embed(images);
+        let encoded = self.encoder.forward(tokens, marks, false);
+        let class = encoded.hidden.clone().narrow(1, 0, 1).squeeze_dim(1);
+        let embedding = self.projection.forward(self.norm_post.forward::<2>(class));
+        VisionOutput { embedding, hidden: encoded.hidden, routings: encoded.routings }
+    }
+
+    /// What the feed-forward network of each block reads for these images.
+    ///
+    /// # Panics
+    /// As [`forward`](Self::forward).
+    pub fn feed_forward_inputs(&self, images: Tensor<4>) -> FeedForwardInputs {
+        let (tokens, marks) = self.embed(images);
+        self.encoder.feed_forward_inputs(tokens, marks, false)
+    }
+
+    /// What goes into the blocks, `[B, N, D]`.
+    fn embed(&self, images: Tensor<4>) -> (Tensor<3>, TokenMarks) {
         let [batch, channels, height, width] = images.dims();
         let patch = self.patch_size;
         let (rows, columns) = (height / patch, width / patch);
@@ -150,9 +168,6 @@ impl VisionTower {
         let device = tokens.device();
         let is_class = Tensor::<1, Int>::arange(0..num_tokens as i64, &device).equal_elem(0);
         let marks = TokenMarks { valid: None, protected: Some(is_class.unsqueeze::<2>().expand([batch, num_tokens])) };
-        let encoded = self.encoder.forward(self.norm_pre.forward(tokens), marks, false);
-        let class = encoded.hidden.clone().narrow(1, 0, 1).squeeze_dim(1);
-        let embedding = self.projection.forward(self.norm_post.forward::<2>(class));
-        VisionOutput { embedding, hidden: encoded.hidden, routings: encoded.routings }
+        (self.norm_pre.forward(tokens), marks)
     }
 }

@@ -7,7 +7,7 @@ use burn::tensor::{Device, Int, Tensor, assert_shape};
 use serde::{Deserialize, Serialize};
 
 use super::Activation;
-use crate::ops;
+use crate::{cost::Cost, ops};
 
 /// How a feed-forward network uses its activation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +67,15 @@ impl ExpertMlpConfig {
     /// GEGLU experts: gated, GELU.
     pub fn geglu() -> Self {
         Self::new().with_form(FeedForwardForm::Gated)
+    }
+
+    /// Cost of one expert over `rows` rows.
+    pub fn cost(&self, rows: usize, d_model: usize, d_ff: usize) -> Cost {
+        let gate = match self.form {
+            FeedForwardForm::Plain => Cost::default(),
+            FeedForwardForm::Gated => Cost::linear(rows, d_model, d_ff, self.bias),
+        };
+        gate + Cost::feed_forward(rows, d_model, d_ff, self.bias)
     }
 
     /// `num_experts` experts of width `d_model` and hidden width `d_ff`.

@@ -7,11 +7,13 @@ mod bootstrap;
 pub mod data;
 mod evaluate;
 mod schedule;
+mod state;
 mod train;
 mod vocabulary;
 
 pub use bootstrap::{PairedBootstrap, paired_bootstrap};
 pub use evaluate::{Evaluation, LayerStats, evaluate};
 pub use schedule::WarmupCosine;
+pub use state::OptimizerState;
 pub use train::{Arm, Checkpointing, Observer, OptimizerConfig, StepLosses, TrainConfig, TrainError, TrainedArm, train};
 pub use vocabulary::CompactVocabulary;

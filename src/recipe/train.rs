@@ -17,15 +17,14 @@ use burn::tensor::{Device, Tensor};
 use checkpointing::{Progress, fingerprint_of, resume, save};
 
 use super::{
-    CompactVocabulary, Evaluation, WarmupCosine,
+    CompactVocabulary, Evaluation, OptimizerState, WarmupCosine,
     data::{Batch, BatchConfig, Batches, DataError, ImageTextSet},
     evaluate,
 };
 use crate::{
-    clip::{Clip, EndOfText, RetrievalError, contrastive_loss, tokenizer::ClipTokenizer},
+    clip::{Clip, ClipAuxiliaryLossConfig, EndOfText, RetrievalError, contrastive_loss, tokenizer::ClipTokenizer},
     error::ConfigError,
     finite::{NonFiniteError, check_finite, check_finite_module},
-    loss::AuxiliaryLossConfig,
     router::RouterScore,
     transformer::FeedForward,
 };
@@ -99,7 +98,9 @@ pub struct Arm {
     /// How it is optimised.
     pub optimizer: OptimizerConfig,
     /// Weights of the auxiliary losses; without effect on a dense model.
-    pub auxiliary: AuxiliaryLossConfig,
+    pub auxiliary: ClipAuxiliaryLossConfig,
+    /// Where the optimiser starts; `None`: it knows nothing. From an arm of an earlier run on the same data.
+    pub state: Option<OptimizerState>,
 }
 
 /// One model at the end of a run.
@@ -109,6 +110,8 @@ pub struct TrainedArm {
     pub name: String,
     /// Where it ended.
     pub model: Clip,
+    /// Where its optimiser ended.
+    pub state: OptimizerState,
     /// Evaluations by the number of steps before them, the first one at 0.
     pub history: Vec<(usize, Evaluation)>,
     /// Mean over the last tenth of the steps of the share of choices that were dropped in training; 0 for a dense model.
@@ -217,7 +220,7 @@ pub fn train(
         arm.auxiliary.validate()?;
         check_model(&arm, set, config)?;
         check_losses(&arm)?;
-        runs.push(Run::new(arm, &vocabulary, device));
+        runs.push(Run::new(arm, &vocabulary, device)?);
     }
     let resumed = match checkpointing {
         Some(checkpointing) => resume(checkpointing, config, data, &mut runs)?,
@@ -264,14 +267,20 @@ fn check_losses(arm: &Arm) -> Result<(), TrainError> {
     let refused = |what, expected: &str, found: f64| {
         Err(TrainError::Model { arm: arm.name.clone(), what, expected: expected.into(), found: found.to_string() })
     };
-    let towers = [&arm.model.vision.encoder, &arm.model.text.encoder];
-    for block in towers.into_iter().flat_map(|encoder| &encoder.blocks) {
-        let FeedForward::Moe(moe) = &block.feed_forward else { continue };
-        if moe.router.score != RouterScore::Softmax && arm.auxiliary.router_z > 0.0 {
-            return refused("weight of the router z-loss", "0 without softmax scores", arm.auxiliary.router_z);
+    let towers = [(&arm.model.vision.encoder, &arm.auxiliary.image), (&arm.model.text.encoder, &arm.auxiliary.text)];
+    for (feed_forward, weights) in
+        towers.into_iter().flat_map(|(encoder, weights)| encoder.blocks.iter().map(move |block| (&block.feed_forward, weights)))
+    {
+        let (score, noise) = match feed_forward {
+            FeedForward::Dense(_) => continue,
+            FeedForward::Moe(moe) => (moe.router.score, moe.router.noise),
+            FeedForward::SoftMoe(_) => (RouterScore::Softmax, 0.0),
+        };
+        if score != RouterScore::Softmax && weights.router_z > 0.0 {
+            return refused("weight of the router z-loss", "0 without softmax scores", weights.router_z);
         }
-        if moe.router.noise == 0.0 && arm.auxiliary.load > 0.0 {
-            return refused("weight of the load loss", "0 without router noise", arm.auxiliary.load);
+        if noise == 0.0 && weights.load > 0.0 {
+            return refused("weight of the load loss", "0 without router noise", weights.load);
         }
     }
     Ok(())
@@ -329,10 +338,22 @@ struct Run {
 }
 
 impl Run {
-    fn new(arm: Arm, vocabulary: &CompactVocabulary, device: &Device) -> Self {
+    fn new(arm: Arm, vocabulary: &CompactVocabulary, device: &Device) -> Result<Self, TrainError> {
         let model = vocabulary.compact(arm.model.clone()).valid().fork(&device.clone().inner()).train();
-        let optimizer = arm.optimizer.init();
-        Self { arm, model, optimizer, progress: Progress::default(), history: Vec::new(), time: Duration::ZERO, timed_steps: 0 }
+        let mut optimizer = arm.optimizer.init();
+        if let Some(state) = &arm.state {
+            let [ids, _] = model.text.token_embedding.weight.dims();
+            if state.vocabulary() != ids {
+                return Err(TrainError::Model {
+                    arm: arm.name,
+                    what: "token ids in the optimiser's state",
+                    expected: ids.to_string(),
+                    found: state.vocabulary().to_string(),
+                });
+            }
+            optimizer = state.load(optimizer);
+        }
+        Ok(Self { arm, model, optimizer, progress: Progress::default(), history: Vec::new(), time: Duration::ZERO, timed_steps: 0 })
     }
 
     fn step(&mut self, batch: &Batch, step: usize, config: &TrainConfig, device: &Device) -> Result<StepLosses, TrainError> {
@@ -340,13 +361,9 @@ impl Run {
         let device = device.clone().autodiff();
         let output = self.model.forward(batch.images(&device), batch.tokens(&device));
         let contrastive = contrastive_loss(output.logits_per_image.clone());
-        let routings: Vec<_> = output.image_routings.iter().chain(&output.text_routings).cloned().collect();
-        let (auxiliary, dropped) = if routings.is_empty() {
-            (None, 0.0)
-        } else {
-            let dropped = routings.iter().map(|routing| routing.plan.dropped()).sum::<f64>() / routings.len() as f64;
-            (Some(self.arm.auxiliary.init().forward(&routings).total), dropped)
-        };
+        let routings = || output.image_routings.iter().chain(&output.text_routings);
+        let dropped = routings().fold(0.0, |sum, routing| sum + routing.plan.dropped()) / routings().count().max(1) as f64;
+        let auxiliary = self.arm.auxiliary.init().forward(&output.image_routings, &output.text_routings).map(|losses| losses.total);
         let total = match &auxiliary {
             Some(auxiliary) => contrastive.clone() + auxiliary.clone(),
             None => contrastive.clone(),
@@ -405,7 +422,9 @@ impl Run {
     fn finish(self, steps: usize, vocabulary: &CompactVocabulary) -> Result<TrainedArm, TrainError> {
         let last = self.progress.dropped.len().saturating_sub(steps.div_ceil(10));
         let tail = &self.progress.dropped[last..];
+        let [ids, _] = self.model.text.token_embedding.weight.dims();
         Ok(TrainedArm {
+            state: OptimizerState::new(&self.optimizer, ids),
             dropped: tail.iter().sum::<f64>() / tail.len().max(1) as f64,
             truncated: self.progress.truncated,
             model: vocabulary.restore(self.model.valid(), &self.arm.model),

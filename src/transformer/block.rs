@@ -9,6 +9,7 @@ use super::Mlp;
 use crate::{
     moe::MoeFeedForward,
     routing::{MoeInput, Routing},
+    soft_moe::SoftMoeFeedForward,
 };
 
 /// The feed-forward network of a block.
@@ -19,6 +20,8 @@ pub enum FeedForward {
     Dense(Mlp),
     /// Each token passes its own choice of experts.
     Moe(MoeFeedForward),
+    /// Every expert computes mixtures of the tokens.
+    SoftMoe(SoftMoeFeedForward),
 }
 
 /// What routing should know about the tokens; nothing else reads it.
@@ -50,6 +53,17 @@ impl TransformerBlock {
     /// - x, output: `[B, N, D]`
     /// - mask: `[B, N, N]`, true where a token must not look
     pub fn forward(&self, x: Tensor<3>, mask: Option<Tensor<3, Bool>>, marks: &TokenMarks) -> (Tensor<3>, Option<Routing>) {
+        self.run(x, mask, marks, |_| ())
+    }
+
+    /// [`forward`](Self::forward); `observe` sees what the feed-forward network reads.
+    pub(crate) fn run(
+        &self,
+        x: Tensor<3>,
+        mask: Option<Tensor<3, Bool>>,
+        marks: &TokenMarks,
+        observe: impl FnOnce(&Tensor<3>),
+    ) -> (Tensor<3>, Option<Routing>) {
         let input = MhaInput::self_attn(self.norm_attention.forward(x.clone()));
         let input = match mask {
             Some(mask) => input.mask_attn(mask),
@@ -57,19 +71,32 @@ impl TransformerBlock {
         };
         let x = x + self.attention.forward(input).context;
         let normed = self.norm_feed_forward.forward(x.clone());
-        match &self.feed_forward {
-            FeedForward::Dense(mlp) => (x + mlp.forward(normed), None),
-            FeedForward::Moe(moe) => {
-                let mut input = MoeInput::new(normed);
-                if let Some(valid) = &marks.valid {
-                    input = input.valid(valid.clone());
-                }
-                if let Some(protected) = marks.protected.as_ref().filter(|_| moe.assignment.can_protect()) {
-                    input = input.protected(protected.clone());
-                }
-                let moe = moe.forward(input);
-                (x + moe.output, Some(moe.routing))
-            }
-        }
+        observe(&normed);
+        let (output, routing) = self.feed_forward.forward(normed, marks);
+        (x + output, routing)
+    }
+}
+
+impl FeedForward {
+    /// The network alone, `[B, N, D] -> [B, N, D]`; also the routing if it is sparse.
+    fn forward(&self, x: Tensor<3>, marks: &TokenMarks) -> (Tensor<3>, Option<Routing>) {
+        let input = |x| match &marks.valid {
+            Some(valid) => MoeInput::new(x).valid(valid.clone()),
+            None => MoeInput::new(x),
+        };
+        let output = match self {
+            Self::Dense(mlp) => return (mlp.forward(x), None),
+            Self::Moe(moe) => match marks.protected.as_ref().filter(|_| moe.assignment.can_protect()) {
+                Some(protected) => moe.forward(input(x).protected(protected.clone())),
+                None => moe.forward(input(x)),
+            },
+            Self::SoftMoe(soft) => soft.forward(input(x)),
+        };
+        (output.output, Some(output.routing))
+    }
+
+    /// Whether there are experts.
+    pub fn is_sparse(&self) -> bool {
+        !matches!(self, Self::Dense(_))
     }
 }

@@ -4,16 +4,18 @@ use burn::config::Config;
 use burn::module::Module;
 use burn::nn::attention::{MultiHeadAttentionConfig, generate_autoregressive_mask};
 use burn::nn::{LayerNorm, LayerNormConfig};
-use burn::tensor::{Device, Tensor, assert_shape};
+use burn::tensor::{Bool, Device, Tensor, assert_shape};
 
-use super::{FeedForward, MlpConfig, Protection, SparseEncoderConfig, TokenMarks, TransformerBlock};
+use super::{FeedForward, MlpConfig, Padding, Protection, SparseEncoderConfig, SparseLayer, TokenMarks, TransformerBlock};
 use crate::{
+    assignment::AssignmentConfig,
     cost::Cost,
     error::{ConfigError, expect_valid},
     experts::{Activation, ExpertMlpConfig},
     moe::MoeFeedForwardConfig,
-    router::BalancingBias,
+    router::RouterConfig,
     routing::Routing,
+    soft_moe::SoftMoeFeedForwardConfig,
 };
 
 /// Configuration of an [`Encoder`].
@@ -45,6 +47,18 @@ pub struct Encoder {
     /// Whether marked tokens are seated first.
     #[module(skip)]
     pub protection: Protection,
+    /// Whether padding is routed.
+    #[module(skip)]
+    pub padding: Padding,
+}
+
+/// What the feed-forward networks of an encoder read: data to calibrate on.
+#[derive(Debug, Clone)]
+pub struct FeedForwardInputs {
+    /// One per block, `[B, N, D]`.
+    pub tokens: Vec<Tensor<3>>,
+    /// `[B, N]`, false for padding; `None`: all valid.
+    pub valid: Option<Tensor<2, Bool>>,
 }
 
 /// What an [`Encoder`] returns.
@@ -77,7 +91,22 @@ impl EncoderConfig {
         }
         if let Some(sparse) = &self.sparse {
             sparse.blocks.validate(self.n_layers)?;
-            self.moe(sparse).validate()?;
+            match sparse.layer {
+                SparseLayer::Routed => self.moe(sparse).validate()?,
+                SparseLayer::Soft { slots_per_expert } => {
+                    let reason = "nothing is chosen in a soft layer";
+                    for (field, is_default) in [
+                        ("sparse.router", sparse.router == RouterConfig::new()),
+                        ("sparse.assignment", sparse.assignment == AssignmentConfig::default()),
+                        ("sparse.shared_expert", sparse.shared_expert.is_none()),
+                    ] {
+                        if !is_default {
+                            return Err(ConfigError::NoEffect { field, reason });
+                        }
+                    }
+                    self.soft_moe(sparse, slots_per_expert).validate()?;
+                }
+            }
         }
         Ok(())
     }
@@ -88,8 +117,9 @@ impl EncoderConfig {
     /// With the text of [`validate`](Self::validate).
     pub fn init(&self, device: &Device) -> Encoder {
         expect_valid(self.validate());
-        let protection = self.sparse.as_ref().map_or(Protection::None, |sparse| sparse.protection);
-        Encoder { blocks: (0..self.n_layers).map(|index| self.init_block(index, device)).collect(), protection }
+        let (protection, padding) =
+            self.sparse.as_ref().map_or((Protection::None, Padding::Excluded), |sparse| (sparse.protection, sparse.padding));
+        Encoder { blocks: (0..self.n_layers).map(|index| self.init_block(index, device)).collect(), protection, padding }
     }
 
     /// The layer of each sparse block. Expert choice over the whole batch becomes expert choice in each sample, so that a result does not
@@ -98,7 +128,19 @@ impl EncoderConfig {
         MoeFeedForwardConfig::new(self.d_model, sparse.d_ff.unwrap_or(self.d_ff), sparse.num_experts)
             .with_router(sparse.router.clone())
             .with_assignment(sparse.assignment.clone().independent_of_batch())
-            .with_experts(ExpertMlpConfig::new().with_activation(self.activation))
+            .with_experts(self.experts(sparse))
+            .with_shared_expert(sparse.shared_expert)
+    }
+
+    /// The layer of each sparse block of [`SparseLayer::Soft`].
+    pub fn soft_moe(&self, sparse: &SparseEncoderConfig, slots_per_expert: usize) -> SoftMoeFeedForwardConfig {
+        SoftMoeFeedForwardConfig::new(self.d_model, sparse.d_ff.unwrap_or(self.d_ff), sparse.num_experts)
+            .with_slots_per_expert(slots_per_expert)
+            .with_experts(self.experts(sparse))
+    }
+
+    fn experts(&self, sparse: &SparseEncoderConfig) -> ExpertMlpConfig {
+        ExpertMlpConfig::new().with_form(sparse.form).with_activation(self.activation)
     }
 
     /// The sparse settings of block `index`, if it is sparse.
@@ -115,14 +157,10 @@ impl EncoderConfig {
             .map(|index| {
                 let feed_forward = match self.sparse_block(index) {
                     None => Cost::feed_forward(num_tokens, d, self.d_ff, true),
-                    Some(sparse) => {
-                        let experts = sparse.num_experts;
-                        let (active, rows) =
-                            (sparse.assignment.active_experts(experts), sparse.assignment.rows(num_tokens, experts));
-                        let bias = if sparse.router.balancing_bias == BalancingBias::None { 0 } else { experts };
-                        Cost::params(bias)
-                            + Cost::moe_feed_forward(num_tokens, rows, d, sparse.d_ff.unwrap_or(self.d_ff), true, experts, active)
-                    }
+                    Some(sparse) => match sparse.layer {
+                        SparseLayer::Routed => self.moe(sparse).cost(num_tokens),
+                        SparseLayer::Soft { slots_per_expert } => self.soft_moe(sparse, slots_per_expert).cost(num_tokens),
+                    },
                 };
                 attention + feed_forward + Cost::params(4 * d)
             })
@@ -137,7 +175,12 @@ impl EncoderConfig {
             norm_feed_forward: norm(),
             feed_forward: match self.sparse_block(index) {
                 None => FeedForward::Dense(MlpConfig::new(self.d_model, self.d_ff).with_activation(self.activation).init(device)),
-                Some(sparse) => FeedForward::Moe(self.moe(sparse).init(device)),
+                Some(sparse) => match sparse.layer {
+                    SparseLayer::Routed => FeedForward::Moe(self.moe(sparse).init(device)),
+                    SparseLayer::Soft { slots_per_expert } => {
+                        FeedForward::SoftMoe(self.soft_moe(sparse, slots_per_expert).init(device))
+                    }
+                },
             },
         }
     }
@@ -146,8 +189,7 @@ impl EncoderConfig {
 impl Encoder {
     /// Indices of the sparse blocks, in the order of [`EncoderOutput::routings`].
     pub fn sparse_blocks(&self) -> impl Iterator<Item = usize> {
-        let is_sparse = |block: &TransformerBlock| matches!(block.feed_forward, FeedForward::Moe(_));
-        self.blocks.iter().enumerate().filter(move |(_, block)| is_sparse(block)).map(|(index, _)| index)
+        self.blocks.iter().enumerate().filter(|(_, block)| block.feed_forward.is_sparse()).map(|(index, _)| index)
     }
 
     /// Moves the balancing biases of all sparse blocks by what one training step routed; see [`BalancingBias`](crate::BalancingBias).
@@ -158,11 +200,9 @@ impl Encoder {
     pub fn update_balancing_bias(mut self, routings: &[Routing]) -> Self {
         let sparse_blocks = self.sparse_blocks().count();
         assert_eq!(routings.len(), sparse_blocks, "{} routings do not fit {sparse_blocks} sparse blocks", routings.len());
-        let mut routings = routings.iter();
-        for block in &mut self.blocks {
-            if let FeedForward::Moe(moe) = &mut block.feed_forward
-                && let Some(routing) = routings.next()
-            {
+        let sparse = self.blocks.iter_mut().filter(|block| block.feed_forward.is_sparse());
+        for (block, routing) in sparse.zip(routings) {
+            if let FeedForward::Moe(moe) = &mut block.feed_forward {
                 *moe = moe.clone().update_balancing_bias(routing);
             }
         }
@@ -179,7 +219,22 @@ impl Encoder {
     ///
     /// # Panics
     /// When a shape does not fit.
-    pub fn forward(&self, x: Tensor<3>, mut marks: TokenMarks, causal: bool) -> EncoderOutput {
+    pub fn forward(&self, x: Tensor<3>, marks: TokenMarks, causal: bool) -> EncoderOutput {
+        self.run(x, marks, causal, |_| ())
+    }
+
+    /// What the feed-forward network of each block reads; arguments as for [`forward`](Self::forward).
+    ///
+    /// # Panics
+    /// When a shape does not fit.
+    pub fn feed_forward_inputs(&self, x: Tensor<3>, marks: TokenMarks, causal: bool) -> FeedForwardInputs {
+        let mut inputs = FeedForwardInputs { tokens: Vec::new(), valid: marks.valid.clone() };
+        self.run(x, marks, causal, |tokens| inputs.tokens.push(tokens.clone()));
+        inputs
+    }
+
+    /// All blocks in turn; `observe` sees what each feed-forward network reads.
+    fn run(&self, x: Tensor<3>, mut marks: TokenMarks, causal: bool, mut observe: impl FnMut(&Tensor<3>)) -> EncoderOutput {
         let [batch, num_tokens, _] = x.dims();
         for mark in [&marks.valid, &marks.protected].into_iter().flatten() {
             assert_shape!(mark, [batch, num_tokens]);
@@ -187,11 +242,14 @@ impl Encoder {
         if self.protection == Protection::None {
             marks.protected = None;
         }
+        if self.padding == Padding::Routed {
+            marks.valid = None;
+        }
         let mask = causal.then(|| generate_autoregressive_mask(batch, num_tokens, &x.device()));
         let mut hidden = x;
         let mut routings = Vec::new();
         for block in &self.blocks {
-            let (next, routing) = block.forward(hidden, mask.clone(), &marks);
+            let (next, routing) = block.run(hidden, mask.clone(), &marks, &mut observe);
             hidden = next;
             routings.extend(routing);
         }
@@ -213,8 +271,34 @@ mod tests {
     fn every_second_block_is_sparse_by_default() {
         let config = EncoderConfig::new(8, 2, 4, 16).with_sparse(Some(SparseEncoderConfig::new()));
         let encoder = config.init(&Device::default());
-        let sparse: Vec<bool> = encoder.blocks.iter().map(|b| matches!(b.feed_forward, FeedForward::Moe(_))).collect();
+        let sparse: Vec<bool> = encoder.blocks.iter().map(|b| b.feed_forward.is_sparse()).collect();
         assert_eq!(sparse, [false, true, false, true]);
         assert_eq!(config.cost(1).params_total, encoder.num_params() as u64);
+    }
+
+    #[test]
+    fn every_kind_of_sparse_block_has_the_parameters_that_its_cost_counts() {
+        let sparse = SparseEncoderConfig::new();
+        for sparse in [
+            sparse.clone().with_form(crate::FeedForwardForm::Gated).with_shared_expert(Some(5)),
+            sparse.clone().with_d_ff(Some(4)),
+            sparse.with_layer(SparseLayer::Soft { slots_per_expert: 3 }),
+        ] {
+            let config = EncoderConfig::new(8, 2, 2, 16).with_sparse(Some(sparse));
+            let device = Device::default();
+            let encoder = config.init(&device);
+            assert_eq!(config.cost(1).params_total, encoder.num_params() as u64);
+            let output = encoder.forward(Tensor::ones([2, 3, 8], &device), TokenMarks::default(), false);
+            assert_eq!((output.hidden.dims(), output.routings.len()), ([2, 3, 8], 1));
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "`sparse.assignment` is set, but nothing is chosen in a soft layer")]
+    fn a_soft_layer_has_no_assignment() {
+        let sparse = SparseEncoderConfig::new()
+            .with_layer(SparseLayer::Soft { slots_per_expert: 1 })
+            .with_assignment(crate::ExpertChoiceConfig::new().into());
+        EncoderConfig::new(8, 2, 2, 16).with_sparse(Some(sparse)).init(&Device::default());
     }
 }

@@ -6,6 +6,6 @@ mod mlp;
 mod sparse;
 
 pub use block::{FeedForward, TokenMarks, TransformerBlock};
-pub use encoder::{Encoder, EncoderConfig, EncoderOutput};
+pub use encoder::{Encoder, EncoderConfig, EncoderOutput, FeedForwardInputs};
 pub use mlp::{Mlp, MlpConfig};
-pub use sparse::{BlockSelection, Protection, SparseEncoderConfig};
+pub use sparse::{BlockSelection, Padding, Protection, SparseEncoderConfig, SparseLayer};

@@ -3,7 +3,7 @@
 use burn::config::Config;
 use serde::{Deserialize, Serialize};
 
-use crate::{assignment::AssignmentConfig, error::ConfigError, router::RouterConfig};
+use crate::{assignment::AssignmentConfig, error::ConfigError, experts::FeedForwardForm, router::RouterConfig};
 
 /// A choice of blocks, by index from 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,11 +46,19 @@ pub struct SparseEncoderConfig {
     /// Which blocks. Default: `EveryNth(2)`
     #[config(default = "BlockSelection::EveryNth(2)")]
     pub blocks: BlockSelection,
+    /// Experts that are chosen, or that mix. Default: `Routed`
+    #[config(default = "SparseLayer::Routed")]
+    pub layer: SparseLayer,
     /// Number of experts, `E`. Default: 8
     #[config(default = 8)]
     pub num_experts: usize,
     /// Hidden width of each expert, `F`. Default: that of the encoder
     pub d_ff: Option<usize>,
+    /// Plain or gated experts. Default: `Plain`
+    #[config(default = "FeedForwardForm::Plain")]
+    pub form: FeedForwardForm,
+    /// Hidden width of an expert that every valid token passes. Default: none
+    pub shared_expert: Option<usize>,
     /// The router. Default: [`RouterConfig::new`]
     #[config(default = "RouterConfig::new()")]
     pub router: RouterConfig,
@@ -60,6 +68,31 @@ pub struct SparseEncoderConfig {
     /// Whether the token that becomes the embedding is seated before all others. Default: `Pooled`
     #[config(default = "Protection::Pooled")]
     pub protection: Protection,
+    /// Whether padding takes part. Default: `Excluded`
+    #[config(default = "Padding::Excluded")]
+    pub padding: Padding,
+}
+
+/// The layer of a sparse block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SparseLayer {
+    /// A [`MoeFeedForward`](crate::MoeFeedForward).
+    Routed,
+    /// A [`SoftMoeFeedForward`](crate::SoftMoeFeedForward) over the tokens of each sample. Nothing is chosen, so router, assignment and shared
+    /// expert stay at their defaults. In a causal tower tokens then see later ones; a CLIP's text embedding, taken at the last token, may.
+    Soft {
+        /// Slots of each expert for one sample, `S`.
+        slots_per_expert: usize,
+    },
+}
+
+/// What happens to padding in sparse blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Padding {
+    /// It gets no expert and counts in no loss.
+    Excluded,
+    /// It is routed like any token, as most other implementations do; to compare.
+    Routed,
 }
 
 /// Tokens that are seated before all others, where tokens choose their experts.

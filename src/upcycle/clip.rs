@@ -20,12 +20,23 @@ impl UpcycleFromDense<Clip> for Clip {
             Some(Probe::ImagesAndTexts { images, tokens }) => Some((images.clone(), tokens.clone())),
             Some(Probe::Tokens { .. }) => return Err(UpcycleError::Probe { expected: "images and texts", found: "tokens" }),
         };
+        let mut calibrations = [None, None];
+        match options.calibration()? {
+            None => {}
+            Some(Probe::ImagesAndTexts { images, tokens }) => {
+                calibrations =
+                    [Some(dense.vision.feed_forward_inputs(images.clone())), Some(dense.text.feed_forward_inputs(tokens.clone()))];
+            }
+            Some(Probe::Tokens { .. }) => return Err(UpcycleError::Probe { expected: "images and texts", found: "tokens" }),
+        }
         let mut layers = Vec::new();
         let vision = vision(&mut self.vision, &dense.vision).map_err(|error| error.within("vision"))?;
         let text = text(&mut self.text, &dense.text).map_err(|error| error.within("text"))?;
-        for (name, source, target) in [("vision", vision, &mut self.vision.encoder), ("text", text, &mut self.text.encoder)] {
+        let towers = [("vision", vision, &mut self.vision.encoder), ("text", text, &mut self.text.encoder)];
+        for ((name, source, target), calibration) in towers.into_iter().zip(calibrations) {
             let name = format!("{name}.encoder");
-            let (blocks, sparse) = encoder(target.clone(), source, options.strategy).map_err(|error| error.within(&name))?;
+            let (blocks, sparse) =
+                encoder(target.clone(), source, options.strategy, calibration).map_err(|error| error.within(&name))?;
             *target = blocks;
             layers.extend(sparse.into_iter().map(|layer| layer.within(&name)));
         }

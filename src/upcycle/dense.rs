@@ -1,7 +1,7 @@
 //! What experts are made from.
 
 use burn::nn::{activation::Activation as NnActivation, transformer::PositionWiseFeedForward};
-use burn::tensor::{Tensor, module::linear};
+use burn::tensor::{Device, Tensor, module::linear};
 
 use super::UpcycleError;
 use crate::{experts::Activation, transformer::Mlp};
@@ -34,8 +34,26 @@ pub trait DenseFeedForward {
 impl DenseWeights {
     /// The dense network itself, `[T, D] -> [T, D]`.
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        let hidden = self.activation.forward(linear(x, self.w_in.clone(), self.b_in.clone()));
-        linear(hidden, self.w_out.clone(), self.b_out.clone())
+        linear(self.hidden(x), self.w_out.clone(), self.b_out.clone())
+    }
+
+    /// What the second map reads, `[T, D] -> [T, F]`.
+    pub(super) fn hidden(&self, x: Tensor<2>) -> Tensor<2> {
+        self.activation.forward(linear(x, self.w_in.clone(), self.b_in.clone()))
+    }
+
+    /// The same weights on `device`, outside of any graph.
+    pub(super) fn moved(&self, device: &Device) -> Self {
+        fn moved<const D: usize>(tensor: &Tensor<D>, device: &Device) -> Tensor<D> {
+            Tensor::from_data(tensor.clone().detach().into_data(), device)
+        }
+        Self {
+            w_in: moved(&self.w_in, device),
+            b_in: self.b_in.as_ref().map(|bias| moved(bias, device)),
+            w_out: moved(&self.w_out, device),
+            b_out: self.b_out.as_ref().map(|bias| moved(bias, device)),
+            activation: self.activation,
+        }
     }
 }
 

@@ -52,6 +52,14 @@ pub enum UpcycleError {
         /// Why it cannot be used.
         reason: String,
     },
+    /// An optimiser's state that cannot be taken over.
+    #[error("the optimiser's state{} cannot be taken over: {reason}", of(parameter))]
+    OptimizerState {
+        /// Path of the parameter, empty for the state as a whole.
+        parameter: String,
+        /// Why.
+        reason: String,
+    },
     /// A reduction that cannot be done.
     #[error("reduction `{reduction}` is refused: {reason}")]
     Reduction {
@@ -88,6 +96,10 @@ pub enum UpcycleError {
     NonFinite(#[from] crate::NonFiniteError),
 }
 
+fn of(parameter: &str) -> String {
+    if parameter.is_empty() { String::new() } else { format!(" of `{parameter}`") }
+}
+
 fn bias(has: bool) -> &'static str {
     if has { "a bias" } else { "no bias" }
 }
@@ -105,7 +117,8 @@ impl UpcycleError {
                 *at = format!("{name}{inner}");
             }
             Self::NonFinite(error) => error.tensor = format!("{name}.{}", error.tensor),
-            Self::NotSparse | Self::Probe { .. } | Self::Strategy { .. } | Self::Reduction { .. } => {}
+            Self::NotSparse | Self::Probe { .. } | Self::Strategy { .. } | Self::OptimizerState { .. } | Self::Reduction { .. } => {
+            }
         }
         self
     }

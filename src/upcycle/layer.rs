@@ -4,94 +4,174 @@ use burn::module::{Module, Param};
 use burn::tensor::{Bool, Tensor};
 
 use super::{
-    DenseFeedForward, DenseWeights, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy, Upcycled,
-    UpcycledLayer,
+    DenseFeedForward, DenseWeights, Probe, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy,
+    Upcycled, UpcycledLayer,
     report::deviation,
     strategy::{make, repeat_columns},
+    valid_rows,
 };
-use crate::{experts::FeedForwardForm, moe::MoeFeedForward, param::with_value, routing::MoeInput};
+use crate::{
+    experts::{ExpertMlp, FeedForwardForm},
+    moe::MoeFeedForward,
+    param::with_value,
+    routing::{MoeInput, MoeOutput},
+    soft_moe::SoftMoeFeedForward,
+};
 
 impl<Dense: DenseFeedForward> UpcycleFromDense<Dense> for MoeFeedForward {
     fn upcycle_from_dense(self, dense: &Dense, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
-        let probe = options.probe_tokens()?;
-        let weights = dense.dense_weights()?;
-        let (model, layer) = copy(self, &weights, options.strategy)?;
-        let max_deviation = match probe {
-            None => None,
-            Some((tokens, valid)) => Some(compare(&weights, &model, tokens, valid)?),
-        };
-        let [d_model, d_ff] = weights.w_in.dims();
-        let biases = [&weights.b_in, &weights.b_out].iter().filter_map(|b| b.as_ref().map(|b| b.dims()[0])).sum::<usize>();
-        let params_dense = 2 * d_model * d_ff + biases;
-        let report = UpcycleReport::with_counts(params_dense, model.num_params(), vec![layer], max_deviation);
-        Ok(Upcycled { model, report })
+        // Frozen: compared as at inference, where nothing is dropped by default.
+        upcycle_layer(self, dense, options, copy, |model, input| model.clone().freeze().forward(input))
     }
 }
 
-/// The layer with experts made from `weights`.
+/// A soft layer mixes tokens, so even copies do not compute what the dense network computes: training has to bring that back.
+impl<Dense: DenseFeedForward> UpcycleFromDense<Dense> for SoftMoeFeedForward {
+    fn upcycle_from_dense(self, dense: &Dense, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
+        upcycle_layer(
+            self,
+            dense,
+            options,
+            |soft, weights, strategy, _| copy_soft(soft, weights, strategy),
+            |model, input| model.forward(input),
+        )
+    }
+}
+
+fn upcycle_layer<M: Module>(
+    sparse: M,
+    dense: &impl DenseFeedForward,
+    options: &UpcycleOptions,
+    copy: impl FnOnce(M, &DenseWeights, UpcycleStrategy, Option<Tensor<2>>) -> Result<(M, UpcycledLayer), UpcycleError>,
+    run: impl FnOnce(&M, MoeInput<3>) -> MoeOutput<3>,
+) -> Result<Upcycled<M>, UpcycleError> {
+    let probe = options.probe.as_ref().map(Probe::tokens).transpose()?;
+    let calibration = options.calibration()?.map(Probe::tokens).transpose()?;
+    let calibration = calibration.map(|(tokens, valid)| valid_rows(&tokens, valid.as_ref()));
+    let weights = dense.dense_weights()?;
+    let (model, layer) = copy(sparse, &weights, options.strategy, calibration)?;
+    let max_deviation = match probe {
+        None => None,
+        Some((tokens, valid)) => Some(compare(&weights, tokens, valid, |input| run(&model, input).output)?),
+    };
+    let [d_model, d_ff] = weights.w_in.dims();
+    let biases = [&weights.b_in, &weights.b_out].iter().filter_map(|b| b.as_ref().map(|b| b.dims()[0])).sum::<usize>();
+    let params_dense = 2 * d_model * d_ff + biases;
+    let report = UpcycleReport::with_counts(params_dense, model.num_params(), vec![layer], max_deviation);
+    Ok(Upcycled { model, report })
+}
+
+/// The layer with experts made from `weights`; `calibration` `[T, D]` for a strategy that needs it.
 pub(super) fn copy(
     mut moe: MoeFeedForward,
     weights: &DenseWeights,
     strategy: UpcycleStrategy,
+    calibration: Option<Tensor<2>>,
 ) -> Result<(MoeFeedForward, UpcycledLayer), UpcycleError> {
     let [num_experts, _, _] = moe.experts.dims();
-    check(&moe, weights, strategy)?;
-    if let UpcycleStrategy::Granular { shards } = strategy {
-        moe.router.weight = with_value(moe.router.weight, |weight| repeat_columns(weight, shards));
-    }
-    let made = make(&moe, weights, strategy);
-    let experts = &mut moe.experts;
-    experts.w_in = replace(experts.w_in.clone(), made.w_in);
-    experts.w_out = replace(experts.w_out.clone(), made.w_out);
-    for (bias, made) in [(&mut experts.b_in, made.b_in), (&mut experts.b_out, made.b_out)] {
-        *bias = bias.take().zip(made).map(|(param, made)| replace(param, made));
-    }
-    let layer = UpcycledLayer {
-        path: String::new(),
-        num_experts,
-        active_experts: moe.assignment.active_experts(num_experts),
-        params_per_expert: moe.experts.num_params() / num_experts,
-    };
-    Ok((moe, layer))
-}
-
-/// Refuses what does not fit.
-fn check(moe: &MoeFeedForward, weights: &DenseWeights, strategy: UpcycleStrategy) -> Result<(), UpcycleError> {
-    let [num_experts, d_model, d_ff] = moe.experts.dims();
-    let shards = match strategy {
-        UpcycleStrategy::Copy => 1,
-        UpcycleStrategy::CopyWithNoise { relative_std: value } | UpcycleStrategy::Drop { ratio: value } => {
-            let most = if matches!(strategy, UpcycleStrategy::Drop { .. }) { 1.0 } else { f64::MAX };
-            if !(0.0..=most).contains(&value) {
-                return Err(UpcycleError::Strategy {
-                    strategy: format!("{strategy:?}"),
-                    reason: "the number is out of range".into(),
-                });
-            }
-            1
-        }
-        UpcycleStrategy::Granular { shards } => {
-            let top_k = moe.assignment.active_experts(num_experts);
-            if shards == 0 || !num_experts.is_multiple_of(shards) || !top_k.is_multiple_of(shards) {
-                let reason = format!("it must divide the {num_experts} experts and the {top_k} choices of each token");
-                return Err(UpcycleError::Strategy { strategy: format!("{strategy:?}"), reason });
-            }
-            shards
-        }
-    };
-    UpcycleError::shapes("w_in", &weights.w_in.dims(), &[d_model, d_ff * shards])?;
-    UpcycleError::shapes("w_out", &weights.w_out.dims(), &[d_ff * shards, d_model])?;
-    let form = if moe.experts.w_gate.is_some() { FeedForwardForm::Gated } else { FeedForwardForm::Plain };
-    UpcycleError::settings("form", FeedForwardForm::Plain, form)?;
     if moe.shared_expert.is_some() {
         return Err(UpcycleError::Setting { at: String::new(), what: "shared_expert", dense: "none".into(), sparse: "one".into() });
     }
-    if weights.activation != moe.experts.activation {
+    let active_experts = moe.assignment.active_experts(num_experts);
+    let router = fill(&mut moe.experts, active_experts, weights, strategy, calibration)?;
+    if let UpcycleStrategy::Granular { shards } = strategy {
+        moe.router.weight = with_value(moe.router.weight, |weight| repeat_columns(weight, shards));
+    }
+    if let Some(router) = router {
+        moe.router.weight = replace(moe.router.weight, router);
+    }
+    let layer = layer_of(&moe.experts, active_experts);
+    Ok((moe, layer))
+}
+
+/// The soft layer with experts made from `weights`.
+pub(super) fn copy_soft(
+    mut soft: SoftMoeFeedForward,
+    weights: &DenseWeights,
+    strategy: UpcycleStrategy,
+) -> Result<(SoftMoeFeedForward, UpcycledLayer), UpcycleError> {
+    if let UpcycleStrategy::Granular { .. } | UpcycleStrategy::ClusterAware { .. } = strategy {
+        let reason = "a soft layer chooses no experts".into();
+        return Err(UpcycleError::Strategy { strategy: format!("{strategy:?}"), reason });
+    }
+    let [num_experts, _, _] = soft.experts.dims();
+    fill(&mut soft.experts, num_experts, weights, strategy, None)?;
+    let layer = layer_of(&soft.experts, num_experts);
+    Ok((soft, layer))
+}
+
+fn layer_of(experts: &ExpertMlp, active_experts: usize) -> UpcycledLayer {
+    let [num_experts, _, _] = experts.dims();
+    let params_per_expert = experts.num_params() / num_experts;
+    UpcycledLayer { path: String::new(), num_experts, active_experts, params_per_expert }
+}
+
+/// Makes the experts from `weights`; returns columns for the router if the strategy has some.
+fn fill(
+    experts: &mut ExpertMlp,
+    active_experts: usize,
+    weights: &DenseWeights,
+    strategy: UpcycleStrategy,
+    calibration: Option<Tensor<2>>,
+) -> Result<Option<Tensor<2>>, UpcycleError> {
+    check(experts, active_experts, weights, strategy, calibration.as_ref())?;
+    // Outside of any graph, and where the sparse module lives.
+    let device = experts.w_in.val().device().inner();
+    let calibration = calibration.map(|tokens| Tensor::from_data(tokens.into_data(), &device));
+    let made = make(experts, &weights.moved(&device), strategy, calibration)?;
+    experts.w_in = replace(experts.w_in.clone(), made.stacked.w_in);
+    experts.w_out = replace(experts.w_out.clone(), made.stacked.w_out);
+    for (bias, made) in [(&mut experts.b_in, made.stacked.b_in), (&mut experts.b_out, made.stacked.b_out)] {
+        *bias = bias.take().zip(made).map(|(param, made)| replace(param, made));
+    }
+    Ok(made.router)
+}
+
+/// Refuses what does not fit.
+fn check(
+    experts: &ExpertMlp,
+    top_k: usize,
+    weights: &DenseWeights,
+    strategy: UpcycleStrategy,
+    calibration: Option<&Tensor<2>>,
+) -> Result<(), UpcycleError> {
+    let [num_experts, d_model, d_ff] = experts.dims();
+    let refused = |reason: String| Err(UpcycleError::Strategy { strategy: format!("{strategy:?}"), reason });
+    let shards = match strategy {
+        UpcycleStrategy::Granular { shards } => {
+            if shards == 0 || !num_experts.is_multiple_of(shards) || !top_k.is_multiple_of(shards) {
+                return refused(format!("it must divide the {num_experts} experts and the {top_k} choices of each token"));
+            }
+            shards
+        }
+        _ => 1,
+    };
+    let in_range = match strategy {
+        UpcycleStrategy::CopyWithNoise { relative_std } => relative_std.is_finite() && relative_std >= 0.0,
+        UpcycleStrategy::Drop { ratio } => (0.0..=1.0).contains(&ratio),
+        UpcycleStrategy::ClusterAware { energy } => energy > 0.0 && energy <= 1.0,
+        UpcycleStrategy::Copy | UpcycleStrategy::Granular { .. } => true,
+    };
+    if !in_range {
+        return refused("the number is out of range".into());
+    }
+    if let Some(tokens) = calibration {
+        let [count, width] = tokens.dims();
+        UpcycleError::shapes("calibration tokens", &[d_model], &[width])?;
+        if count < num_experts {
+            return refused(format!("{count} calibration tokens make no {num_experts} clusters"));
+        }
+    }
+    UpcycleError::shapes("w_in", &weights.w_in.dims(), &[d_model, d_ff * shards])?;
+    UpcycleError::shapes("w_out", &weights.w_out.dims(), &[d_ff * shards, d_model])?;
+    let form = if experts.w_gate.is_some() { FeedForwardForm::Gated } else { FeedForwardForm::Plain };
+    UpcycleError::settings("form", FeedForwardForm::Plain, form)?;
+    if weights.activation != experts.activation {
         let dense = format!("{:?}", weights.activation);
-        return Err(UpcycleError::Activation { at: String::new(), dense, sparse: moe.experts.activation });
+        return Err(UpcycleError::Activation { at: String::new(), dense, sparse: experts.activation });
     }
     for (what, dense, sparse, width) in
-        [("b_in", &weights.b_in, &moe.experts.b_in, d_ff * shards), ("b_out", &weights.b_out, &moe.experts.b_out, d_model)]
+        [("b_in", &weights.b_in, &experts.b_in, d_ff * shards), ("b_out", &weights.b_out, &experts.b_out, d_model)]
     {
         if dense.is_some() != sparse.is_some() {
             return Err(UpcycleError::Bias { at: String::new(), what, dense: dense.is_some() });
@@ -113,9 +193,9 @@ pub(super) fn replace<const D: usize>(param: Param<Tensor<D>>, value: Tensor<D>)
 
 fn compare(
     dense: &DenseWeights,
-    sparse: &MoeFeedForward,
     tokens: Tensor<3>,
     valid: Option<Tensor<2, Bool>>,
+    run: impl FnOnce(MoeInput<3>) -> Tensor<3>,
 ) -> Result<f64, UpcycleError> {
     let [batch, len, d_model] = tokens.dims();
     let expected = dense.forward(tokens.clone().reshape([batch * len, d_model])).reshape([batch, len, d_model]);
@@ -127,7 +207,5 @@ fn compare(
             (input.valid(valid), expected.mask_fill(invalid, 0.0))
         }
     };
-    // Frozen: compared as at inference, where nothing is dropped by default.
-    let found = sparse.clone().freeze().forward(input).output;
-    deviation("the outputs on the probe batch", expected.detach(), found.detach())
+    deviation("the outputs on the probe batch", expected.detach(), run(input).detach())
 }

@@ -5,9 +5,12 @@
 
 #[cfg(feature = "clip")]
 mod clip;
+mod cluster;
 mod dense;
 mod error;
 mod layer;
+#[cfg(feature = "train")]
+mod moments;
 mod reduce;
 mod report;
 mod strategy;
@@ -15,16 +18,18 @@ mod transformer;
 
 pub use dense::{DenseFeedForward, DenseWeights};
 pub use error::UpcycleError;
+#[cfg(feature = "train")]
+pub use moments::upcycle_optimizer;
 pub use reduce::{Reduced, Reduction, ReductionReport, expert_similarity};
 pub use report::{UpcycleReport, UpcycledLayer};
 
-use burn::tensor::{Bool, Int, Tensor};
+use burn::tensor::{Bool, Int, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 /// Takes over the weights of a trained dense module.
 ///
-/// `self` is a freshly made sparse module (its router, normal with std 0.02, stays but for [`UpcycleStrategy::Granular`]); what it
-/// shares with the dense one is copied, and experts are made from the dense feed-forward network, biases included, by the
+/// `self` is a freshly made sparse module (its router, normal with std 0.02, stays but for [`UpcycleStrategy::Granular`] and
+/// [`UpcycleStrategy::ClusterAware`]); what it shares with the dense one is copied, and experts are made from the dense feed-forward network, biases included, by the
 /// [`UpcycleStrategy`]: copies by default. With copies, gates that sum to one and nothing dropped, which is the default outside of training,
 /// the result computes what the dense module computes.
 pub trait UpcycleFromDense<Dense>: Sized {
@@ -54,6 +59,8 @@ pub struct UpcycleOptions {
     pub strategy: UpcycleStrategy,
     /// A batch on which both models are compared. Default: none, and the report has no deviation.
     pub probe: Option<Probe>,
+    /// A batch that [`UpcycleStrategy::ClusterAware`] clusters; no other strategy reads it. Default: none.
+    pub calibration: Option<Probe>,
 }
 
 /// How experts are made from the dense network. What is random is drawn on the device of the sparse module, so `device.seed` decides it.
@@ -83,9 +90,17 @@ pub enum UpcycleStrategy {
         /// Parts of the hidden units.
         shards: usize,
     },
+    /// The valid tokens that the dense network reads on the [calibration batch](UpcycleOptions::calibration) are clustered by their
+    /// direction. The router's columns are the unit centroids; each expert is a copy whose two weights keep only the output directions
+    /// that matter in its cluster, `W · V · Vᵀ` with `V` the leading right singular vectors of the cluster's data times `W` (cluster-aware
+    /// upcycling, [arXiv 2604.13508](https://arxiv.org/abs/2604.13508), without its self-distillation loss).
+    ClusterAware {
+        /// Share of the squared singular values that is kept, above 0; 1 keeps copies.
+        energy: f64,
+    },
 }
 
-/// A batch on which a dense and a sparse model are compared.
+/// A batch on which a dense and a sparse model are compared, or that experts are made from.
 #[derive(Clone, Debug)]
 pub enum Probe {
     /// For a layer, a block or an encoder.
@@ -123,12 +138,48 @@ impl UpcycleOptions {
         self
     }
 
-    /// The probe's tokens, for a module that takes tokens.
-    fn probe_tokens(&self) -> Result<Option<ProbeTokens>, UpcycleError> {
-        match &self.probe {
-            None => Ok(None),
-            Some(Probe::Tokens { tokens, valid }) => Ok(Some((tokens.clone(), valid.clone()))),
-            Some(Probe::ImagesAndTexts { .. }) => Err(UpcycleError::Probe { expected: "tokens", found: "images and texts" }),
+    /// Options with another strategy.
+    pub fn with_strategy(mut self, strategy: UpcycleStrategy) -> Self {
+        self.strategy = strategy;
+        self
+    }
+
+    /// Options with a batch to calibrate with.
+    pub fn with_calibration(mut self, calibration: Probe) -> Self {
+        self.calibration = Some(calibration);
+        self
+    }
+
+    /// The calibration batch, if the strategy reads it.
+    fn calibration(&self) -> Result<Option<&Probe>, UpcycleError> {
+        match (self.strategy, &self.calibration) {
+            (UpcycleStrategy::ClusterAware { .. }, None) => Err(UpcycleError::Strategy {
+                strategy: format!("{:?}", self.strategy),
+                reason: "it needs a calibration batch".into(),
+            }),
+            (UpcycleStrategy::ClusterAware { .. }, batch) => Ok(batch.as_ref()),
+            _ => Ok(None),
         }
     }
+}
+
+impl Probe {
+    /// The batch of a module that takes tokens.
+    fn tokens(&self) -> Result<ProbeTokens, UpcycleError> {
+        match self {
+            Self::Tokens { tokens, valid } => Ok((tokens.clone(), valid.clone())),
+            Self::ImagesAndTexts { .. } => Err(UpcycleError::Probe { expected: "tokens", found: "images and texts" }),
+        }
+    }
+}
+
+/// The valid tokens alone, `[B, N, D] -> [T, D]`, outside of any graph.
+fn valid_rows(tokens: &Tensor<3>, valid: Option<&Tensor<2, Bool>>) -> Tensor<2> {
+    let [batch, len, d_model] = tokens.dims();
+    let rows = tokens.clone().detach().without_autodiff().reshape([batch * len, d_model]);
+    let Some(valid) = valid else { return rows };
+    let flags = valid.clone().into_data();
+    let kept: Vec<i32> = flags.iter::<bool>().enumerate().filter(|(_, valid)| *valid).map(|(row, _)| row as i32).collect();
+    let count = kept.len();
+    rows.clone().select(0, Tensor::<1, Int>::from_data(TensorData::new(kept, [count]), &rows.device()))
 }

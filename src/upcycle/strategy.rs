@@ -2,8 +2,18 @@
 
 use burn::tensor::{Bool, Device, Distribution, Tensor, TensorData};
 
-use super::{DenseWeights, UpcycleStrategy};
-use crate::moe::MoeFeedForward;
+use super::{
+    DenseWeights, UpcycleError, UpcycleStrategy,
+    cluster::{ClusterExperts, experts_of_clusters},
+};
+use crate::experts::ExpertMlp;
+
+/// What a strategy makes of a dense network.
+pub(super) struct Made {
+    pub stacked: Stacked,
+    /// Columns for the router, `[D, E]`, if the strategy has some.
+    pub router: Option<Tensor<2>>,
+}
 
 /// Stacked weights of all experts.
 pub(super) struct Stacked {
@@ -13,35 +23,47 @@ pub(super) struct Stacked {
     pub b_out: Option<Tensor<2>>,
 }
 
-/// The experts of `moe`, made from `weights`, which fit it.
-pub(super) fn make(moe: &MoeFeedForward, weights: &DenseWeights, strategy: UpcycleStrategy) -> Stacked {
-    let [num_experts, d_model, d_ff] = moe.experts.dims();
-    // Outside of any graph, and where the sparse module lives.
-    let device = moe.experts.w_in.val().device().inner();
-    fn moved<const D: usize>(tensor: &Tensor<D>, device: &Device) -> Tensor<D> {
-        Tensor::from_data(tensor.clone().detach().into_data(), device)
+/// Experts of the sizes of `experts`, made from `weights`, which fit them and live on their device, outside of any graph.
+/// `calibration` `[T, D]` is there if the strategy needs it.
+pub(super) fn make(
+    experts: &ExpertMlp,
+    weights: &DenseWeights,
+    strategy: UpcycleStrategy,
+    calibration: Option<Tensor<2>>,
+) -> Result<Made, UpcycleError> {
+    if let (UpcycleStrategy::ClusterAware { energy }, Some(tokens)) = (strategy, calibration) {
+        let [num_experts, _, _] = experts.dims();
+        let ClusterExperts { w_in, w_out, router } = experts_of_clusters(weights, tokens, num_experts, energy)?;
+        return Ok(Made { stacked: Stacked { w_in, w_out, ..copies(weights, num_experts) }, router: Some(router) });
     }
-    let (w_in, w_out) = (moved(&weights.w_in, &device), moved(&weights.w_out, &device));
-    let (b_in, b_out) =
-        (weights.b_in.as_ref().map(|bias| moved(bias, &device)), weights.b_out.as_ref().map(|bias| moved(bias, &device)));
-    let b_out = b_out.map(|bias| stack(&bias, num_experts));
+    Ok(Made { stacked: make_stacked(experts, weights, strategy), router: None })
+}
+
+fn copies(weights: &DenseWeights, num_experts: usize) -> Stacked {
+    Stacked {
+        w_in: stack(&weights.w_in, num_experts),
+        b_in: weights.b_in.as_ref().map(|bias| stack(bias, num_experts)),
+        w_out: stack(&weights.w_out, num_experts),
+        b_out: weights.b_out.as_ref().map(|bias| stack(bias, num_experts)),
+    }
+}
+
+fn make_stacked(experts: &ExpertMlp, weights: &DenseWeights, strategy: UpcycleStrategy) -> Stacked {
+    let [num_experts, d_model, d_ff] = experts.dims();
+    let DenseWeights { w_in, b_in, w_out, b_out, .. } = weights.clone();
+    let device = w_in.device();
     if let UpcycleStrategy::Granular { shards } = strategy {
         let copies_of_each = num_experts / shards;
         return Stacked {
             w_in: w_in.reshape([d_model, shards, d_ff]).swap_dims(0, 1).repeat_dim(0, copies_of_each),
             b_in: b_in.map(|bias| bias.reshape([shards, d_ff]).repeat_dim(0, copies_of_each)),
             w_out: w_out.reshape([shards, d_ff, d_model]).repeat_dim(0, copies_of_each) * shards as f64,
-            b_out,
+            b_out: b_out.map(|bias| stack(&bias, num_experts)),
         };
     }
-    let copies = Stacked {
-        w_in: stack(&w_in, num_experts),
-        b_in: b_in.as_ref().map(|bias| stack(bias, num_experts)),
-        w_out: stack(&w_out, num_experts),
-        b_out,
-    };
+    let copies = copies(weights, num_experts);
     match strategy {
-        UpcycleStrategy::Copy | UpcycleStrategy::Granular { .. } => copies,
+        UpcycleStrategy::Copy | UpcycleStrategy::Granular { .. } | UpcycleStrategy::ClusterAware { .. } => copies,
         UpcycleStrategy::CopyWithNoise { relative_std } => {
             let noise = |stacked: &Tensor<3>, std: f64| stacked.random_like(Distribution::Normal(0.0, relative_std * std));
             let (std_in, std_out) = (moments(&w_in).1, moments(&w_out).1);

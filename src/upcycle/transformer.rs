@@ -5,15 +5,23 @@ use burn::nn::{LayerNorm, attention::MultiHeadAttention};
 use burn::tensor::{Bool, Tensor};
 
 use super::{
-    DenseFeedForward, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy, Upcycled, UpcycledLayer,
-    layer::copy, report::deviation,
+    DenseFeedForward, Probe, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy, Upcycled,
+    UpcycledLayer,
+    layer::{copy, copy_soft},
+    report::deviation,
+    valid_rows,
 };
-use crate::transformer::{Encoder, FeedForward, TokenMarks, TransformerBlock};
+use crate::transformer::{Encoder, FeedForward, FeedForwardInputs, TokenMarks, TransformerBlock};
 
 impl UpcycleFromDense<TransformerBlock> for TransformerBlock {
     fn upcycle_from_dense(self, dense: &TransformerBlock, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
-        let probe = options.probe_tokens()?;
-        let (model, layer) = block(self, dense, options.strategy)?;
+        let probe = options.probe.as_ref().map(Probe::tokens).transpose()?;
+        let calibration = options.calibration()?.map(Probe::tokens).transpose()?.map(|(tokens, valid)| {
+            let mut read = None;
+            dense.run(tokens, None, &marks(&valid), |tokens| read = Some(valid_rows(tokens, valid.as_ref())));
+            read.expect("a block has a feed-forward network")
+        });
+        let (model, layer) = block(self, dense, options.strategy, calibration)?;
         let layers: Vec<UpcycledLayer> = layer.into_iter().collect();
         if layers.is_empty() {
             return Err(UpcycleError::NotSparse);
@@ -32,8 +40,10 @@ impl UpcycleFromDense<TransformerBlock> for TransformerBlock {
 
 impl UpcycleFromDense<Encoder> for Encoder {
     fn upcycle_from_dense(self, dense: &Encoder, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
-        let probe = options.probe_tokens()?;
-        let (model, layers) = encoder(self, dense, options.strategy)?;
+        let probe = options.probe.as_ref().map(Probe::tokens).transpose()?;
+        let calibration = options.calibration()?.map(Probe::tokens).transpose()?;
+        let calibration = calibration.map(|(tokens, valid)| dense.feed_forward_inputs(tokens, marks(&valid), false));
+        let (model, layers) = encoder(self, dense, options.strategy, calibration)?;
         if layers.is_empty() {
             return Err(UpcycleError::NotSparse);
         }
@@ -62,13 +72,16 @@ pub(super) fn encoder(
     mut sparse: Encoder,
     dense: &Encoder,
     strategy: UpcycleStrategy,
+    calibration: Option<FeedForwardInputs>,
 ) -> Result<(Encoder, Vec<UpcycledLayer>), UpcycleError> {
     UpcycleError::shapes("blocks", &[dense.blocks.len()], &[sparse.blocks.len()])?;
     let mut layers = Vec::new();
     let blocks = std::mem::take(&mut sparse.blocks);
     for (index, (target, source)) in blocks.into_iter().zip(&dense.blocks).enumerate() {
         let name = format!("blocks.{index}");
-        let (block, layer) = block(target, source, strategy).map_err(|error| error.within(&name))?;
+        let tokens = calibration.as_ref().filter(|_| target.feed_forward.is_sparse());
+        let tokens = tokens.map(|inputs| valid_rows(&inputs.tokens[index], inputs.valid.as_ref()));
+        let (block, layer) = block(target, source, strategy, tokens).map_err(|error| error.within(&name))?;
         layers.extend(layer.map(|layer| layer.within(&name)));
         sparse.blocks.push(block);
     }
@@ -79,6 +92,7 @@ fn block(
     mut sparse: TransformerBlock,
     dense: &TransformerBlock,
     strategy: UpcycleStrategy,
+    calibration: Option<Tensor<2>>,
 ) -> Result<(TransformerBlock, Option<UpcycledLayer>), UpcycleError> {
     attention(&mut sparse.attention, &dense.attention).map_err(|error| error.within("attention"))?;
     norm(&mut sparse.norm_attention, &dense.norm_attention).map_err(|error| error.within("norm_attention"))?;
@@ -96,9 +110,12 @@ fn block(
             (FeedForward::Dense(same_place(mlp, &target)), None)
         }
         FeedForward::Moe(target) => {
-            let weights = mlp.dense_weights()?;
-            let (moe, layer) = copy(target, &weights, strategy).map_err(within)?;
+            let (moe, layer) = copy(target, &mlp.dense_weights()?, strategy, calibration).map_err(within)?;
             (FeedForward::Moe(moe), Some(layer.within("feed_forward")))
+        }
+        FeedForward::SoftMoe(target) => {
+            let (soft, layer) = copy_soft(target, &mlp.dense_weights()?, strategy).map_err(within)?;
+            (FeedForward::SoftMoe(soft), Some(layer.within("feed_forward")))
         }
     };
     Ok((sparse, layer))

@@ -4,8 +4,8 @@ use std::fs;
 
 use burn::tensor::{Device, Tensor};
 use burn_moe::{
-    AuxiliaryLossConfig, EncoderConfig, check_finite, check_finite_module,
-    clip::{Clip, ClipConfig, EndOfText, TextConfig, VisionConfig},
+    EncoderConfig, check_finite, check_finite_module,
+    clip::{Clip, ClipAuxiliaryLossConfig, ClipConfig, EndOfText, TextConfig, VisionConfig},
     device_by_name,
     recipe::{
         Arm, OptimizerConfig, TrainConfig, TrainError, WarmupCosine,
@@ -116,7 +116,8 @@ fn a_number_that_is_none_stops_a_run_and_is_named() {
         name: "mine".into(),
         model,
         optimizer: OptimizerConfig::new(WarmupCosine::new(1e-3)),
-        auxiliary: AuxiliaryLossConfig::new(),
+        auxiliary: ClipAuxiliaryLossConfig::new(),
+        state: None,
     };
     let config = TrainConfig::new(2).with_batch(BatchConfig::new().with_batch_size(4).with_context_length(8));
     let run = |arm| train(vec![arm], &tiny_set(4), &tiny_set(4), &config, None, &device, &mut ()).unwrap_err();

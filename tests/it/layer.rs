@@ -3,9 +3,9 @@
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use burn_moe::{
-    Activation, Capacity, EncoderConfig, ExpertChoiceConfig, ExpertMlpConfig, FillOrder, GateNormalization, Kernels,
-    MoeFeedForward, MoeFeedForwardConfig, MoeInput, Protection, RouterConfig, Routing, RoutingStats, SparseEncoderConfig,
-    TokenChoiceConfig, TokenGroups, TokenMarks,
+    Activation, BalancingBias, Capacity, EncoderConfig, ExpertChoiceConfig, ExpertMlpConfig, FillOrder, GateNormalization, Kernels,
+    MoeFeedForward, MoeFeedForwardConfig, MoeInput, Padding, Protection, RouterConfig, RouterScore, Routing, RoutingStats,
+    SparseEncoderConfig, TokenChoiceConfig, TokenGroups, TokenMarks,
     clip::{ClipConfig, TextConfig, VisionConfig},
     with_kernels,
 };
@@ -26,6 +26,9 @@ struct Case {
     group: usize,
     valid: Vec<bool>,
     protected: Vec<bool>,
+    score: RouterScore,
+    /// The balancing bias of each expert.
+    bias: Vec<f32>,
     seed: u64,
 }
 
@@ -44,10 +47,13 @@ fn cases() -> impl Strategy<Value = Case> {
         let order = prop_oneof![Just(FillOrder::ChoiceMajor), Just(FillOrder::TokenMajor), Just(FillOrder::BatchPriority)];
         let protected = prop::collection::vec(prop::bool::weighted(0.1), t);
         let groups: Vec<usize> = (1..=t.max(1)).filter(|size| t % size == 0).collect();
-        (1..=e.min(4), capacity, normalization, order, prop::sample::select(groups), valid, protected).prop_map(
-            move |(k, capacity, normalization, order, group, valid, protected)| {
+        let score = prop_oneof![Just(RouterScore::Softmax), Just(RouterScore::Sigmoid)];
+        let bias = prop_oneof![Just(vec![0.0; e]), prop::collection::vec(-0.5f32..0.5, e)];
+        let routing = (score, bias, normalization, order);
+        (1..=e.min(4), capacity, routing, prop::sample::select(groups), valid, protected).prop_map(
+            move |(k, capacity, (score, bias, normalization, order), group, valid, protected)| {
                 let normalization = if k == 1 { GateNormalization::None } else { normalization };
-                Case { t, d, f, e, k, capacity, normalization, order, group, valid, protected, seed }
+                Case { t, d, f, e, k, capacity, normalization, order, group, valid, protected, score, bias, seed }
             },
         )
     })
@@ -62,32 +68,28 @@ fn layer(case: &Case, device: &Device) -> MoeFeedForward {
         .with_groups(TokenGroups::OfSize(case.group))
         .with_training_capacity(case.capacity)
         .with_inference_capacity(case.capacity);
-    MoeFeedForwardConfig::new(case.d, case.f, case.e)
+    let bias = BalancingBias::Sign { rate: 1e-3 };
+    let router = RouterConfig::new().with_init_std(1.0).with_score(case.score).with_balancing_bias(bias);
+    let mut layer = MoeFeedForwardConfig::new(case.d, case.f, case.e)
         .with_assignment(assignment.into())
-        .with_router(RouterConfig::new().with_init_std(1.0))
+        .with_router(router)
         .with_experts(ExpertMlpConfig::new().with_activation(Activation::Relu))
-        .init(device)
+        .init(device);
+    layer.router.balancing_bias = layer.router.balancing_bias.map(|bias| bias.map(|_| Tensor::from_floats(&case.bias[..], device)));
+    layer
 }
 
 /// The definition, token by token, in f64: who is seated, with which gate, and the output.
 fn naive(case: &Case, layer: &MoeFeedForward, x: &[f32]) -> (Vec<f32>, usize) {
-    let Case { t, d, f, e, k, .. } = *case;
-    let [router, w_in, w_out] =
-        [values(&layer.router.weight.val()), values(&layer.experts.w_in.val()), values(&layer.experts.w_out.val())];
-    let [b_in, b_out] = [&layer.experts.b_in, &layer.experts.b_out].map(|b| values(&b.as_ref().unwrap().val()));
-    let at = |w: &[f32], i: usize| f64::from(w[i]);
-    let probs: Vec<Vec<f64>> = (0..t)
-        .map(|i| {
-            let logits: Vec<f64> = (0..e).map(|j| (0..d).map(|c| at(x, i * d + c) * at(&router, c * e + j)).sum::<f64>()).collect();
-            let sum: f64 = logits.iter().map(|l| l.exp()).sum();
-            logits.iter().map(|l| l.exp() / sum).collect()
-        })
-        .collect();
+    let Case { t, d, e, k, .. } = *case;
+    let router = values(&layer.router.weight.val());
+    let probs: Vec<Vec<f64>> = (0..t).map(|i| naive_scores(case, x, &router, i)).collect();
     let chosen: Vec<Vec<usize>> = probs
         .iter()
         .map(|p| {
             let mut order: Vec<usize> = (0..e).collect();
-            order.sort_by(|&a, &b| p[b].total_cmp(&p[a]).then(a.cmp(&b)));
+            let biased = |j: usize| p[j] + f64::from(case.bias[j]);
+            order.sort_by(|&a, &b| biased(b).total_cmp(&biased(a)).then(a.cmp(&b)));
             order[..k].to_vec()
         })
         .collect();
@@ -101,7 +103,8 @@ fn naive(case: &Case, layer: &MoeFeedForward, x: &[f32]) -> (Vec<f32>, usize) {
                 .filter(|&i| case.valid[i] && case.protected[i] == protected)
                 .collect();
             if case.order == FillOrder::BatchPriority {
-                tokens.sort_by(|&a, &b| probs[b][chosen[b][0]].total_cmp(&probs[a][chosen[a][0]]));
+                let largest = |i: usize| probs[i].iter().copied().fold(f64::MIN, f64::max);
+                tokens.sort_by(|&a, &b| largest(b).total_cmp(&largest(a)));
             }
             let choices: Vec<(usize, usize)> = match case.order {
                 FillOrder::TokenMajor => tokens.iter().flat_map(|&i| (0..k).map(move |rank| (i, rank))).collect(),
@@ -125,20 +128,39 @@ fn naive(case: &Case, layer: &MoeFeedForward, x: &[f32]) -> (Vec<f32>, usize) {
         };
         for rank in (0..k).filter(|&r| kept[i][r]) {
             let j = chosen[i][rank];
-            let gate = probs[i][j] / divisor;
-            let hidden: Vec<f64> = (0..f)
-                .map(|h| {
-                    let sum: f64 = (0..d).map(|c| at(x, i * d + c) * at(&w_in, (j * d + c) * f + h)).sum();
-                    (sum + at(&b_in, j * f + h)).max(0.0)
-                })
-                .collect();
-            for c in 0..d {
-                let sum: f64 = (0..f).map(|h| hidden[h] * at(&w_out, (j * f + h) * d + c)).sum();
-                output[i * d + c] += (gate * (sum + at(&b_out, j * d + c))) as f32;
+            let computed = naive_expert(layer, &x[i * d..(i + 1) * d], j);
+            for (sum, value) in output[i * d..].iter_mut().zip(computed) {
+                *sum += (probs[i][j] / divisor * value) as f32;
             }
         }
     }
     (output, rows)
+}
+
+/// A token's scores, in f64.
+fn naive_scores(case: &Case, x: &[f32], router: &[f32], token: usize) -> Vec<f64> {
+    let logit = |j: usize| (0..case.d).map(|c| f64::from(x[token * case.d + c]) * f64::from(router[c * case.e + j])).sum::<f64>();
+    let logits: Vec<f64> = (0..case.e).map(logit).collect();
+    let sum: f64 = logits.iter().map(|l| l.exp()).sum();
+    match case.score {
+        RouterScore::Softmax => logits.iter().map(|l| l.exp() / sum).collect(),
+        RouterScore::Sigmoid => logits.iter().map(|l| 1.0 / (1.0 + (-l).exp())).collect(),
+    }
+}
+
+/// What a ReLU expert makes of one token, in f64.
+fn naive_expert(layer: &MoeFeedForward, x: &[f32], expert: usize) -> Vec<f64> {
+    let [_, d, f] = layer.experts.dims();
+    let [w_in, w_out] = [&layer.experts.w_in, &layer.experts.w_out].map(|w| values(&w.val()));
+    let [b_in, b_out] = [&layer.experts.b_in, &layer.experts.b_out].map(|b| values(&b.as_ref().unwrap().val()));
+    let at = |w: &[f32], i: usize| f64::from(w[i]);
+    let hidden = |h: usize| {
+        let sum: f64 = (0..d).map(|c| at(x, c) * at(&w_in, (expert * d + c) * f + h)).sum();
+        (sum + at(&b_in, expert * f + h)).max(0.0)
+    };
+    let hidden: Vec<f64> = (0..f).map(hidden).collect();
+    let output = |c: usize| (0..f).map(|h| hidden[h] * at(&w_out, (expert * f + h) * d + c)).sum::<f64>();
+    (0..d).map(|c| output(c) + at(&b_out, expert * d + c)).collect()
 }
 
 proptest! {
@@ -155,6 +177,62 @@ proptest! {
             let result = with_kernels(kernels, || layer.forward(input));
             prop_assert!(largest_difference(&values(&result.output), &expected) < 1e-4, "{:?}", kernels);
             prop_assert_eq!(result.routing.plan.num_rows(), rows);
+        }
+    }
+
+    #[test]
+    fn expert_choice_computes_what_a_naive_loop_computes(case in cases()) {
+        let device = Device::default();
+        // An even share is what "balanced load" means to an expert that chooses.
+        let capacity = if case.capacity == Capacity::Dropless { Capacity::OfTokens(2.0) } else { case.capacity };
+        let config = ExpertChoiceConfig::new().with_capacity(capacity).with_groups(TokenGroups::OfSize(case.group));
+        let layer = MoeFeedForward { assignment: config.into(), ..layer(&case, &device) };
+        let (x, router) = (numbers([case.t, case.d], case.seed, &device), values(&layer.router.weight.val()));
+        let plain = values(&x);
+        let scores: Vec<Vec<f64>> = (0..case.t).map(|i| naive_scores(&case, &plain, &router, i)).collect();
+        let mut expected = vec![0.0f32; case.t * case.d];
+        let mut loads = vec![0; case.e];
+        for group in (0..case.t).collect::<Vec<_>>().chunks(case.group) {
+            let slots = capacity.slots(group.len(), 1, case.e).unwrap();
+            for expert in 0..case.e {
+                let mut tokens: Vec<usize> = group.iter().copied().filter(|&i| case.valid[i]).collect();
+                tokens.sort_by(|&a, &b| scores[b][expert].total_cmp(&scores[a][expert]));
+                for &token in tokens.iter().take(slots) {
+                    loads[expert] += 1;
+                    let computed = naive_expert(&layer, &plain[token * case.d..][..case.d], expert);
+                    for (sum, value) in expected[token * case.d..].iter_mut().zip(computed) {
+                        *sum += (scores[token][expert] * value) as f32;
+                    }
+                }
+            }
+        }
+        for kernels in [Kernels::Fastest, Kernels::Reference] {
+            let input = MoeInput::new(x.clone()).valid(mask(&case.valid, &device));
+            let result = with_kernels(kernels, || layer.forward(input));
+            prop_assert!(largest_difference(&values(&result.output), &expected) < 1e-4, "{:?}", kernels);
+            prop_assert_eq!(result.routing.plan.load(), loads.clone());
+        }
+    }
+
+    #[test]
+    fn a_protected_choice_is_dropped_only_for_other_protected_choices(case in cases()) {
+        let Some(slots) = case.capacity.slots(case.group, case.k, case.e) else { return Ok(()) };
+        let device = Device::default();
+        let layer = layer(&case, &device);
+        let x = numbers([case.t, case.d], case.seed, &device);
+        let input = MoeInput::new(x.clone()).valid(mask(&case.valid, &device)).protected(mask(&case.protected, &device));
+        let plan = layer.forward(input).routing.plan;
+        // Without a limit every choice has a row, which tells the expert it names.
+        let dropless = TokenChoiceConfig::new().with_top_k(case.k).with_gate_normalization(case.normalization);
+        let all = MoeFeedForward { assignment: dropless.into(), ..layer }.forward(x).routing.plan;
+        let expert_of = |choice: usize| all.row_expert()[all.choice_row()[choice] as usize];
+        for group in 0..case.t / case.group {
+            let tokens = (group * case.group..(group + 1) * case.group).filter(|&i| case.valid[i] && case.protected[i]);
+            let choices: Vec<usize> = tokens.flat_map(|i| i * case.k..(i + 1) * case.k).collect();
+            for &choice in choices.iter().filter(|&&choice| plan.choice_row()[choice] < 0) {
+                let rivals = choices.iter().filter(|&&other| expert_of(other) == expert_of(choice)).count();
+                prop_assert!(rivals > slots, "choice {} was dropped, and only {} wanted its {} slots", choice, rivals, slots);
+            }
         }
     }
 
@@ -329,6 +407,19 @@ fn towers_seat_the_pooled_token_first() {
     // Without protection the first token takes both of its experts, whatever they are.
     let model = vision_of(Protection::None);
     assert_eq!(seated(&model.encode_text(text).routings[0], 0), 2);
+}
+
+#[test]
+fn padding_is_kept_out_unless_it_is_asked_in() {
+    let device = Device::default();
+    let text_with = |padding| {
+        let sparse = SparseEncoderConfig::new().with_padding(padding);
+        let encoder = EncoderConfig::new(8, 2, 2, 16).with_sparse(Some(sparse));
+        TextConfig::new(encoder).with_vocab_size(50).with_context_length(6).init(10, &device)
+    };
+    let text = Tensor::<2, Int>::from_data([[1, 2, 3, 49, 0, 0]], &device);
+    let seated = |padding| text_with(padding).forward(text.clone()).routings[0].plan.num_rows();
+    assert_eq!((seated(Padding::Excluded), seated(Padding::Routed)), (8, 12));
 }
 
 #[test]

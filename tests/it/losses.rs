@@ -3,8 +3,8 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_moe::{
     AssignmentConfig, AssignmentInput, AuxiliaryLossConfig, GateNormalization, MoeFeedForwardConfig, MoeInput, Phase, RouterConfig,
-    RouterNoise, RouterScore, Routing, TokenChoiceConfig, global_entropy_loss, importance_loss, load_balancing_loss, load_loss,
-    local_entropy_loss, router_z_loss,
+    RouterNoise, RouterScore, Routing, TokenChoiceConfig, clip::ClipAuxiliaryLossConfig, global_entropy_loss, importance_loss,
+    load_balancing_loss, load_loss, local_entropy_loss, router_z_loss,
 };
 
 use super::support::{mask, numbers, values};
@@ -167,4 +167,68 @@ fn no_layer_has_no_loss() {
 #[should_panic(expected = "`router_z` is -1: a loss weight must be finite and not negative")]
 fn a_negative_weight_is_refused() {
     AuxiliaryLossConfig::new().with_router_z(-1.0).init();
+}
+
+/// A routing whose only parameters are its logits; noise is fixed, and so are the choices, which are those of `chosen_by`.
+fn routing_of(logits: Tensor<2>, noise: Tensor<2>, chosen_by: Tensor<2>, valid: Option<Vec<bool>>) -> Routing {
+    let softmax = |x: Tensor<2>| burn::tensor::activation::softmax(x, 1);
+    let noisy = logits.clone() + noise;
+    let (clean_probs, probs) = (softmax(logits.clone()), softmax(noisy.clone()));
+    let assignment: AssignmentConfig = TokenChoiceConfig::new().into();
+    let input = AssignmentInput { valid: valid.as_deref(), ..AssignmentInput::new(softmax(chosen_by), Phase::Training) };
+    let plan = assignment.assign(&input);
+    let noise = Some(RouterNoise { logits: noisy, std: 0.25 });
+    Routing { logits, clean_probs, probs, noise, score: RouterScore::Softmax, valid, plan }
+}
+
+#[test]
+fn gradients_are_those_of_finite_differences() {
+    let device = Device::default().autodiff();
+    let logits = numbers([6, 4], 5, &device).require_grad();
+    let noise = numbers([6, 4], 8, &device) * 0.25;
+    let logits_before = logits.clone();
+    let losses: [(&str, fn(&Routing) -> Tensor<1>); 6] = [
+        ("load balancing", load_balancing_loss),
+        ("router z", router_z_loss),
+        ("importance", importance_loss),
+        ("load", load_loss),
+        ("local entropy", local_entropy_loss),
+        ("global entropy", |routing| global_entropy_loss(routing, 4.0)),
+    ];
+    for valid in [None, Some(vec![true, true, false, true, false, true])] {
+        for (name, loss) in losses {
+            let run = |logits: Tensor<2>| loss(&routing_of(logits, noise.clone(), logits_before.clone(), valid.clone()));
+            let analytic = values(&logits.grad(&run(logits.clone()).backward()).unwrap());
+            let plain = values(&logits);
+            let mut largest = 0.0f32;
+            for (i, found) in analytic.into_iter().enumerate() {
+                let shifted = |by: f32| {
+                    let mut moved = plain.clone();
+                    moved[i] += by;
+                    scalar(run(Tensor::from_data(TensorData::new(moved, [6, 4]), &device)))
+                };
+                let numeric = (shifted(5e-3) - shifted(-5e-3)) / 1e-2;
+                assert!((found - numeric).abs() < 2e-3 * numeric.abs().max(1.0), "{name}[{i}]: {found}, numerically {numeric}");
+                largest = largest.max(found.abs());
+            }
+            assert!(largest > 1e-3, "{name}: a gradient of nothing was compared");
+        }
+    }
+}
+
+#[test]
+fn towers_are_weighted_apart() {
+    let (image, text) = (routing([[0.7, 0.2, 0.1], [0.1, 0.7, 0.2]], 1), routing([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]], 1));
+    let weights = |balance: f64| AuxiliaryLossConfig::new().with_load_balancing(balance).with_router_z(0.0);
+    let total = |config: ClipAuxiliaryLossConfig| {
+        let output = config.init().forward(&[image.clone(), image.clone()], std::slice::from_ref(&text)).unwrap();
+        scalar(output.total)
+    };
+    let balance = |routing: &Routing| scalar(load_balancing_loss(routing));
+    // The mean over three layers, each with the weight of its tower.
+    let apart = total(ClipAuxiliaryLossConfig { image: weights(2.0), text: weights(5.0) });
+    assert!((apart - (2.0 * 2.0 * balance(&image) + 5.0 * balance(&text)) / 3.0).abs() < 1e-5);
+    let together = weights(2.0).init().forward(&[image.clone(), image.clone(), text.clone()]).total;
+    assert!((total(ClipAuxiliaryLossConfig::both(weights(2.0))) - scalar(together)).abs() < 1e-6);
+    assert!(ClipAuxiliaryLossConfig::new().init().forward(&[], &[]).is_none(), "a dense model has no auxiliary loss");
 }

@@ -2,8 +2,8 @@
 
 use burn::tensor::Device;
 use burn_moe::{
-    AuxiliaryLossConfig, EncoderConfig, UpcycleFromDense, UpcycleOptions,
-    clip::{Clip, ClipConfig, SparseClipConfig, TextConfig, VisionConfig, tokenizer::ClipTokenizer},
+    EncoderConfig, UpcycleFromDense, UpcycleOptions,
+    clip::{Clip, ClipAuxiliaryLossConfig, ClipConfig, SparseClipConfig, TextConfig, VisionConfig, tokenizer::ClipTokenizer},
     recipe::{
         Arm, Checkpointing, Observer, OptimizerConfig, StepLosses, TrainConfig, TrainedArm, WarmupCosine,
         data::{AugmentConfig, Batch, BatchConfig, Batches, Concept, EmojiPack, EmojiVendor, ImageTextSet},
@@ -66,7 +66,8 @@ fn arms(device: &Device) -> Vec<Arm> {
         name: name.into(),
         model,
         optimizer: OptimizerConfig::new(WarmupCosine::new(5e-3).with_warmup_steps(5)),
-        auxiliary: AuxiliaryLossConfig::new(),
+        auxiliary: ClipAuxiliaryLossConfig::new(),
+        state: None,
     };
     vec![arm("dense", dense), arm("sparse", sparse)]
 }
@@ -146,6 +147,34 @@ fn a_run_that_was_stopped_ends_where_it_would_have_ended() {
     let other = TrainConfig { seed: 5, ..config.clone() };
     let error = train(arms, &colours(), &first_shades(), &other, Some(&checkpointing), &device, &mut ()).unwrap_err();
     assert!(error.to_string().contains("the run in this folder has another configuration"));
+}
+
+#[test]
+fn a_sparse_arm_goes_on_with_the_state_of_the_dense_one() {
+    let device = Device::default();
+    let config = TrainConfig::new(30).with_batch(batches()).with_eval_every(30);
+    let mut arm = arms(&device).remove(0);
+    let trained = train(vec![arm.clone()], &colours(), &first_shades(), &config, None, &device, &mut ()).unwrap().remove(0);
+    arm.model = trained.model.clone();
+    arm.state = Some(trained.state.clone());
+    let sparse = clip_config().sparse(SparseClipConfig::clip_up()).init(&device);
+    let model = sparse.upcycle_from_dense(&trained.model, &UpcycleOptions::default()).unwrap().model;
+    let state = Some(trained.state.upcycle(&trained.model, &model).unwrap());
+    // No warm-up: a state that was lost would show in the first steps.
+    arm.optimizer.schedule = WarmupCosine::new(2e-3).with_warmup_steps(0);
+    let arms = vec![Arm { model, state, name: "sparse".into(), ..arm.clone() }, arm];
+    let mut losses = Losses::default();
+    let config = TrainConfig::new(5).with_batch(batches()).with_seed(7);
+    train(arms.clone(), &colours(), &first_shades(), &config, None, &device, &mut losses).unwrap();
+    for (sparse, dense) in losses.0[0].iter().zip(&losses.0[1]) {
+        assert!((sparse - dense).abs() < 0.15 * dense.max(0.2), "{:?}", losses.0);
+    }
+    // The vocabulary of other data: the state does not fit.
+    let words = |word: &str| Concept { captions: vec![word.to_string()], tags: Vec::new() };
+    let few =
+        ImageTextSet::new(8, vec![[9; 3]; 6 * 64].concat(), (0..6).collect(), ["a", "b", "c", "d", "e", "f"].map(words).to_vec());
+    let error = train(arms, &few, &few, &config, None, &device, &mut ()).err().unwrap().to_string();
+    assert!(error.starts_with("sparse: `token ids in the optimiser's state` should be"), "{error}");
 }
 
 #[test]

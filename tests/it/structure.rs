@@ -7,11 +7,11 @@ use super::support::ROOT;
 /// A module may use modules of lower levels, and itself (docs/architecture.md).
 const LEVELS: [(u8, &[&str]); 10] = [
     (0, &["ops", "error", "files", "finite", "param", "device"]),
-    (1, &["capacity", "phase", "plan"]),
+    (1, &["capacity", "cost", "phase", "plan"]),
     (2, &["router", "assignment"]),
     (3, &["dispatch", "experts"]),
     (4, &["routing"]),
-    (5, &["moe", "soft_moe", "loss", "stats", "cost"]),
+    (5, &["moe", "soft_moe", "loss", "stats"]),
     (6, &["transformer"]),
     (7, &["clip"]),
     (8, &["upcycle"]),

@@ -2,13 +2,14 @@
 
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig, activation::ActivationConfig, transformer::PositionWiseFeedForwardConfig};
+use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Bool, Device, Int, Tensor};
 use burn_moe::{
-    Activation, BalancingBias, Capacity, DenseFeedForward, DenseWeights, EncoderConfig, ExpertMlpConfig, GateNormalization,
-    MlpConfig, MoeFeedForwardConfig, Probe, Reduction, RouterConfig, RouterScore, SparseEncoderConfig, TokenChoiceConfig,
-    TokenMarks, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleStrategy,
+    Activation, BalancingBias, Capacity, DenseFeedForward, DenseWeights, Encoder, EncoderConfig, ExpertMlpConfig,
+    GateNormalization, MlpConfig, MoeFeedForwardConfig, Probe, Reduction, RouterConfig, RouterScore, SoftMoeFeedForwardConfig,
+    SparseEncoderConfig, TokenChoiceConfig, TokenMarks, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleStrategy,
     clip::{Clip, ClipConfig, EndOfText, SparseClipConfig, TextConfig, VisionConfig},
-    expert_similarity,
+    expert_similarity, upcycle_optimizer,
 };
 
 use super::support::{largest_difference, numbers, values};
@@ -286,7 +287,7 @@ fn noise_and_drops_change_experts_by_as_much_as_they_say() {
     let dense = MlpConfig::new(32, 64).init(&device);
     let upcycle = |strategy| {
         let sparse = MoeFeedForwardConfig::new(32, 64, 4).init(&device);
-        sparse.upcycle_from_dense(&dense, &UpcycleOptions { strategy, probe: None }).unwrap().model.experts
+        sparse.upcycle_from_dense(&dense, &UpcycleOptions::default().with_strategy(strategy)).unwrap().model.experts
     };
     let dense_in = values(&dense.linear_in.weight.val());
     let std = |values: &[f32]| (values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32).sqrt();
@@ -319,7 +320,7 @@ fn strategies_that_do_not_fit_are_refused() {
     let dense = MlpConfig::new(6, 24).init(&device);
     let error = |strategy| {
         let sparse = MoeFeedForwardConfig::new(6, 24, 8).init(&device);
-        sparse.upcycle_from_dense(&dense, &UpcycleOptions { strategy, probe: None }).unwrap_err().to_string()
+        sparse.upcycle_from_dense(&dense, &UpcycleOptions::default().with_strategy(strategy)).unwrap_err().to_string()
     };
     assert_eq!(
         error(UpcycleStrategy::Granular { shards: 4 }),
@@ -441,4 +442,138 @@ fn the_busiest_experts_stay_and_the_most_similar_ones_are_merged() {
         "reduction `Prune { count: 1 }` is refused: between 2 and 4 experts can be left"
     );
     assert_eq!(error(Reduction::Average, &[1.0]), "reduction `Average` is refused: [1.0] is no load of 4 experts");
+}
+
+/// Tokens in four tight bundles around directions at right angles, twelve each, in turn.
+fn bundles(device: &Device) -> Tensor<2> {
+    let centres = Tensor::<2>::eye(4, device).repeat(&[12, 2]) * 3.0;
+    centres + numbers([48, 8], 5, device) * 0.2
+}
+
+#[test]
+fn the_router_of_clusters_sends_each_cluster_to_its_own_expert() {
+    let device = Device::default();
+    let dense = MlpConfig::new(8, 16).init(&device);
+    let tokens = bundles(&device);
+    let probe = Probe::Tokens { tokens: tokens.clone().unsqueeze_dim(0), valid: None };
+    let options = |energy| {
+        let options = UpcycleOptions::default().with_strategy(UpcycleStrategy::ClusterAware { energy });
+        options.with_calibration(probe.clone()).with_probe(probe.clone())
+    };
+    let upcycle = |energy| MoeFeedForwardConfig::new(8, 16, 4).init(&device).upcycle_from_dense(&dense, &options(energy)).unwrap();
+    // All of the energy: copies, with another router.
+    let copies = upcycle(1.0);
+    assert!(copies.report.max_deviation.unwrap() < 1e-5);
+
+    // Less of it: each expert is near the dense network on its own cluster, and further from it elsewhere.
+    let model = upcycle(0.98).model;
+    let router = model.router.weight.val();
+    let lengths = values(&router.clone().square().sum_dim(0));
+    assert!(lengths.iter().all(|length| (length - 1.0).abs() < 1e-5), "{lengths:?}");
+    let first: Vec<i32> = tokens.clone().matmul(router).argmax(1).try_into_vec_as().unwrap();
+    let mut experts = first[..4].to_vec();
+    assert!(first.chunks(4).all(|bundle| *bundle == experts[..]), "{first:?}");
+    experts.sort_unstable();
+    assert_eq!(experts, [0, 1, 2, 3]);
+    let expected = dense.forward(tokens.clone());
+    for (bundle, &expert) in first[..4].iter().enumerate() {
+        let only = |stacked: Tensor<3>| stacked.narrow(0, expert as usize, 1).squeeze_dim::<2>(0);
+        let alone = DenseWeights {
+            w_in: only(model.experts.w_in.val()),
+            b_in: model.experts.b_in.as_ref().map(|b| b.val().narrow(0, expert as usize, 1).squeeze_dim(0)),
+            w_out: only(model.experts.w_out.val()),
+            b_out: model.experts.b_out.as_ref().map(|b| b.val().narrow(0, expert as usize, 1).squeeze_dim(0)),
+            activation: Activation::Gelu,
+        };
+        let error = values(&(alone.forward(tokens.clone()) - expected.clone()).square().sum_dim(1));
+        let mean = |of: &dyn Fn(usize) -> bool| {
+            let errors: Vec<f32> = (0..48).filter(|i| of(*i)).map(|i| error[i]).collect();
+            errors.iter().sum::<f32>() / errors.len() as f32
+        };
+        let (own, other) = (mean(&|i| i % 4 == bundle), mean(&|i| i % 4 != bundle));
+        assert!(other > 5.0 * own, "expert {expert}: {own} on its own cluster, {other} elsewhere");
+    }
+}
+
+#[test]
+fn a_clip_is_upcycled_by_the_clusters_of_its_own_tokens() {
+    let device = Device::default();
+    let config = small_clip();
+    let dense = config.init(&device);
+    let batch = Probe::ImagesAndTexts {
+        images: numbers([6, 3, 8, 8], 1, &device),
+        tokens: Tensor::<2, Int>::from_data([[1, 2, 3, 49, 0, 0], [4, 5, 49, 0, 0, 0], [6, 7, 8, 9, 10, 49]], &device),
+    };
+    let strategy = UpcycleStrategy::ClusterAware { energy: 1.0 };
+    let options = UpcycleOptions::default().with_strategy(strategy).with_calibration(batch.clone()).with_probe(batch);
+    let sparse = || config.clone().sparse(SparseClipConfig::clip_up()).init(&device);
+    let upcycled = sparse().upcycle_from_dense(&dense, &options).unwrap();
+    assert!(upcycled.report.max_deviation.unwrap() < 1e-5);
+    let missing = UpcycleOptions { calibration: None, ..options.clone() };
+    let error = sparse().upcycle_from_dense(&dense, &missing).unwrap_err().to_string();
+    assert_eq!(error, "strategy `ClusterAware { energy: 1.0 }` is refused: it needs a calibration batch");
+    let few = Probe::ImagesAndTexts {
+        images: numbers([6, 3, 8, 8], 1, &device),
+        tokens: Tensor::<2, Int>::from_data([[1, 2, 3, 49, 0, 0]], &device),
+    };
+    let error = sparse().upcycle_from_dense(&dense, &options.with_calibration(few)).unwrap_err().to_string();
+    assert_eq!(error, "strategy `ClusterAware { energy: 1.0 }` is refused: 4 calibration tokens make no 8 clusters");
+}
+
+#[test]
+fn a_soft_layer_of_copies_computes_the_dense_network_of_its_mixtures() {
+    let device = Device::default();
+    let dense = MlpConfig::new(6, 24).init(&device);
+    let soft = SoftMoeFeedForwardConfig::new(6, 24, 4).with_slots_per_expert(2).init(&device);
+    let upcycled = soft.upcycle_from_dense(&dense, &tokens_probe([2, 9, 6], &device)).unwrap();
+    assert!(upcycled.report.max_deviation.unwrap() > 0.0);
+    assert_eq!(upcycled.report.params_active, upcycled.report.params_total);
+    // One token: every slot is that token, and every expert the dense network.
+    let x = numbers([1, 6], 3, &device);
+    assert!(largest_difference(&values(&upcycled.model.forward(x.clone()).output), &values(&dense.forward(x))) < 1e-5);
+    let soft = SoftMoeFeedForwardConfig::new(6, 12, 4).init(&device);
+    let options = UpcycleOptions::default().with_strategy(UpcycleStrategy::Granular { shards: 2 });
+    let error = soft.upcycle_from_dense(&dense, &options).unwrap_err().to_string();
+    assert_eq!(error, "strategy `Granular { shards: 2 }` is refused: a soft layer chooses no experts");
+}
+
+#[test]
+fn an_upcycled_optimizer_goes_on_without_a_jump() {
+    let device = Device::default().autodiff();
+    device.seed(4);
+    let config = EncoderConfig::new(8, 2, 2, 16);
+    let (x, target) = (numbers([4, 5, 8], 1, &device), numbers([4, 5, 8], 2, &device) * 0.5);
+    let loss =
+        |encoder: &Encoder| (encoder.forward(x.clone(), TokenMarks::default(), false).hidden - target.clone()).square().mean();
+    let adam = || AdamWConfig::new().with_epsilon(1e-8).with_weight_decay(0.0).init();
+    let step = |encoder: Encoder, optimizer: &mut ModuleOptimizer| {
+        let gradients = GradientsParams::from_grads(loss(&encoder).backward(), &encoder);
+        optimizer.step(3e-3, encoder, gradients)
+    };
+    let scalar = |encoder: &Encoder| loss(encoder).into_scalar::<f32>();
+    let (mut dense, mut optimizer) = (config.init(&device), adam());
+    (0..150).for_each(|_| dense = step(dense.clone(), &mut optimizer));
+
+    let dropless =
+        SparseEncoderConfig::new().with_assignment(TokenChoiceConfig::new().with_training_capacity(Capacity::Dropless).into());
+    let sparse = config.clone().with_sparse(Some(dropless)).init(&device);
+    let sparse = sparse.upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap().model;
+    let before = scalar(&sparse);
+    assert!((before - scalar(&dense)).abs() < 1e-5);
+    let largest_loss = |mut optimizer: ModuleOptimizer| {
+        let mut sparse = sparse.clone();
+        let losses = (0..10).map(|_| {
+            sparse = step(sparse.clone(), &mut optimizer);
+            scalar(&sparse)
+        });
+        losses.fold(0.0, f32::max)
+    };
+    let record = upcycle_optimizer(&optimizer, &dense, &sparse).unwrap();
+    let (with, without) = (largest_loss(adam().load_record(record)), largest_loss(adam()));
+    assert!(with <= before * 1.02, "from {before} to {with}: the loss jumps with the moments");
+    assert!(without > before * 1.1, "from {before} to {without}: there is no jump to avoid");
+
+    let narrow = config.with_sparse(Some(SparseEncoderConfig::new().with_d_ff(Some(4)))).init(&device);
+    let error = upcycle_optimizer(&optimizer, &dense, &narrow).unwrap_err().to_string();
+    assert!(error.contains("of `blocks.1.feed_forward.Moe.experts.") && error.contains("cannot be taken over"), "{error}");
 }

@@ -7,7 +7,7 @@ use super::CheckpointError;
 use crate::{
     clip::{ClipConfig, EndOfText, TextConfig, VisionConfig},
     experts::Activation,
-    transformer::EncoderConfig,
+    transformer::{EncoderConfig, SparseEncoderConfig},
 };
 
 /// What is wrong in a configuration file, in words.
@@ -22,7 +22,9 @@ impl From<serde_json::Error> for ConfigFileError {
 type Result<T> = std::result::Result<T, ConfigFileError>;
 
 /// Version of `burn_moe_config.json`.
-const VERSION: u64 = 2;
+const VERSION: u64 = 3;
+/// The oldest one that is still read.
+const OLDEST: u64 = 2;
 
 #[derive(Serialize, Deserialize)]
 struct BurnMoeFile {
@@ -31,11 +33,29 @@ struct BurnMoeFile {
 }
 
 pub(super) fn from_burn_moe(text: &str) -> Result<ClipConfig> {
-    let file: BurnMoeFile = serde_json::from_str(text)?;
-    if file.version != VERSION {
-        return Err(ConfigFileError(format!("version {} was written by another burn-moe; this one reads {VERSION}", file.version)));
+    let mut file: BurnMoeFile = serde_json::from_str(text)?;
+    if !(OLDEST..=VERSION).contains(&file.version) {
+        let version = file.version;
+        return Err(ConfigFileError(format!(
+            "version {version} was written by another burn-moe; this one reads {OLDEST} to {VERSION}"
+        )));
+    }
+    if file.version == 2 {
+        from_version_2(&mut file.clip)?;
     }
     Ok(serde_json::from_value(file.clip)?)
+}
+
+/// Version 2 knew nothing of what these fields say, and did what their defaults say.
+fn from_version_2(clip: &mut Value) -> Result<()> {
+    let Value::Object(defaults) = serde_json::to_value(SparseEncoderConfig::new())? else { unreachable!("a config is an object") };
+    for tower in ["vision", "text"] {
+        let Some(Value::Object(sparse)) = clip.pointer_mut(&format!("/{tower}/encoder/sparse")) else { continue };
+        for field in ["layer", "form", "shared_expert", "padding"] {
+            sparse.entry(field).or_insert_with(|| defaults[field].clone());
+        }
+    }
+    Ok(())
 }
 
 pub(super) fn to_burn_moe(config: &ClipConfig) -> String {

@@ -5,8 +5,9 @@ use safetensors::{Dtype, tensor::TensorView};
 use super::Precision;
 use crate::{
     clip::ClipConfig,
+    experts::FeedForwardForm,
     router::BalancingBias,
-    transformer::{EncoderConfig, SparseEncoderConfig},
+    transformer::{EncoderConfig, SparseEncoderConfig, SparseLayer},
 };
 
 /// Whose names.
@@ -241,14 +242,35 @@ impl Table {
 
     fn moe(&mut self, key: &str, sparse: &SparseEncoderConfig, d: usize, f: usize, path: &str) {
         let e = sparse.num_experts;
-        let path = format!("{path}.feed_forward.Moe");
-        self.same(&format!("{key}.router.weight"), &[d, e], &format!("{path}.router.weight"));
-        if sparse.router.balancing_bias != BalancingBias::None {
-            self.same(&format!("{key}.router.balancing_bias"), &[e], &format!("{path}.router.balancing_bias"));
+        match sparse.layer {
+            SparseLayer::Routed => {
+                let path = format!("{path}.feed_forward.Moe");
+                self.same(&format!("{key}.router.weight"), &[d, e], &format!("{path}.router.weight"));
+                if sparse.router.balancing_bias != BalancingBias::None {
+                    self.same(&format!("{key}.router.balancing_bias"), &[e], &format!("{path}.router.balancing_bias"));
+                }
+                self.experts(&format!("{key}.experts"), sparse.form, [e, d, f], &format!("{path}.experts"));
+                if let Some(f) = sparse.shared_expert {
+                    self.experts(&format!("{key}.shared_expert"), sparse.form, [1, d, f], &format!("{path}.shared_expert"));
+                }
+            }
+            SparseLayer::Soft { slots_per_expert } => {
+                let path = format!("{path}.feed_forward.SoftMoe");
+                self.same(&format!("{key}.slots"), &[d, e * slots_per_expert], &format!("{path}.slots"));
+                self.experts(&format!("{key}.experts"), sparse.form, [e, d, f], &format!("{path}.experts"));
+            }
         }
-        self.same(&format!("{key}.experts.w_in"), &[e, d, f], &format!("{path}.experts.w_in"));
-        self.same(&format!("{key}.experts.b_in"), &[e, f], &format!("{path}.experts.b_in"));
-        self.same(&format!("{key}.experts.w_out"), &[e, f, d], &format!("{path}.experts.w_out"));
-        self.same(&format!("{key}.experts.b_out"), &[e, d], &format!("{path}.experts.b_out"));
+    }
+
+    fn experts(&mut self, key: &str, form: FeedForwardForm, [e, d, f]: [usize; 3], path: &str) {
+        let mut tensor = |name: &str, shape: &[usize]| self.same(&format!("{key}.{name}"), shape, &format!("{path}.{name}"));
+        tensor("w_in", &[e, d, f]);
+        tensor("b_in", &[e, f]);
+        if form == FeedForwardForm::Gated {
+            tensor("w_gate", &[e, d, f]);
+            tensor("b_gate", &[e, f]);
+        }
+        tensor("w_out", &[e, f, d]);
+        tensor("b_out", &[e, d]);
     }
 }

@@ -58,9 +58,13 @@ fn routing_of(model: &Clip) -> Vec<String> {
     let towers = [&model.vision.encoder, &model.text.encoder];
     let settings = |block: &TransformerBlock, encoder: &Encoder| match &block.feed_forward {
         FeedForward::Dense(_) => "dense".to_string(),
+        FeedForward::SoftMoe(_) => "soft".to_string(),
         FeedForward::Moe(moe) => {
             let Router { score, noise, jitter, balancing_rate, .. } = &moe.router;
-            format!("{:?} {score:?} {noise} {jitter} {balancing_rate} {:?}", moe.assignment, encoder.protection)
+            format!(
+                "{:?} {score:?} {noise} {jitter} {balancing_rate} {:?} {:?}",
+                moe.assignment, encoder.protection, encoder.padding
+            )
         }
     };
     towers.into_iter().flat_map(|encoder| encoder.blocks.iter().map(move |block| settings(block, encoder))).collect()
@@ -154,6 +158,7 @@ pub(super) fn fingerprint_of(sets: &[&ImageTextSet], arms: &[Arm]) -> u64 {
             let values = weight.detach().try_into_vec_as::<f32>().expect("a float tensor reads as f32");
             values.iter().for_each(|value| value.to_bits().hash(&mut hasher));
         }
+        arm.state.hash(&mut hasher);
     }
     hasher.finish()
 }

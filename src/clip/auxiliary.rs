@@ -1,0 +1,83 @@
+//! Auxiliary losses of both towers, weighted apart.
+
+use burn::config::Config;
+use burn::tensor::Tensor;
+
+use crate::{
+    error::{ConfigError, expect_valid},
+    loss::{AuxiliaryLoss, AuxiliaryLossConfig, AuxiliaryLossOutput},
+    routing::Routing,
+};
+
+/// Weights of the auxiliary losses, images and texts apart: a modality may need another balance, or LIMoE's entropies
+/// ([arXiv 2206.02770](https://arxiv.org/abs/2206.02770), section 2.2) alone.
+#[derive(Config, Debug, PartialEq)]
+pub struct ClipAuxiliaryLossConfig {
+    /// The vision tower's. Default: [`AuxiliaryLossConfig::new`]
+    #[config(default = "AuxiliaryLossConfig::new()")]
+    pub image: AuxiliaryLossConfig,
+    /// The text tower's. Default: [`AuxiliaryLossConfig::new`]
+    #[config(default = "AuxiliaryLossConfig::new()")]
+    pub text: AuxiliaryLossConfig,
+}
+
+/// The losses of both towers: each loss on each layer, averaged over all layers, weighted by the layer's tower.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ClipAuxiliaryLoss {
+    image: AuxiliaryLoss,
+    text: AuxiliaryLoss,
+}
+
+/// What [`ClipAuxiliaryLoss::forward`] returns.
+#[derive(Debug, Clone)]
+pub struct ClipAuxiliaryLossOutput {
+    /// The weighted mean over the layers of both towers, `[1]`: add it to the contrastive loss.
+    pub total: Tensor<1>,
+    /// Of the vision tower; `None` when it is dense.
+    pub image: Option<AuxiliaryLossOutput>,
+    /// Of the text tower; `None` when it is dense.
+    pub text: Option<AuxiliaryLossOutput>,
+}
+
+impl ClipAuxiliaryLossConfig {
+    /// The same weights for both towers.
+    pub fn both(weights: AuxiliaryLossConfig) -> Self {
+        Self { image: weights.clone(), text: weights }
+    }
+
+    /// Refuses weights that are negative or not finite.
+    ///
+    /// # Errors
+    /// The first such weight, with its value.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.image.validate()?;
+        self.text.validate()
+    }
+
+    /// The loss with these weights.
+    ///
+    /// # Panics
+    /// With the text of [`validate`](Self::validate).
+    pub fn init(&self) -> ClipAuxiliaryLoss {
+        expect_valid(self.validate());
+        ClipAuxiliaryLoss { image: self.image.init(), text: self.text.init() }
+    }
+}
+
+impl ClipAuxiliaryLoss {
+    /// The losses of one forward pass; `None` for a dense model.
+    pub fn forward(&self, image_routings: &[Routing], text_routings: &[Routing]) -> Option<ClipAuxiliaryLossOutput> {
+        let layers = image_routings.len() + text_routings.len();
+        let tower = |loss: &AuxiliaryLoss, routings: &[Routing]| (!routings.is_empty()).then(|| loss.forward(routings));
+        let (image, text) = (tower(&self.image, image_routings), tower(&self.text, text_routings));
+        let share = |output: &Option<AuxiliaryLossOutput>, count: usize| {
+            output.as_ref().map(|output| output.total.clone() * (count as f64 / layers as f64))
+        };
+        let total = match (share(&image, image_routings.len()), share(&text, text_routings.len())) {
+            (Some(image), Some(text)) => image + text,
+            (Some(one), None) | (None, Some(one)) => one,
+            (None, None) => return None,
+        };
+        Some(ClipAuxiliaryLossOutput { total, image, text })
+    }
+}

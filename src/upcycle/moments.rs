@@ -1,0 +1,122 @@
+//! The optimiser state of a dense model, for the sparse model made from it.
+
+use std::collections::BTreeMap;
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::optim::{ModuleOptimizer, OptimizerRecord};
+use burn::tensor::{Bytes, Tensor, TensorData};
+use burn_pack::{Reader, Tensor as Entry, Writer};
+
+use super::UpcycleError;
+
+/// Which parameter of the dense network each parameter of the experts comes from.
+const EXPERTS: [(&str, &str); 4] =
+    [("w_in", "linear_in.weight"), ("b_in", "linear_in.bias"), ("w_out", "linear_out.weight"), ("b_out", "linear_out.bias")];
+
+/// The state (moments and step counts) that `trained` holds for the parameters of `dense`, for the parameters of `sparse`: a parameter that
+/// both have keeps its state, each expert gets that of the dense network, and routers start anew. So training goes on where it was,
+/// instead of with the large first steps of an optimiser that knows nothing.
+///
+/// For this crate's blocks, encoders and CLIPs, with experts as wide as the dense network. Load it into a new optimiser of the same
+/// kind: `config.init().load_record(record)`.
+///
+/// # Errors
+/// When experts are not as wide as the dense network, or `trained` holds a state of another shape.
+pub fn upcycle_optimizer<D: Module, S: Module>(
+    trained: &ModuleOptimizer,
+    dense: &D,
+    sparse: &S,
+) -> Result<OptimizerRecord, UpcycleError> {
+    let broken =
+        |error: &dyn std::fmt::Debug| UpcycleError::OptimizerState { parameter: String::new(), reason: format!("{error:?}") };
+    let state = Reader::from_bytes(trained.into_bytes().map_err(|e| broken(&e))?).map_err(|e| broken(&e))?;
+    let scalars = state.scalars().clone();
+    let mut of_dense: BTreeMap<u64, Vec<(String, TensorData)>> = BTreeMap::new();
+    for tensor in state.into_tensors().map_err(|e| broken(&e))? {
+        let (name, dtype, shape, id, bytes) = tensor.into_parts().map_err(|e| broken(&e))?;
+        let id = id.expect("an optimiser's tensors name their parameter");
+        of_dense.entry(id).or_default().push((field_of(&name), TensorData::from_bytes(bytes, shape, dtype)));
+    }
+
+    let dense: BTreeMap<String, Parameter> = parameters(dense);
+    let mut entries = Vec::new();
+    let mut writer_scalars = Vec::new();
+    let mut paths = Vec::new();
+    for (path, target) in parameters(sparse) {
+        let of_experts = dense_path(&path);
+        let Some(source) = dense.get(of_experts.as_ref().unwrap_or(&path)) else { continue };
+        let Some(fields) = of_dense.get(&source.id) else { continue };
+        for (field, data) in fields {
+            let (mut bytes, mut shape) = (data.as_bytes().to_vec(), data.shape().to_vec());
+            if of_experts.is_some() {
+                if shape != target.shape[1..] {
+                    let reason = format!("`{field}` has the shape {shape:?}, but {:?} is needed", &target.shape[1..]);
+                    return Err(UpcycleError::OptimizerState { parameter: path, reason });
+                }
+                bytes = bytes.repeat(target.shape[0]);
+                shape = target.shape.clone();
+            }
+            let name = format!("{}.{field}", target.id);
+            entries.push(Entry::new(name, data.dtype(), shape, Some(target.id), Bytes::from_bytes_vec(bytes)));
+        }
+        let prefix = format!("{}.", source.id);
+        for (name, value) in scalars.range(prefix.clone()..).take_while(|(name, _)| name.starts_with(&prefix)) {
+            let field = &name[prefix.len()..];
+            // burn keeps the number of axes beside the state.
+            let value = if field == "__rank" { burn_pack::Scalar::from(target.shape.len()) } else { *value };
+            writer_scalars.push((format!("{}.{field}", target.id), value));
+        }
+        paths.push((target.id.to_string(), path));
+    }
+    let mut writer = Writer::new(entries);
+    for (name, value) in writer_scalars {
+        writer = writer.with_scalar(&name, value);
+    }
+    for (id, path) in paths {
+        writer = writer.with_metadata(&id, &path);
+    }
+    OptimizerRecord::from_bytes(writer.into_bytes().map_err(|e| broken(&e))?).map_err(|e| broken(&e))
+}
+
+/// Where the experts' parameter at `path` comes from; `None` for any other parameter.
+fn dense_path(path: &str) -> Option<String> {
+    let (layer, name) = path.split_once(".experts.")?;
+    let block = layer.strip_suffix("SoftMoe").or_else(|| layer.strip_suffix("Moe"))?;
+    let (_, dense) = EXPERTS.iter().find(|(expert, _)| *expert == name)?;
+    Some(format!("{block}Dense.{dense}"))
+}
+
+/// A state's name without its parameter.
+fn field_of(name: &str) -> String {
+    name.split_once('.').map_or(name, |(_, field)| field).to_string()
+}
+
+struct Parameter {
+    id: u64,
+    shape: Vec<usize>,
+}
+
+/// Every float parameter by its path.
+fn parameters<M: Module>(module: &M) -> BTreeMap<String, Parameter> {
+    struct Lister {
+        path: Vec<String>,
+        found: BTreeMap<String, Parameter>,
+    }
+    impl ModuleVisitor for Lister {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.path.push(name.to_string());
+        }
+
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.path.pop();
+        }
+
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let parameter = Parameter { id: param.id.val(), shape: param.shape().to_vec() };
+            self.found.insert(self.path.join("."), parameter);
+        }
+    }
+    let mut lister = Lister { path: Vec::new(), found: BTreeMap::new() };
+    module.visit(&mut lister);
+    lister.found
+}

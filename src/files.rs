@@ -7,16 +7,23 @@ use std::{fs, io, io::Write, path::Path};
 /// # Errors
 /// Of the file system; `path` is then as it was.
 pub fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> io::Result<()> {
-    let path = path.as_ref();
-    let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path has no file name"))?;
+    write_aside(path.as_ref(), |error| error, |aside| fs::File::create(aside)?.write_all(bytes))
+}
+
+/// Lets `write` make a file beside `path`, flushes it to the disk and renames it into place. On an error nothing is left of it.
+pub(crate) fn write_aside<E>(
+    path: &Path,
+    of_io: impl Fn(io::Error) -> E,
+    write: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<(), E> {
+    let no_name = || of_io(io::Error::new(io::ErrorKind::InvalidInput, "the path has no file name"));
+    let name = path.file_name().ok_or_else(no_name)?;
     let aside = path.with_file_name(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
-    let write = || {
-        let mut file = fs::File::create(&aside)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&aside, path)
+    let whole = || {
+        write(&aside)?;
+        fs::File::open(&aside).and_then(|file| file.sync_all()).and_then(|()| fs::rename(&aside, path)).map_err(&of_io)
     };
-    write().inspect_err(|_| {
+    whole().inspect_err(|_| {
         // Best effort: the error that matters is the first one.
         let _ = fs::remove_file(&aside);
     })

@@ -1,7 +1,7 @@
 //! Changing a parameter's value from outside a computation.
 
 use burn::module::Param;
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, TensorData};
 
 /// A parameter with another value: same identity, same device, as trainable as before. `f` sees the value outside of any graph.
 pub(crate) fn with_value<const D: usize>(param: Param<Tensor<D>>, f: impl FnOnce(Tensor<D>) -> Tensor<D>) -> Param<Tensor<D>> {
@@ -12,4 +12,15 @@ pub(crate) fn with_value<const D: usize>(param: Param<Tensor<D>>, f: impl FnOnce
         let new = if device.is_autodiff() { new.autodiff() } else { new };
         new.set_require_grad(tracked)
     })
+}
+
+/// A parameter with new numbers: same identity, same device, as trainable as before. What it would have started from is not made.
+///
+/// # Panics
+/// When the shape is another one.
+pub(crate) fn replaced<const D: usize>(param: Param<Tensor<D>>, data: TensorData) -> Param<Tensor<D>> {
+    let (id, shape) = (param.id, param.lazy_shape());
+    assert!(data.shape() == &shape, "a parameter of shape {shape:?} cannot hold {:?}", data.shape());
+    let value = Tensor::from_data(data, &param.lazy_device());
+    param.transform_for_load(value, id)
 }

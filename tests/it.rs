@@ -4,6 +4,7 @@ mod it {
     mod bad_input;
     mod clip;
     mod fixtures;
+    mod input;
     mod kernels;
     mod layer;
     mod losses;

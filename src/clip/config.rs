@@ -41,7 +41,7 @@ impl SparseClipConfig {
 }
 
 impl ClipConfig {
-    /// ViT-B/32 with OpenAI's activation.
+    /// ViT-B/32 with OpenAI's activation, which is DFN's too; LAION's models have [`Activation::Gelu`].
     pub fn vit_b_32() -> Self {
         Self::preset(768, 12, 32, 512, 512)
     }
@@ -54,6 +54,30 @@ impl ClipConfig {
     /// ViT-L/14 with OpenAI's activation.
     pub fn vit_l_14() -> Self {
         Self::preset(1024, 24, 14, 768, 768)
+    }
+
+    /// ViT-L/14 for images of 336 pixels, with OpenAI's activation.
+    pub fn vit_l_14_336() -> Self {
+        let mut config = Self::vit_l_14();
+        config.vision.image_size = 336;
+        config
+    }
+
+    /// The preset of that name: `vit-b-32`, `vit-b-16`, `vit-l-14` or `vit-l-14-336`, and with `-gelu` behind it the same with LAION's
+    /// activation.
+    pub fn preset_by_name(name: &str) -> Option<Self> {
+        let (base, activation) = match name.strip_suffix("-gelu") {
+            Some(base) => (base, Activation::Gelu),
+            None => (name, Activation::QuickGelu),
+        };
+        let config = match base {
+            "vit-b-32" => Self::vit_b_32(),
+            "vit-b-16" => Self::vit_b_16(),
+            "vit-l-14" => Self::vit_l_14(),
+            "vit-l-14-336" => Self::vit_l_14_336(),
+            _ => return None,
+        };
+        Some(config.activation(activation))
     }
 
     /// The small model that comes with this repository: 32-pixel images, CLIP's own vocabulary.

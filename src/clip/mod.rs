@@ -3,20 +3,32 @@
 mod auxiliary;
 mod config;
 mod loss;
+mod memory;
 mod model;
 mod retrieval;
 mod text;
 mod vision;
+mod zero_shot;
 
 #[cfg(feature = "store")]
 pub mod checkpoint;
-#[cfg(feature = "train")]
+#[cfg(feature = "input")]
+mod embed;
+#[cfg(feature = "input")]
+pub mod lists;
+#[cfg(feature = "input")]
+pub mod preprocess;
+#[cfg(feature = "input")]
 pub mod tokenizer;
 
 pub use auxiliary::{ClipAuxiliaryLoss, ClipAuxiliaryLossConfig, ClipAuxiliaryLossOutput};
 pub use config::{ClipConfig, SparseClipConfig};
+#[cfg(feature = "input")]
+pub use embed::{Embedder, TextEmbeddings};
 pub use loss::contrastive_loss;
+pub use memory::ClipMemory;
 pub use model::{Clip, ClipOutput, MAX_LOGIT_SCALE};
 pub use retrieval::{Recall, RetrievalError, RetrievalMetrics};
 pub use text::{EndOfText, TextConfig, TextOutput, TextTower};
 pub use vision::{VisionConfig, VisionOutput, VisionTower};
+pub use zero_shot::{ZeroShotClassifier, ZeroShotMetrics};

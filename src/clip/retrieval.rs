@@ -62,6 +62,30 @@ pub enum RetrievalError {
         /// Index of the image.
         image: usize,
     },
+    /// A class without a prompt has no direction.
+    #[error("class {class} has no prompt")]
+    NoPrompt {
+        /// Index of the class.
+        class: usize,
+    },
+    /// Not one class per image.
+    #[error("{images} images come with {classes} classes")]
+    Classes {
+        /// Number of image embeddings.
+        images: usize,
+        /// Length of the list of classes.
+        classes: usize,
+    },
+    /// A class that does not exist.
+    #[error("image {image} is of class {class}, but there are {classes} classes")]
+    NoSuchClass {
+        /// Index of the image.
+        image: usize,
+        /// The class that it is said to be of.
+        class: usize,
+        /// Number of classes.
+        classes: usize,
+    },
     /// A similarity that is not a number cannot be ranked.
     #[error(transparent)]
     NonFinite(#[from] crate::NonFiniteError),
@@ -69,7 +93,8 @@ pub enum RetrievalError {
 
 impl RetrievalMetrics {
     /// Ranks every text against every image and the other way round by cosine similarity. A query is a hit at `k` if *any* of its
-    /// positives is among the best `k`. A tie counts against the model: equal embeddings retrieve nothing.
+    /// positives is among the best `k`. A tie counts against the model: equal embeddings retrieve nothing. Similarities are made block by
+    /// block, so that galleries may be large.
     ///
     /// # Shapes
     /// - images: `[I, P]`, texts: `[S, P]`; need not be normalised
@@ -98,14 +123,9 @@ impl RetrievalMetrics {
         crate::check_finite("image embeddings", &images)?;
         crate::check_finite("text embeddings", &texts)?;
 
-        let similarity = super::model::normalize(texts).matmul(super::model::normalize(images).transpose());
-        let similarity = similarity.try_into_vec_as::<f32>().expect("a float tensor reads as f32");
-        let at = |text: usize, image: usize| similarity[text * num_images + image];
-        let text_ranks: Vec<usize> =
-            (0..num_texts).map(|text| rank(num_images, &[image_of_text[text]], |image| at(text, image))).collect();
-        let image_ranks: Vec<usize> =
-            (0..num_images).map(|image| rank(num_texts, &texts_of_image[image], |text| at(text, image))).collect();
-        Ok(Self::from_ranks(text_ranks, image_ranks))
+        let (images, texts) = (super::model::normalize(images), super::model::normalize(texts));
+        let image_of_text: Vec<Vec<usize>> = image_of_text.iter().map(|&image| vec![image]).collect();
+        Ok(Self::from_ranks(ranks(&texts, &images, &image_of_text), ranks(&images, &texts, &texts_of_image)))
     }
 
     /// Recall from the ranks of every query, counted from 0.
@@ -127,10 +147,30 @@ impl Recall {
     }
 }
 
+/// Similarities in memory at a time, 64 MiB.
+const BLOCK: usize = 1 << 24;
+
+/// For each query, how many wrong candidates are at least as similar as the best of its positives.
+fn ranks(queries: &Tensor<2>, candidates: &Tensor<2>, positives: &[Vec<usize>]) -> Vec<usize> {
+    let ([num_queries, _], [num_candidates, _]) = (queries.dims(), candidates.dims());
+    let candidates = candidates.clone().transpose();
+    let block = (BLOCK / num_candidates).max(1);
+    let mut ranks = Vec::with_capacity(num_queries);
+    for start in (0..num_queries).step_by(block) {
+        let count = block.min(num_queries - start);
+        let similarities = queries.clone().narrow(0, start, count).matmul(candidates.clone());
+        let similarities = similarities.try_into_vec_as::<f32>().expect("a float tensor reads as f32");
+        ranks.extend(similarities.chunks_exact(num_candidates).zip(&positives[start..]).map(|(row, own)| rank(row, own)));
+    }
+    ranks
+}
+
 /// How many wrong candidates are at least as similar as the best positive.
-fn rank(num_candidates: usize, positives: &[usize], similarity: impl Fn(usize) -> f32) -> usize {
-    let best = positives.iter().map(|&p| similarity(p)).fold(f32::NEG_INFINITY, f32::max);
-    (0..num_candidates).filter(|candidate| !positives.contains(candidate) && similarity(*candidate) >= best).count()
+fn rank(similarities: &[f32], positives: &[usize]) -> usize {
+    let best = positives.iter().map(|&p| similarities[p]).fold(f32::NEG_INFINITY, f32::max);
+    // Every candidate as good as that, without the positives among them.
+    let at_least = similarities.iter().filter(|similarity| **similarity >= best).count();
+    at_least - positives.iter().filter(|&&p| similarities[p] >= best).count()
 }
 
 #[cfg(test)]

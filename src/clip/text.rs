@@ -36,6 +36,9 @@ pub struct TextConfig {
     /// Which token is the end. Default: `HighestId`
     #[config(default = "EndOfText::HighestId")]
     pub end_of_text: EndOfText,
+    /// Whether the projection has a bias; open_clip's `proj_bias`. Default: false
+    #[config(default = false)]
+    pub projection_bias: bool,
 }
 
 /// A causal transformer; the end-of-text token's output is the embedding. What follows that token is padding and is kept out of
@@ -83,7 +86,7 @@ impl TextConfig {
     pub fn cost(&self, embed_dim: usize) -> Cost {
         let d = self.encoder.d_model;
         let embeddings = Cost::params((self.vocab_size + self.context_length + 2) * d); // tokens, positions, one norm
-        embeddings + self.encoder.cost(self.context_length) + Cost::linear(1, d, embed_dim, false)
+        embeddings + self.encoder.cost(self.context_length) + Cost::linear(1, d, embed_dim, self.projection_bias)
     }
 
     /// A new tower with embeddings of width `embed_dim`.
@@ -100,7 +103,7 @@ impl TextConfig {
             encoder: self.encoder.init(device),
             norm_final: LayerNormConfig::new(d_model).with_epsilon(self.encoder.norm_epsilon).init(device),
             projection: LinearConfig::new(d_model, embed_dim)
-                .with_bias(false)
+                .with_bias(self.projection_bias)
                 .with_initializer(normal((d_model as f64).powf(-0.5)))
                 .init(device),
             end_of_text: self.end_of_text,

@@ -42,16 +42,23 @@ impl ClipTokenizer {
         Self { tokenizer: Tokenizer::new() }
     }
 
-    /// Token ids of a text, without start and end. Curly quotes count as straight ones, as in open_clip's clean-up.
+    /// Token ids of a text, without start and end. As in open_clip's clean-up, curly quotes count as straight ones, HTML entities as what they
+    /// stand for (twice, as `&amp;lt;` is common), and white space as single spaces. What else ftfy mends (mojibake, ligatures, full-width
+    /// letters) is left as it is.
     pub fn encode(&self, text: &str) -> Vec<i32> {
-        let straight: String = text
-            .chars()
-            .map(|c| match c {
-                '\u{2018}' | '\u{2019}' => '\'',
-                '\u{201c}' | '\u{201d}' => '"',
+        let once = htmlize::unescape(text);
+        let twice = htmlize::unescape(once.as_ref());
+        let mut straight = String::with_capacity(twice.len());
+        for word in twice.split_whitespace() {
+            if !straight.is_empty() {
+                straight.push(' ');
+            }
+            straight.extend(word.chars().map(|c| match c {
+                '\u{2bc}' | '\u{2018}'..='\u{201b}' => '\'',
+                '\u{201c}'..='\u{201f}' => '"',
                 c => c,
-            })
-            .collect();
+            }));
+        }
         let mut tokens = Vec::new();
         self.tokenizer.encode(&straight, &mut tokens);
         tokens.into_iter().map(|token: Token| i32::from(token.to_u16())).collect()

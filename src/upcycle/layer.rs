@@ -13,7 +13,7 @@ use super::{
 use crate::{
     experts::{ExpertMlp, FeedForwardForm},
     moe::MoeFeedForward,
-    param::with_value,
+    param::{replaced, with_value},
     routing::{MoeInput, MoeOutput},
     soft_moe::SoftMoeFeedForward,
 };
@@ -188,7 +188,7 @@ fn check(
 
 /// The parameter with a value from another model, which may live on another device.
 pub(super) fn replace<const D: usize>(param: Param<Tensor<D>>, value: Tensor<D>) -> Param<Tensor<D>> {
-    with_value(param, |old| Tensor::from_data(value.into_data(), &old.device()))
+    replaced(param, value.into_data())
 }
 
 fn compare(

@@ -51,7 +51,7 @@ fn what_is_wrong_in_a_users_list_is_named() {
     let error = |name, list| load(name, list).unwrap_err();
     assert_eq!(error("list.csv", "path,caption\nred.png,red\nblue.png,  \n"), "list.csv, line 3: the caption of blue.png is empty");
     assert!(error("list.csv", "path,caption\nno.png,no\n").starts_with("no.png is no readable image: "));
-    assert!(error("list.csv", "path,caption\nmissing.png,x\n").starts_with("missing.png is no readable image: "));
+    assert!(error("list.csv", "path,caption\nmissing.png,x\n").starts_with("missing.png: "));
     assert!(error("list.csv", "file,text\nred.png,x\n").starts_with("list.csv, line 2: "));
     assert!(error("list.jsonl", "{\"path\": \"red.png\"}\n").starts_with("list.jsonl, line 1: missing field `caption`"));
     assert!(error("list.txt", "").starts_with("list.txt: expected a `.csv`, `.jsonl` or `.ndjson` file"));

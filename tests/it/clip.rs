@@ -90,6 +90,163 @@ fn every_kind_of_sparse_block_comes_back_from_disk() {
 }
 
 #[test]
+fn both_layouts_are_written_back_to_the_bit() {
+    let device = Device::default();
+    for (name, file) in [("clip-hf-gelu", "model.safetensors"), ("clip-openclip-gelu", "open_clip_model.safetensors")] {
+        let source = Path::new(ROOT).join("tests/fixtures").join(name);
+        let checkpoint = ClipCheckpoint::load(&source, &device).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        match name {
+            "clip-hf-gelu" => checkpoint.save_hugging_face(folder.path(), Precision::F32).unwrap(),
+            _ => checkpoint.save_open_clip(folder.path(), Precision::F32).unwrap(),
+        }
+        let tensors = |folder: &Path| {
+            let bytes = fs::read(folder.join(file)).unwrap();
+            let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            let tensors = file.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec(), view.data().to_vec()));
+            tensors.collect::<std::collections::BTreeSet<_>>()
+        };
+        assert!(tensors(&source) == tensors(folder.path()), "{name}");
+        let back = ClipCheckpoint::load(folder.path(), &device).unwrap();
+        assert_eq!(format!("{}", back.config), format!("{}", checkpoint.config));
+    }
+}
+
+#[test]
+fn half_precisions_come_back_to_the_bit() {
+    let device = Device::default();
+    for precision in [Precision::F16, Precision::BF16] {
+        let [first, second] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        dense(&device).save_hugging_face(first.path(), precision).unwrap();
+        let rounded = ClipCheckpoint::load(first.path(), &device).unwrap();
+        rounded.save_hugging_face(second.path(), precision).unwrap();
+        let bytes = |folder: &tempfile::TempDir| fs::read(folder.path().join("model.safetensors")).unwrap();
+        assert!(bytes(&first) == bytes(&second), "{precision:?}");
+    }
+}
+
+/// The weights of `folder` in two files with an index, as transformers writes large models.
+fn shard(folder: &Path) {
+    let bytes = fs::read(folder.join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut weight_map = serde_json::Map::new();
+    for (number, parity) in [(1, 0), (2, 1)] {
+        let name = format!("model-0000{number}-of-00002.safetensors");
+        let mut tensors = file.tensors();
+        tensors.sort_by(|a, b| a.0.cmp(&b.0));
+        let own: Vec<_> = tensors.into_iter().enumerate().filter(|(i, _)| i % 2 == parity).map(|(_, tensor)| tensor).collect();
+        own.iter().for_each(|(tensor, _)| drop(weight_map.insert(tensor.clone(), name.clone().into())));
+        fs::write(folder.join(name), safetensors::serialize(own, None).unwrap()).unwrap();
+    }
+    let index = serde_json::json!({ "metadata": { "total_size": 0 }, "weight_map": weight_map });
+    fs::write(folder.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    fs::remove_file(folder.join("model.safetensors")).unwrap();
+}
+
+#[test]
+fn weights_in_shards_are_read() {
+    let device = Device::default();
+    let folder = tempfile::tempdir().unwrap();
+    let dense = dense(&device);
+    dense.save_hugging_face(folder.path(), Precision::F32).unwrap();
+    shard(folder.path());
+    let back = ClipCheckpoint::load(folder.path(), &device).unwrap();
+    assert_eq!(image_embeds(&back, &device), image_embeds(&dense, &device));
+
+    let index = folder.path().join("model.safetensors.index.json");
+    let text = fs::read_to_string(&index).unwrap();
+    let with = |from: &str, to: &str| {
+        fs::write(&index, text.replacen(from, to, 1)).unwrap();
+        ClipCheckpoint::load(folder.path(), &device).unwrap_err().to_string()
+    };
+    let shard = "\"model-00001-of-00002.safetensors\"";
+    assert!(with(shard, "\"../elsewhere\"").ends_with("`../elsewhere` is no name of a file"));
+    assert!(
+        with(shard, "\"model-00002-of-00002.safetensors\"").contains("should be in model-00002-of-00002.safetensors, but is not")
+    );
+    assert!(with(shard, "\"missing.safetensors\"").contains("missing.safetensors: "));
+    assert!(with("weight_map", "weights").contains("missing field `weight_map`"));
+}
+
+#[test]
+fn a_projection_with_a_bias_comes_back() {
+    let device = Device::default();
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config();
+    config.text.projection_bias = true;
+    let checkpoint = ClipCheckpoint { model: config.init(&device), config };
+    checkpoint.save_open_clip(folder.path(), Precision::F32).unwrap();
+    let back = ClipCheckpoint::load(folder.path(), &device).unwrap();
+    let bias = |checkpoint: &ClipCheckpoint| values(&checkpoint.model.text.projection.bias.as_ref().unwrap().val());
+    assert_eq!(bias(&back), bias(&checkpoint));
+    assert_eq!(checkpoint.model.num_params() as u64, checkpoint.config.cost().params_total);
+    let error = checkpoint.save_hugging_face(folder.path(), Precision::F32).unwrap_err().to_string();
+    assert_eq!(error, "Hugging Face's layout has no place for a bias of the text projection");
+}
+
+#[test]
+fn a_sparse_model_is_a_burn_record_too() {
+    let device = Device::default();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.bpk");
+    let sparse = || config().sparse(SparseClipConfig::clip_up()).init(&device);
+    let model = sparse();
+    model.clone().save_file(&path).unwrap();
+    let back = sparse().try_load_file(&path).unwrap();
+    let embed = |model: &burn_moe::clip::Clip| values(&model.encode_image(numbers([2, 3, 8, 8], 4, &device)).embedding);
+    assert_eq!(embed(&back), embed(&model));
+}
+
+/// Files that were made to do harm: each is an error that names the file, and none takes memory for what it claims.
+#[test]
+fn hostile_weights_are_refused() {
+    let device = Device::default();
+    let folder = tempfile::tempdir().unwrap();
+    dense(&device).save_hugging_face(folder.path(), Precision::F32).unwrap();
+    let path = folder.path().join("model.safetensors");
+    let whole = fs::read(&path).unwrap();
+    let length = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    let (header, data) = (String::from_utf8(whole[8..8 + length].to_vec()).unwrap(), &whole[8 + length..]);
+    let load = |bytes: Vec<u8>| {
+        fs::write(&path, bytes).unwrap();
+        ClipCheckpoint::load(folder.path(), &device).map(|_| ()).unwrap_err()
+    };
+    let with_header = |header: &str| [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), data].concat();
+    let first = |from: &str, to: &str| {
+        assert!(header.contains(from), "{from}");
+        with_header(&header.replacen(from, to, 1))
+    };
+    let offsets = "\"data_offsets\":[0,";
+    for (what, bytes) in [
+        ("a length beyond the file", [&u64::MAX.to_le_bytes()[..], &whole[8..]].concat()),
+        ("a length of nearly everything", [&(whole.len() as u64 - 8).to_le_bytes()[..], &whole[8..]].concat()),
+        ("a length of zero", [&0u64.to_le_bytes()[..], &whole[8..]].concat()),
+        ("tensors that overlap", first(offsets, "\"data_offsets\":[4,")),
+        ("an offset beyond the file", first(offsets, "\"data_offsets\":[99999999999,")),
+        ("a shape without an end", first("\"shape\":[", "\"shape\":[18446744073709551615,18446744073709551615,")),
+        ("a shape of more than there is", first("\"shape\":[", "\"shape\":[1000000,1000000,")),
+        ("a header that is no JSON", with_header("{{{{")),
+        ("a header that is no text", [&4u64.to_le_bytes()[..], &[0xff, 0xfe, 0xfd, 0xfc], data].concat()),
+        ("no tensors", with_header("{}")),
+        ("bytes behind the end", [&whole[..], &[0; 5]].concat()),
+    ] {
+        assert!(matches!(load(bytes), CheckpointError::Safetensors { .. }), "{what}");
+    }
+    let integers = first("\"F32\"", "\"I32\"");
+    assert!(load(integers).to_string().contains("has dtype I32"));
+    let name = header.split('"').nth(1).unwrap();
+    let twice = header.replacen('{', &format!("{{\"{name}\":{{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}},"), 1);
+    assert!(matches!(load(with_header(&twice)), CheckpointError::Duplicate { tensor, .. } if tensor == name));
+    // Any byte of the header, changed: an error or a model, and no panic.
+    for at in (0..length).step_by(7) {
+        let mut bytes = whole.clone();
+        bytes[8 + at] ^= 0x15;
+        fs::write(&path, bytes).unwrap();
+        let _ = ClipCheckpoint::load(folder.path(), &device);
+    }
+}
+
+#[test]
 fn a_sparse_checkpoint_of_version_2_is_read() {
     let device = Device::default();
     let folder = tempfile::tempdir().unwrap();
@@ -104,6 +261,8 @@ fn a_sparse_checkpoint_of_version_2_is_read() {
         for field in ["layer", "form", "shared_expert", "padding"] {
             blocks.remove(field).unwrap();
         }
+        let tower = file["clip"][tower].as_object_mut().unwrap();
+        tower.remove("projection_bias");
     }
     fs::write(&path, file.to_string()).unwrap();
     let back = ClipCheckpoint::load(folder.path(), &device).unwrap();

@@ -55,6 +55,9 @@ fn from_version_2(clip: &mut Value) -> Result<()> {
             sparse.entry(field).or_insert_with(|| defaults[field].clone());
         }
     }
+    if let Some(Value::Object(text)) = clip.get_mut("text") {
+        text.entry("projection_bias").or_insert(Value::Bool(false));
+    }
     Ok(())
 }
 
@@ -104,6 +107,8 @@ struct OpenClipText {
     layers: usize,
     #[serde(default = "mlp_ratio")]
     mlp_ratio: f64,
+    #[serde(default)]
+    proj_bias: bool,
     #[serde(flatten)]
     rest: Map<String, Value>,
 }
@@ -165,7 +170,8 @@ pub(super) fn from_open_clip(text: &str) -> Result<ClipConfig> {
     let t = model.text_cfg;
     let text = TextConfig::new(encoder(t.width, t.heads, t.layers, t.mlp_ratio))
         .with_vocab_size(t.vocab_size)
-        .with_context_length(t.context_length);
+        .with_context_length(t.context_length)
+        .with_projection_bias(t.proj_bias);
     Ok(ClipConfig::new(vision, text, model.embed_dim).activation(activation))
 }
 
@@ -180,7 +186,7 @@ pub(super) fn to_open_clip(config: &ClipConfig) -> std::result::Result<String, C
         (vision.encoder.norm_epsilon != 1e-5 || text.encoder.norm_epsilon != 1e-5, "another layer-norm epsilon than 1e-5"),
     ] {
         if refused {
-            return Err(CheckpointError::NoPlace { what });
+            return Err(CheckpointError::NoPlace { layout: "open_clip", what });
         }
     }
     // open_clip cuts the fraction off the product; rounding in the quotient must not cost the last unit.
@@ -211,6 +217,7 @@ pub(super) fn to_open_clip(config: &ClipConfig) -> std::result::Result<String, C
             heads: text.encoder.n_heads,
             layers: text.encoder.n_layers,
             mlp_ratio: ratio(&text.encoder),
+            proj_bias: text.projection_bias,
             rest: Map::new(),
         },
         rest: Map::new(),
@@ -239,6 +246,56 @@ pub(super) fn from_hugging_face(text: &str) -> Result<ClipConfig> {
         .with_context_length(text.get("max_position_embeddings", 77)?)
         .with_end_of_text(end_of_text);
     Ok(ClipConfig::new(vision, text, embed_dim))
+}
+
+pub(super) fn to_hugging_face(config: &ClipConfig) -> std::result::Result<String, CheckpointError> {
+    let (vision, text) = (&config.vision, &config.text);
+    for (refused, what) in [(config.is_sparse(), "sparse blocks"), (text.projection_bias, "a bias of the text projection")] {
+        if refused {
+            return Err(CheckpointError::NoPlace { layout: "Hugging Face", what });
+        }
+    }
+    let encoder = |encoder: &EncoderConfig| {
+        serde_json::json!({
+            "hidden_size": encoder.d_model,
+            "intermediate_size": encoder.d_ff,
+            "num_attention_heads": encoder.n_heads,
+            "num_hidden_layers": encoder.n_layers,
+            "hidden_act": match encoder.activation {
+                Activation::Gelu => "gelu",
+                Activation::QuickGelu => "quick_gelu",
+                Activation::Relu => "relu",
+                Activation::Silu => "silu",
+            },
+            "layer_norm_eps": encoder.norm_epsilon,
+            "projection_dim": config.embed_dim,
+        })
+    };
+    let with = |mut section: Value, more: Value| {
+        let (Value::Object(section), Value::Object(more)) = (&mut section, more) else { unreachable!("both are objects") };
+        section.extend(more);
+        Value::Object(std::mem::take(section))
+    };
+    let file = serde_json::json!({
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embed_dim,
+        "logit_scale_init_value": config.logit_scale_init,
+        "vision_config": with(encoder(&vision.encoder), serde_json::json!({
+            "model_type": "clip_vision_model",
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "num_channels": vision.channels,
+        })),
+        "text_config": with(encoder(&text.encoder), serde_json::json!({
+            "model_type": "clip_text_model",
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.context_length,
+            // 2 is how transformers marks the rule of the highest id.
+            "eos_token_id": match text.end_of_text { EndOfText::HighestId => 2, EndOfText::Id(id) => id },
+        })),
+    });
+    Ok(serde_json::to_string_pretty(&file).expect("JSON can be written"))
 }
 
 /// An object inside Hugging Face's file.

@@ -53,6 +53,14 @@ pub enum CheckpointError {
         /// Where reading stopped.
         source: safetensors::SafeTensorError,
     },
+    /// The header names a tensor twice.
+    #[error("{} has `{tensor}` twice", path.display())]
+    Duplicate {
+        /// The file.
+        path: PathBuf,
+        /// Its name in the file.
+        tensor: String,
+    },
     /// The weights file has other tensors than the configuration asks for.
     #[error("{}: missing tensors {missing:?}, unexpected tensors {unexpected:?}", path.display())]
     Keys {
@@ -102,8 +110,10 @@ pub enum CheckpointError {
         count: usize,
     },
     /// The layout has no place for something this model has.
-    #[error("open_clip's layout has no place for {what}")]
+    #[error("{layout}'s layout has no place for {what}")]
     NoPlace {
+        /// Whose layout.
+        layout: &'static str,
         /// What it is.
         what: &'static str,
     },

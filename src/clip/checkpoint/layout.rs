@@ -1,6 +1,6 @@
 //! Which stored tensor is which parameter.
 
-use safetensors::{Dtype, tensor::TensorView};
+use safetensors::Dtype;
 
 use super::Precision;
 use crate::{
@@ -15,13 +15,6 @@ use crate::{
 pub(super) enum Layout {
     HuggingFace,
     OpenClip,
-}
-
-/// Numbers and their shape.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Array {
-    pub shape: Vec<usize>,
-    pub values: Vec<f32>,
 }
 
 /// One parameter and where it is stored.
@@ -51,61 +44,60 @@ enum Form {
     FusedWeight { part: usize },
 }
 
-impl Array {
-    pub(super) fn zeros(shape: Vec<usize>) -> Self {
-        Self { values: vec![0.0; shape.iter().product()], shape }
-    }
-
-    /// `[rows, columns] -> [columns, rows]`, all axes behind the first taken as columns.
-    fn transposed(&self) -> Self {
-        let rows = self.shape[0];
-        let columns = self.values.len() / rows;
-        let values = (0..columns).flat_map(|c| (0..rows).map(move |r| self.values[r * columns + c])).collect();
-        Self { shape: vec![columns, rows], values }
-    }
-}
-
 impl Entry {
-    /// From the file to the model.
-    pub(super) fn load(&self, stored: Array) -> Array {
+    /// Which third of the stored tensor the parameter is; `None`: all of it.
+    pub(super) fn part(&self) -> Option<usize> {
         match self.form {
-            Form::Same => stored,
-            Form::Scalar => Array { shape: vec![1], ..stored },
-            Form::OutputFirst => stored.transposed(),
-            Form::FusedBias { part } => stored.part(part),
-            Form::FusedWeight { part } => stored.part(part).transposed(),
+            Form::FusedBias { part } | Form::FusedWeight { part } => Some(part),
+            Form::Same | Form::Scalar | Form::OutputFirst => None,
         }
     }
 
-    /// From the model to the file.
-    pub(super) fn store(&self, param: Array, stored: &mut Array) {
+    /// Values of the parameter in the stored order.
+    fn rows(&self) -> usize {
+        self.stored_shape.first().copied().unwrap_or(1) / if self.part().is_some() { 3 } else { 1 }
+    }
+
+    /// From the file, of which [`part`](Self::part) was read, to the model.
+    pub(super) fn load(&self, stored: Vec<f32>) -> Vec<f32> {
         match self.form {
-            Form::Same | Form::Scalar => stored.values = param.values,
-            Form::OutputFirst => stored.values = param.transposed().values,
-            Form::FusedBias { part } => stored.part_mut(part).copy_from_slice(&param.values),
-            Form::FusedWeight { part } => stored.part_mut(part).copy_from_slice(&param.transposed().values),
+            Form::Same | Form::Scalar | Form::FusedBias { .. } => stored,
+            Form::OutputFirst | Form::FusedWeight { .. } => transposed(&stored, self.rows()),
+        }
+    }
+
+    /// From the model to [`part`](Self::part) of the file.
+    pub(super) fn store(&self, values: Vec<f32>) -> Vec<f32> {
+        match self.form {
+            Form::Same | Form::Scalar | Form::FusedBias { .. } => values,
+            Form::OutputFirst | Form::FusedWeight { .. } => {
+                let columns = values.len() / self.rows();
+                transposed(&values, columns)
+            }
         }
     }
 }
 
-impl Array {
-    fn part(&self, part: usize) -> Self {
-        let len = self.values.len() / 3;
-        let mut shape = self.shape.clone();
-        shape[0] /= 3;
-        Self { shape, values: self.values[part * len..(part + 1) * len].to_vec() }
+/// `[rows, columns] -> [columns, rows]`, in squares that fit the cache.
+fn transposed(values: &[f32], rows: usize) -> Vec<f32> {
+    const SIDE: usize = 32;
+    let columns = values.len() / rows.max(1);
+    let mut out = vec![0.0; values.len()];
+    for first_row in (0..rows).step_by(SIDE) {
+        for first_column in (0..columns).step_by(SIDE) {
+            for row in first_row..(first_row + SIDE).min(rows) {
+                for column in first_column..(first_column + SIDE).min(columns) {
+                    out[column * rows + row] = values[row * columns + column];
+                }
+            }
+        }
     }
-
-    fn part_mut(&mut self, part: usize) -> &mut [f32] {
-        let len = self.values.len() / 3;
-        &mut self.values[part * len..(part + 1) * len]
-    }
+    out
 }
 
 /// Numbers of a stored tensor; `None` for a dtype that is no weight.
-pub(super) fn decode(view: &TensorView) -> Option<Vec<f32>> {
-    let bytes = view.data();
-    Some(match view.dtype() {
+pub(super) fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+    Some(match dtype {
         Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
         Dtype::F64 => bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect(),
         Dtype::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
@@ -114,19 +106,31 @@ pub(super) fn decode(view: &TensorView) -> Option<Vec<f32>> {
     })
 }
 
-/// How many values would be written as something else than a finite number.
-pub(super) fn overflows(values: &[f32], precision: Precision) -> usize {
-    let fits = |v: f32| match precision {
-        Precision::F32 => v.is_finite(),
-        Precision::F16 => half::f16::from_f32(v).is_finite(),
-    };
-    values.iter().filter(|v| !fits(**v)).count()
-}
+impl Precision {
+    pub(super) fn dtype(self) -> Dtype {
+        match self {
+            Self::F32 => Dtype::F32,
+            Self::F16 => Dtype::F16,
+            Self::BF16 => Dtype::BF16,
+        }
+    }
 
-pub(super) fn encode(values: &[f32], precision: Precision) -> Vec<u8> {
-    match precision {
-        Precision::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        Precision::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+    /// How many values would be written as something else than a finite number.
+    pub(super) fn overflows(self, values: &[f32]) -> usize {
+        let fits = |v: f32| match self {
+            Self::F32 => v.is_finite(),
+            Self::F16 => half::f16::from_f32(v).is_finite(),
+            Self::BF16 => half::bf16::from_f32(v).is_finite(),
+        };
+        values.iter().filter(|v| !fits(**v)).count()
+    }
+
+    pub(super) fn encode(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            Self::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Self::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+            Self::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+        }
     }
 }
 
@@ -148,7 +152,10 @@ pub(super) fn entries(config: &ClipConfig, layout: Layout) -> Vec<Entry> {
             table.same("token_embedding.weight", &[text.vocab_size, td], "text.token_embedding.weight");
             table.same("positional_embedding", &[text.context_length, td], "text.position_embedding");
             table.norm("ln_final", td, "text.norm_final");
-            table.same("text_projection", &[td, embed], "text.projection.weight");
+            match text.projection_bias {
+                false => table.same("text_projection", &[td, embed], "text.projection.weight"),
+                true => table.linear("text_projection", td, embed, "text.projection"),
+            }
             table.open_clip_blocks("visual.transformer.resblocks", "vision.encoder.blocks", &vision.encoder);
             table.open_clip_blocks("transformer.resblocks", "text.encoder.blocks", &text.encoder);
         }

@@ -1,26 +1,32 @@
-//! Checkpoints: Hugging Face and open_clip in, open_clip and sparse ones out.
+//! Checkpoints: Hugging Face's, open_clip's and sparse ones, in and out.
 //!
 //! One table per layout says which stored tensor is which parameter, so that reading and writing cannot drift apart.
-//! Everything is checked before a model is built: a file that does not fit yields an error and no model.
+//! A file that does not fit yields an error and no model. Tensors are read and written one at a time, so that a model is never in memory
+//! twice. `docs/checkpoints.md` has every name.
 
 mod config;
 mod error;
 mod layout;
 mod params;
+mod tensors;
 
 pub use error::CheckpointError;
 
 use std::{
+    borrow::Cow,
+    cell::RefCell,
     collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
 };
 
 use burn::tensor::Device;
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use safetensors::{Dtype, tensor::View};
 
 use super::{Clip, ClipConfig};
-use layout::{Array, Layout};
+use layout::{Entry, Layout};
+use params::Source;
+use tensors::TensorFiles;
 
 /// A model read from disk, with the configuration that describes it.
 #[derive(Debug, Clone)]
@@ -38,6 +44,8 @@ pub enum Precision {
     F32,
     /// 16 bits, IEEE half precision.
     F16,
+    /// 16 bits with the exponent of 32.
+    BF16,
 }
 
 /// Tensors of other writers' files that hold no parameter.
@@ -45,39 +53,25 @@ const HARMLESS: [&str; 3] = ["attn_mask", "text_model.embeddings.position_ids", 
 
 impl ClipCheckpoint {
     /// Reads a folder: `config.json` means Hugging Face's `CLIPModel` (with `model.safetensors`), `open_clip_config.json` means
-    /// open_clip (with `open_clip_model.safetensors`), `burn_moe_config.json` means [`save_sparse`](Self::save_sparse).
+    /// open_clip (with `open_clip_model.safetensors`), `burn_moe_config.json` means [`save_sparse`](Self::save_sparse). Instead of one file of
+    /// weights there may be shards with an index (`model.safetensors.index.json`).
     /// Weights may be f32, f16, bf16 or f64; the model has f32.
     ///
     /// # Errors
     /// When a file is missing, truncated or of another kind, a setting is not known, or a tensor is missing, not expected, of
     /// another shape or not finite; each is named.
     pub fn load(folder: impl AsRef<Path>, device: &Device) -> Result<Self, CheckpointError> {
-        let folder = folder.as_ref();
-        let kinds = [
-            ("burn_moe_config.json", "model.safetensors", Layout::OpenClip),
-            ("open_clip_config.json", "open_clip_model.safetensors", Layout::OpenClip),
-            ("config.json", "model.safetensors", Layout::HuggingFace),
-        ];
-        // Some folders hold the configurations of several layouts: the one whose weights are there counts.
-        let has = |name: &str| folder.join(name).is_file();
-        let whole = kinds.into_iter().find(|kind| has(kind.0) && has(kind.1));
-        let Some((config_name, weights_name, layout)) = whole.or_else(|| kinds.into_iter().find(|kind| has(kind.0))) else {
-            return Err(CheckpointError::NoConfig { folder: folder.to_path_buf() });
-        };
-        let config_path = folder.join(config_name);
-        let text = fs::read_to_string(&config_path).map_err(CheckpointError::io(&config_path))?;
-        let config = match config_name {
-            "burn_moe_config.json" => config::from_burn_moe(&text),
-            "open_clip_config.json" => config::from_open_clip(&text),
-            _ => config::from_hugging_face(&text),
-        };
-        let config = config.map_err(|error| error.at(&config_path))?;
-        config.validate().map_err(|source| CheckpointError::Config { path: config_path, source })?;
-
-        let weights_path = folder.join(weights_name);
-        let bytes = fs::read(&weights_path).map_err(CheckpointError::io(&weights_path))?;
-        let model = load_weights(&weights_path, &bytes, &config, layout, device)?;
+        let (config, weights, layout) = found_in(folder.as_ref())?;
+        let model = load_weights(&TensorFiles::open(&weights)?, &config, layout, device)?;
         Ok(Self { config, model })
+    }
+
+    /// Reads the configuration of a folder, and no weights.
+    ///
+    /// # Errors
+    /// When the configuration is missing, of another kind, or has a setting that is not known.
+    pub fn read_config(folder: impl AsRef<Path>) -> Result<ClipConfig, CheckpointError> {
+        Ok(found_in(folder.as_ref())?.0)
     }
 
     /// Writes `open_clip_config.json` and `open_clip_model.safetensors` into `folder`, which is made if need be.
@@ -86,7 +80,17 @@ impl ClipCheckpoint {
     /// When the model is sparse, or on a failure of the file system; a file that was there before is then as it was.
     pub fn save_open_clip(&self, folder: impl AsRef<Path>, precision: Precision) -> Result<(), CheckpointError> {
         let text = config::to_open_clip(&self.config)?;
-        self.save(folder.as_ref(), ["open_clip_config.json", "open_clip_model.safetensors"], &text, precision)
+        self.save(folder.as_ref(), ["open_clip_config.json", "open_clip_model.safetensors"], &text, Layout::OpenClip, precision)
+    }
+
+    /// Writes `config.json` and `model.safetensors` as transformers does for a `CLIPModel` into `folder`, which is made if need be.
+    ///
+    /// # Errors
+    /// When the model is sparse or its text projection has a bias, or on a failure of the file system; a file that was there before is
+    /// then as it was.
+    pub fn save_hugging_face(&self, folder: impl AsRef<Path>, precision: Precision) -> Result<(), CheckpointError> {
+        let text = config::to_hugging_face(&self.config)?;
+        self.save(folder.as_ref(), ["config.json", "model.safetensors"], &text, Layout::HuggingFace, precision)
     }
 
     /// Writes `burn_moe_config.json` and `model.safetensors` into `folder`, which is made if need be. Tensor names are
@@ -99,78 +103,148 @@ impl ClipCheckpoint {
     /// On a failure of the file system; a file that was there before is then as it was.
     pub fn save_sparse(&self, folder: impl AsRef<Path>, precision: Precision) -> Result<(), CheckpointError> {
         let text = config::to_burn_moe(&self.config);
-        self.save(folder.as_ref(), ["burn_moe_config.json", "model.safetensors"], &text, precision)
+        self.save(folder.as_ref(), ["burn_moe_config.json", "model.safetensors"], &text, Layout::OpenClip, precision)
     }
 
-    fn save(&self, folder: &Path, names: [&str; 2], config: &str, precision: Precision) -> Result<(), CheckpointError> {
+    fn save(
+        &self,
+        folder: &Path,
+        names: [&str; 2],
+        config: &str,
+        layout: Layout,
+        precision: Precision,
+    ) -> Result<(), CheckpointError> {
         fs::create_dir_all(folder).map_err(CheckpointError::io(folder))?;
-        let mut stored = params::read(&self.model);
-        let mut fused: BTreeMap<String, Array> = BTreeMap::new();
-        for entry in layout::entries(&self.config, Layout::OpenClip) {
-            let array = stored.remove(&entry.path).unwrap_or_else(|| panic!("the model has no parameter `{}`", entry.path));
-            entry.store(array, fused.entry(entry.key.clone()).or_insert_with(|| Array::zeros(entry.stored_shape.clone())));
+        let mut sources = params::sources(&self.model);
+        let mut stored: BTreeMap<String, StoredTensor> = BTreeMap::new();
+        let overflow = RefCell::new(None);
+        for entry in layout::entries(&self.config, layout) {
+            let source = sources.remove(&entry.path).unwrap_or_else(|| panic!("the model has no parameter `{}`", entry.path));
+            let new = || StoredTensor { shape: entry.stored_shape.clone(), parts: Vec::new(), precision, overflow: &overflow };
+            stored.entry(entry.key.clone()).or_insert_with(new).parts.push((entry, source));
         }
-        assert!(stored.is_empty(), "parameters that no layout names: {:?}", stored.keys());
-        for (tensor, array) in &fused {
-            let count = layout::overflows(&array.values, precision);
-            if count > 0 {
-                return Err(CheckpointError::Overflow { tensor: tensor.clone(), count });
-            }
-        }
-        let dtype = match precision {
-            Precision::F32 => Dtype::F32,
-            Precision::F16 => Dtype::F16,
-        };
-        let bytes: Vec<(String, Vec<usize>, Vec<u8>)> =
-            fused.into_iter().map(|(key, array)| (key, array.shape, layout::encode(&array.values, precision))).collect();
-        let views = bytes.iter().map(|(key, shape, bytes)| {
-            (key.as_str(), TensorView::new(dtype, shape.clone(), bytes).expect("sizes follow from the shape"))
-        });
+        assert!(sources.is_empty(), "parameters that no layout names: {:?}", sources.keys());
         let weights = folder.join(names[1]);
-        let file = safetensors::serialize(views, None).map_err(CheckpointError::safetensors(&weights))?;
-        crate::write_atomic(&weights, &file).map_err(CheckpointError::io(&weights))?;
+        crate::files::write_aside(
+            &weights,
+            |error| CheckpointError::io(&weights)(error),
+            |aside| {
+                let written = safetensors::serialize_to_file(stored, None, aside);
+                written.map_err(CheckpointError::safetensors(&weights))?;
+                overflow.take().map_or(Ok(()), |(tensor, count)| Err(CheckpointError::Overflow { tensor, count }))
+            },
+        )?;
         let config_path = folder.join(names[0]);
         crate::write_atomic(&config_path, config.as_bytes()).map_err(CheckpointError::io(&config_path))
     }
 }
 
-fn load_weights(path: &Path, bytes: &[u8], config: &ClipConfig, layout: Layout, device: &Device) -> Result<Clip, CheckpointError> {
-    let file = SafeTensors::deserialize(bytes).map_err(CheckpointError::safetensors(path))?;
+/// A tensor of the file, made of the parameters behind it when it is written.
+struct StoredTensor<'a> {
+    shape: Vec<usize>,
+    /// One, or the three of a fused projection in order.
+    parts: Vec<(Entry, Source)>,
+    precision: Precision,
+    /// The first tensor that the precision cannot hold, and how many of its values.
+    overflow: &'a RefCell<Option<(String, usize)>>,
+}
+
+impl View for StoredTensor<'_> {
+    fn dtype(&self) -> Dtype {
+        self.precision.dtype()
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let mut bytes = Vec::with_capacity(self.data_len());
+        for (entry, source) in &self.parts {
+            let values = entry.store(source.values());
+            let count = self.precision.overflows(&values);
+            if count > 0 {
+                self.overflow.borrow_mut().get_or_insert_with(|| (entry.key.clone(), count));
+            }
+            bytes.extend(self.precision.encode(&values));
+        }
+        bytes.into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype().bitsize() / 8
+    }
+}
+
+/// The configuration of a folder, where its weights are, and how they are laid out.
+fn found_in(folder: &Path) -> Result<(ClipConfig, PathBuf, Layout), CheckpointError> {
+    let kinds = [
+        ("burn_moe_config.json", "model.safetensors", Layout::OpenClip),
+        ("open_clip_config.json", "open_clip_model.safetensors", Layout::OpenClip),
+        ("config.json", "model.safetensors", Layout::HuggingFace),
+    ];
+    // Some folders hold the configurations of several layouts: the one whose weights are there counts.
+    let has = |name: &str| folder.join(name).is_file();
+    let has_weights = |name: &str| has(name) || tensors::index_of(&folder.join(name)).is_file();
+    let whole = kinds.into_iter().find(|kind| has(kind.0) && has_weights(kind.1));
+    let Some((config_name, weights_name, layout)) = whole.or_else(|| kinds.into_iter().find(|kind| has(kind.0))) else {
+        return Err(CheckpointError::NoConfig { folder: folder.to_path_buf() });
+    };
+    let config_path = folder.join(config_name);
+    let text = fs::read_to_string(&config_path).map_err(CheckpointError::io(&config_path))?;
+    let config = match config_name {
+        "burn_moe_config.json" => config::from_burn_moe(&text),
+        "open_clip_config.json" => config::from_open_clip(&text),
+        _ => config::from_hugging_face(&text),
+    };
+    let config = config.map_err(|error| error.at(&config_path))?;
+    config.validate().map_err(|source| CheckpointError::Config { path: config_path, source })?;
+
+    Ok((config, folder.join(weights_name), layout))
+}
+
+fn load_weights(files: &TensorFiles, config: &ClipConfig, layout: Layout, device: &Device) -> Result<Clip, CheckpointError> {
     let entries = layout::entries(config, layout);
     let expected: BTreeSet<&str> = entries.iter().map(|entry| entry.key.as_str()).collect();
-    let found: BTreeSet<&str> = file.names().into_iter().filter(|name| !HARMLESS.contains(name)).collect();
+    let found: BTreeSet<&str> = files.names().filter(|name| !HARMLESS.contains(name)).collect();
     let names = |set: std::collections::btree_set::Difference<&str>| set.map(|name| name.to_string()).collect::<Vec<_>>();
     let missing = names(expected.difference(&found));
     let unexpected = names(found.difference(&expected));
     if !missing.is_empty() || !unexpected.is_empty() {
-        return Err(CheckpointError::Keys { path: path.to_path_buf(), missing, unexpected });
+        return Err(CheckpointError::Keys { path: files.path.clone(), missing, unexpected });
     }
-    let mut loaded = BTreeMap::new();
-    for entry in entries {
-        let view = file.tensor(&entry.key).map_err(CheckpointError::safetensors(path))?;
-        let is_scalar = entry.stored_shape.is_empty() && view.shape() == [1];
-        if view.shape() != entry.stored_shape && !is_scalar {
+    // All shapes before the first number: what does not fit costs no memory.
+    for entry in &entries {
+        let (path, info) = files.info(&entry.key);
+        let is_scalar = entry.stored_shape.is_empty() && info.shape == [1];
+        if info.shape != entry.stored_shape && !is_scalar {
             return Err(CheckpointError::Shape {
                 path: path.to_path_buf(),
-                tensor: entry.key,
-                expected: entry.stored_shape,
-                found: view.shape().to_vec(),
+                tensor: entry.key.clone(),
+                expected: entry.stored_shape.clone(),
+                found: info.shape.clone(),
             });
         }
-        let values = layout::decode(&view).ok_or_else(|| CheckpointError::Dtype {
-            path: path.to_path_buf(),
+    }
+    let mut entries: BTreeMap<String, Entry> = entries.into_iter().map(|entry| (entry.path.clone(), entry)).collect();
+    let model = params::replace(config.init(device), |path| {
+        let entry = entries.remove(path).unwrap_or_else(|| panic!("no layout names the parameter `{path}`"));
+        let (file, info) = files.info(&entry.key);
+        let bytes = files.read(&entry.key, entry.part())?;
+        let values = layout::decode(info.dtype, &bytes).ok_or_else(|| CheckpointError::Dtype {
+            path: file.to_path_buf(),
             tensor: entry.key.clone(),
-            dtype: format!("{:?}", view.dtype()),
+            dtype: format!("{:?}", info.dtype),
         })?;
         let count = values.iter().filter(|v| !v.is_finite()).count();
         if count > 0 {
             let source = crate::NonFiniteError { tensor: entry.key, count, total: values.len() };
-            return Err(CheckpointError::NonFinite { path: path.to_path_buf(), source });
+            return Err(CheckpointError::NonFinite { path: file.to_path_buf(), source });
         }
-        let array = entry.load(Array { shape: entry.stored_shape.clone(), values });
-        loaded.insert(entry.path, array);
-    }
-    Ok(params::write(config.init(device), loaded))
+        Ok(entry.load(values))
+    })?;
+    assert!(entries.is_empty(), "no parameter for {:?}", entries.keys());
+    Ok(model)
 }
 
 /// Names the file in the errors of the configuration readers, which see only its text.

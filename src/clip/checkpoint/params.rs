@@ -1,34 +1,44 @@
-//! A module's parameters by path, as plain numbers.
+//! A module's parameters by path, read and replaced one at a time.
 
 use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Tensor, TensorData};
 
-use super::layout::Array;
-use crate::param::with_value;
+use crate::param::replaced;
 
-/// Every float parameter by its path (`vision.encoder.blocks.0.attention.query.weight`).
-pub(super) fn read<M: Module>(module: &M) -> BTreeMap<String, Array> {
-    let mut reader = Reader { path: Vec::new(), arrays: BTreeMap::new() };
-    module.visit(&mut reader);
-    reader.arrays
+/// A parameter whose numbers are copied to the host when they are asked for.
+pub(super) struct Source(Box<dyn Fn() -> Vec<f32>>);
+
+impl Source {
+    pub(super) fn values(&self) -> Vec<f32> {
+        (self.0)()
+    }
 }
 
-/// Replaces every float parameter by the array of its path.
+/// Every float parameter by its path (`vision.encoder.blocks.0.attention.query.weight`).
+pub(super) fn sources<M: Module>(module: &M) -> BTreeMap<String, Source> {
+    let mut reader = Reader { path: Vec::new(), sources: BTreeMap::new() };
+    module.visit(&mut reader);
+    reader.sources
+}
+
+/// Replaces every float parameter by what `values` says for its path.
+///
+/// # Errors
+/// The first of `values`.
 ///
 /// # Panics
-/// When a path or a shape does not fit: the layout table would be wrong, not the file.
-pub(super) fn write<M: Module>(module: M, arrays: BTreeMap<String, Array>) -> M {
-    let mut writer = Writer { path: Vec::new(), arrays };
+/// When a shape does not fit: the layout table would be wrong, not the file.
+pub(super) fn replace<M: Module, E>(module: M, values: impl FnMut(&str) -> Result<Vec<f32>, E>) -> Result<M, E> {
+    let mut writer = Writer { path: Vec::new(), values, error: None };
     let module = module.map(&mut writer);
-    assert!(writer.arrays.is_empty(), "no parameter for {:?}", writer.arrays.keys());
-    module
+    writer.error.map_or(Ok(module), Err)
 }
 
 struct Reader {
     path: Vec<String>,
-    arrays: BTreeMap<String, Array>,
+    sources: BTreeMap<String, Source>,
 }
 
 impl ModuleVisitor for Reader {
@@ -42,18 +52,18 @@ impl ModuleVisitor for Reader {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let value = param.val().detach();
-        let shape = value.dims().to_vec();
-        let values = value.try_into_vec_as::<f32>().expect("read as f32");
-        self.arrays.insert(self.path.join("."), Array { shape, values });
+        let values = move || value.clone().try_into_vec_as::<f32>().expect("read as f32");
+        self.sources.insert(self.path.join("."), Source(Box::new(values)));
     }
 }
 
-struct Writer {
+struct Writer<F, E> {
     path: Vec<String>,
-    arrays: BTreeMap<String, Array>,
+    values: F,
+    error: Option<E>,
 }
 
-impl ModuleMapper for Writer {
+impl<F: FnMut(&str) -> Result<Vec<f32>, E>, E> ModuleMapper for Writer<F, E> {
     fn enter_module(&mut self, name: &str, _: &str) {
         self.path.push(name.to_string());
     }
@@ -63,11 +73,18 @@ impl ModuleMapper for Writer {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let path = self.path.join(".");
-        let array = self.arrays.remove(&path).unwrap_or_else(|| panic!("no array for the parameter `{path}`"));
-        with_value(param, |old| {
-            assert!(old.dims()[..] == array.shape[..], "`{path}` is {:?}, its array {:?}", old.dims(), array.shape);
-            Tensor::from_data(TensorData::new(array.values, array.shape), &old.device())
-        })
+        if self.error.is_some() {
+            return param;
+        }
+        match (self.values)(&self.path.join(".")) {
+            Ok(values) => {
+                let shape = param.lazy_shape();
+                replaced(param, TensorData::new(values, shape))
+            }
+            Err(error) => {
+                self.error = Some(error);
+                param
+            }
+        }
     }
 }

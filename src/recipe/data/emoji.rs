@@ -9,6 +9,7 @@ use std::{
 use serde::Deserialize;
 
 use super::{Concept, DataError, ImageTextSet};
+use crate::clip::preprocess::ImageError;
 
 /// Who drew the emoji.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -92,7 +93,7 @@ impl EmojiPack {
         let mut concept_of_image = Vec::new();
         for vendor in vendors {
             let path = self.folder.join(format!("{}.png", vendor.name()));
-            let bad = |reason: String| DataError::Image { path: path.clone(), reason };
+            let bad = |reason: String| DataError::from(ImageError::Decode { path: path.clone(), reason });
             let sheet = image::open(&path).map_err(|error| bad(error.to_string()))?.into_rgb8();
             let columns = sheet.width() as usize / TILE;
             let tiles = columns * (sheet.height() as usize / TILE);

@@ -34,14 +34,9 @@ pub enum DataError {
         /// What is wrong.
         reason: String,
     },
-    /// A file that should be an image is none, or is damaged.
-    #[error("{} is no readable image: {reason}", path.display())]
-    Image {
-        /// The file.
-        path: PathBuf,
-        /// What the decoder said.
-        reason: String,
-    },
+    /// A file that should be an image cannot be used.
+    #[error(transparent)]
+    Image(#[from] crate::clip::preprocess::ImageError),
     /// The file of captions is of no known kind.
     #[error("{}: expected a `.csv`, `.jsonl` or `.ndjson` file of image paths and captions", path.display())]
     Kind {

@@ -6,11 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use fast_image_resize::{FilterType, IntoImageView, PixelType, ResizeAlg, ResizeOptions, Resizer, images::Image};
-use image::{DynamicImage, ImageReader, Limits};
 use serde::Deserialize;
 
 use super::{Concept, DataError, ImageTextSet};
+use crate::clip::preprocess::{ImagePreprocessor, Orientation};
 
 #[derive(Deserialize)]
 struct Row {
@@ -20,7 +19,8 @@ struct Row {
 
 /// Reads a list of image paths and captions, and the images. Paths are relative to the list. The list is a `.csv` with a header
 /// line `path,caption`, or a `.jsonl` with `{"path": …, "caption": …}` in every line. Several lines may name one image: it then
-/// has several captions. Each image is a concept of its own. Images are resized (bicubic, shorter side) and cropped to the middle.
+/// has several captions. Each image is a concept of its own. Images are turned the way up that the
+/// camera wrote into them, resized (bicubic, shorter side) and cropped to the middle.
 ///
 /// # Errors
 /// When the list cannot be understood, a caption is empty, or an image is none; each with the file and the line.
@@ -58,36 +58,12 @@ pub fn load_folder(list: impl AsRef<Path>, image_size: usize) -> Result<ImageTex
         }
         captions.entry(folder.join(row.path)).or_default().push(caption.to_string());
     }
+    let preprocessor = ImagePreprocessor::new(image_size).with_orientation(Orientation::Exif);
+    let paths: Vec<&PathBuf> = captions.keys().collect();
     let mut pixels = Vec::new();
-    for path in captions.keys() {
-        let image = open(path).map_err(|reason| DataError::Image { path: path.clone(), reason })?;
-        pixels.extend(square(&image, image_size).map_err(|reason| DataError::Image { path: path.clone(), reason })?);
+    for image in preprocessor.open_all(&paths) {
+        pixels.extend(image?);
     }
     let concepts: Vec<Concept> = captions.into_values().map(|captions| Concept { captions, tags: Vec::new() }).collect();
     Ok(ImageTextSet::new(image_size, pixels, (0..concepts.len()).collect(), concepts))
-}
-
-/// Decodes within limits: a small file may claim a huge image.
-fn open(path: &Path) -> Result<DynamicImage, String> {
-    let mut reader = ImageReader::open(path).and_then(ImageReader::with_guessed_format).map_err(|error| error.to_string())?;
-    let mut limits = Limits::default();
-    limits.max_alloc = Some(256 << 20);
-    reader.limits(limits);
-    reader.decode().map(|image| DynamicImage::ImageRgb8(image.into_rgb8())).map_err(|error| error.to_string())
-}
-
-/// Shorter side to `size`, then the middle.
-fn square(image: &DynamicImage, size: usize) -> Result<Vec<u8>, String> {
-    let (width, height) = (f64::from(image.width()), f64::from(image.height()));
-    let side = width.min(height);
-    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom)).crop(
-        (width - side) / 2.0,
-        (height - side) / 2.0,
-        side,
-        side,
-    );
-    debug_assert_eq!(image.pixel_type(), Some(PixelType::U8x3));
-    let mut out = Image::new(size as u32, size as u32, PixelType::U8x3);
-    Resizer::new().resize(image, &mut out, &options).map_err(|error| error.to_string())?;
-    Ok(out.into_vec())
 }

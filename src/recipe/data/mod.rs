@@ -12,4 +12,4 @@ pub use batch::{Batch, BatchConfig, Batches};
 pub use emoji::{EmojiPack, EmojiVendor};
 pub use error::DataError;
 pub use folder::load_folder;
-pub use set::{Concept, IMAGE_MEAN, IMAGE_STD, ImageTextSet};
+pub use set::{Concept, ImageTextSet};

@@ -2,10 +2,7 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 
-/// Mean of each channel, red first, as CLIP's preprocessing subtracts it (values from 0 to 1).
-pub const IMAGE_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-/// Standard deviation of each channel, by which CLIP's preprocessing divides.
-pub const IMAGE_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
+use crate::clip::preprocess::{IMAGE_MEAN, IMAGE_STD};
 
 /// What an image can show. Two images of one concept are never in the same batch.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

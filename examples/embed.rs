@@ -1,0 +1,125 @@
+//! Embeds your images and texts with a CLIP checkpoint, dense or sparse, into one safetensors file.
+//!
+//! ```sh
+//! cargo run --release --example embed -- --model path/to/checkpoint --images photos --texts captions.txt --out out/embeddings.safetensors
+//! ```
+//!
+//! `--images` is a folder (its PNG, JPEG and WebP files, sorted) and `--texts` a file with a text in every line. The file has `image_embeds` and
+//! `text_embeds`, f32, a row each in that order, of length 1; their names are beside it in `.json`.
+
+use std::{error::Error, fs, path::PathBuf, time::Instant};
+
+use burn::tensor::Tensor;
+use burn_moe::{
+    clip::{
+        Embedder,
+        checkpoint::ClipCheckpoint,
+        preprocess::{ImagePreprocessor, Orientation},
+    },
+    device_by_name, write_atomic,
+};
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use safetensors::{Dtype, tensor::TensorView};
+
+#[derive(Parser)]
+#[command(about = "Embeds images and texts")]
+struct Args {
+    /// Folder of the checkpoint: Hugging Face, open_clip or sparse
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-tiny"))]
+    model: PathBuf,
+    /// A folder of images
+    #[arg(long)]
+    images: Option<PathBuf>,
+    /// A file of texts, one in every line
+    #[arg(long)]
+    texts: Option<PathBuf>,
+    #[arg(long, default_value = "out/embeddings.safetensors")]
+    out: PathBuf,
+    /// Leave images as the camera stored them, as open_clip does, instead of turning them the right way up
+    #[arg(long)]
+    as_stored: bool,
+    #[arg(long, default_value_t = 32)]
+    batch: usize,
+    /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let args = Args::parse();
+    if args.images.is_none() && args.texts.is_none() {
+        return Err("name a folder of images with --images, a file of texts with --texts, or both".into());
+    }
+    let device = device_by_name(&args.device)?;
+    let checkpoint = ClipCheckpoint::load(&args.model, &device)?;
+    let orientation = if args.as_stored { Orientation::AsStored } else { Orientation::Exif };
+    let preprocessor = ImagePreprocessor::new(checkpoint.config.vision.image_size).with_orientation(orientation);
+    let embedder = Embedder::new(&checkpoint.model, preprocessor, &device).with_batch_size(args.batch);
+
+    let mut tensors = Vec::new();
+    let mut names = serde_json::Map::new();
+    if let Some(folder) = &args.images {
+        let paths = images_in(folder)?;
+        let bar = progress(paths.len())?;
+        let start = Instant::now();
+        let embeddings = embedder.images(paths.clone(), |done| bar.set_position(done as u64))?;
+        bar.finish();
+        let rate = paths.len() as f64 / start.elapsed().as_secs_f64();
+        println!("{} images, {rate:.1} a second, orientation {orientation:?}", paths.len());
+        names.insert("images".into(), paths.iter().map(|path| path.display().to_string()).collect());
+        tensors.push(("image_embeds", embeddings));
+    }
+    if let Some(file) = &args.texts {
+        let text = fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
+        let texts: Vec<&str> = text.lines().collect();
+        let bar = progress(texts.len())?;
+        let found = embedder.texts(&texts, |done| bar.set_position(done as u64));
+        bar.finish();
+        println!("{} texts, of which {} did not fit the context and were cut", texts.len(), found.truncated);
+        names.insert("texts".into(), texts.into_iter().collect());
+        tensors.push(("text_embeds", found.embeddings));
+    }
+
+    let bytes = tensors.into_iter().map(|(name, tensor)| {
+        let shape = tensor.dims().to_vec();
+        let values = unit(tensor).try_into_vec_as::<f32>().expect("a float tensor reads as f32");
+        (name, shape, values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())
+    });
+    let bytes: Vec<_> = bytes.collect();
+    let views = bytes.iter().map(|(name, shape, bytes)| Ok((*name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)));
+    let views: Vec<_> = views.collect::<Result<_, safetensors::SafeTensorError>>()?;
+    if let Some(folder) = args.out.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    write_atomic(&args.out, &safetensors::serialize(views, None)?)?;
+    write_atomic(args.out.with_extension("json"), serde_json::to_string_pretty(&names)?.as_bytes())?;
+    println!("written to {}", args.out.display());
+    Ok(())
+}
+
+fn unit(embeddings: Tensor<2>) -> Tensor<2> {
+    let length = embeddings.clone().square().sum_dim(1).sqrt().clamp_min(1e-12);
+    embeddings / length
+}
+
+fn images_in(folder: &PathBuf) -> Result<Vec<PathBuf>, Box<dyn Error>> {
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(folder).map_err(|error| format!("{}: {error}", folder.display()))? {
+        let path = entry?.path();
+        let extension = path.extension().and_then(|e| e.to_str()).map(str::to_lowercase);
+        if matches!(extension.as_deref(), Some("png" | "jpg" | "jpeg" | "webp")) {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    if paths.is_empty() {
+        return Err(format!("{} holds no PNG, JPEG or WebP file", folder.display()).into());
+    }
+    Ok(paths)
+}
+
+fn progress(count: usize) -> Result<ProgressBar, Box<dyn Error>> {
+    let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed} of {duration}")?;
+    Ok(ProgressBar::new(count as u64).with_style(style))
+}

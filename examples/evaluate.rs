@@ -1,0 +1,136 @@
+//! Retrieval and zero-shot classification by LAION CLIP_benchmark's protocol, on data sets as they are published.
+//!
+//! ```sh
+//! cargo run --release --example evaluate -- --model path/to/checkpoint coco --list captions_val2014.json --images val2014
+//! cargo run --release --example evaluate -- --model path/to/checkpoint karpathy --list dataset_coco.json --split test --images coco
+//! cargo run --release --example evaluate -- --model path/to/checkpoint flickr30k --list results_20130124.token --images flickr30k-images
+//! cargo run --release --example evaluate -- --model path/to/checkpoint classes --images imagenet/val --names names.txt
+//! ```
+//!
+//! Images are read as open_clip reads them (a camera's orientation is ignored), so that figures can be compared.
+
+use std::{error::Error, fs, path::PathBuf};
+
+use burn_moe::{
+    clip::{
+        Embedder, RetrievalMetrics, ZeroShotClassifier,
+        checkpoint::ClipCheckpoint,
+        lists::{CaptionedImages, class_folders},
+        preprocess::ImagePreprocessor,
+    },
+    device_by_name,
+};
+use clap::{Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+
+#[derive(Parser)]
+#[command(about = "Evaluates a CLIP checkpoint")]
+struct Args {
+    /// Folder of the checkpoint: Hugging Face, open_clip or sparse
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-tiny"))]
+    model: PathBuf,
+    #[arg(long, default_value_t = 64)]
+    batch: usize,
+    /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Retrieval on COCO's captions
+    Coco {
+        #[arg(long)]
+        list: PathBuf,
+        #[arg(long)]
+        images: PathBuf,
+    },
+    /// Retrieval on a split of Karpathy's lists
+    Karpathy {
+        #[arg(long)]
+        list: PathBuf,
+        #[arg(long, default_value = "test")]
+        split: String,
+        #[arg(long)]
+        images: PathBuf,
+    },
+    /// Retrieval on Flickr30k's captions
+    Flickr30k {
+        #[arg(long)]
+        list: PathBuf,
+        #[arg(long)]
+        images: PathBuf,
+    },
+    /// Zero-shot classification of a folder of class folders
+    Classes {
+        #[arg(long)]
+        images: PathBuf,
+        /// A name for each class folder, one in every line, in the sorted order of the folders; the folders' names unless given
+        #[arg(long)]
+        names: Option<PathBuf>,
+        /// Sentences around the name; may be given several times
+        #[arg(long = "template", default_value = "a photo of a {}.")]
+        templates: Vec<String>,
+    },
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let args = Args::parse();
+    let device = device_by_name(&args.device)?;
+    let checkpoint = ClipCheckpoint::load(&args.model, &device)?;
+    let preprocessor = ImagePreprocessor::new(checkpoint.config.vision.image_size);
+    let embedder = Embedder::new(&checkpoint.model, preprocessor, &device).with_batch_size(args.batch);
+    match args.task {
+        Task::Coco { list, images } => retrieval(&embedder, CaptionedImages::coco(list)?, images),
+        Task::Karpathy { list, split, images } => retrieval(&embedder, CaptionedImages::karpathy(list, &split)?, images),
+        Task::Flickr30k { list, images } => retrieval(&embedder, CaptionedImages::flickr30k(list)?, images),
+        Task::Classes { images, names, templates } => classes(&embedder, images, names, &templates),
+    }
+}
+
+fn retrieval(embedder: &Embedder, list: CaptionedImages, folder: PathBuf) -> Result<(), Box<dyn Error>> {
+    let paths: Vec<PathBuf> = list.images.iter().map(|image| folder.join(image)).collect();
+    let captions: Vec<&String> = list.captions.iter().map(|(caption, _)| caption).collect();
+    println!("{} images, {} captions", paths.len(), captions.len());
+    let bar = progress("images", paths.len())?;
+    let images = embedder.images(paths, |done| bar.set_position(done as u64))?;
+    bar.finish();
+    let bar = progress("captions", captions.len())?;
+    let texts = embedder.texts(&captions, |done| bar.set_position(done as u64));
+    bar.finish();
+    let metrics = RetrievalMetrics::new(images, texts.embeddings, &list.image_of_caption())?;
+    for (name, recall) in [("text to image", metrics.text_to_image), ("image to text", metrics.image_to_text)] {
+        println!("{name}: R@1 {:.2} %, R@5 {:.2} %, R@10 {:.2} %", 100.0 * recall.r1, 100.0 * recall.r5, 100.0 * recall.r10);
+    }
+    println!("{} captions did not fit the context and were cut", texts.truncated);
+    Ok(())
+}
+
+fn classes(embedder: &Embedder, folder: PathBuf, names: Option<PathBuf>, templates: &[String]) -> Result<(), Box<dyn Error>> {
+    let (mut classes, images) = class_folders(folder)?;
+    if let Some(file) = names {
+        let text = fs::read_to_string(&file).map_err(|error| format!("{}: {error}", file.display()))?;
+        let names: Vec<String> = text.lines().map(str::to_string).collect();
+        if names.len() != classes.len() {
+            return Err(format!("{} has {} names for {} class folders", file.display(), names.len(), classes.len()).into());
+        }
+        classes = names;
+    }
+    println!("{} classes, {} images", classes.len(), images.len());
+    let classifier = ZeroShotClassifier::new(&embedder.prompts(&classes, templates))?;
+    let (paths, targets): (Vec<PathBuf>, Vec<usize>) = images.into_iter().unzip();
+    let bar = progress("images", paths.len())?;
+    let embeddings = embedder.images(paths, |done| bar.set_position(done as u64))?;
+    bar.finish();
+    let metrics = classifier.evaluate(embeddings, &targets)?;
+    let [top_1, top_5, mean] = [metrics.top_1, metrics.top_5, metrics.mean_per_class_recall].map(|share| 100.0 * share);
+    println!("top-1 {top_1:.2} %, top-5 {top_5:.2} %, mean per-class recall {mean:.2} %");
+    Ok(())
+}
+
+fn progress(what: &'static str, count: usize) -> Result<ProgressBar, Box<dyn Error>> {
+    let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {elapsed} of {duration}")?;
+    Ok(ProgressBar::new(count as u64).with_style(style).with_prefix(what))
+}

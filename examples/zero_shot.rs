@@ -1,0 +1,62 @@
+//! An image and labels in, probabilities out.
+//!
+//! ```sh
+//! cargo run --release --example zero_shot -- --model path/to/checkpoint --labels "cat,dog,train" photo.jpg
+//! ```
+//!
+//! Each label goes into every template (`{}` is the label); embeddings are averaged as CLIP does.
+
+use std::{error::Error, path::PathBuf};
+
+use burn::tensor::activation::softmax;
+use burn_moe::{
+    clip::{
+        Embedder, ZeroShotClassifier,
+        checkpoint::ClipCheckpoint,
+        preprocess::{ImagePreprocessor, Orientation},
+    },
+    device_by_name,
+};
+use clap::Parser;
+
+#[derive(Parser)]
+#[command(about = "Classifies images by labels")]
+struct Args {
+    /// The images
+    #[arg(required = true)]
+    images: Vec<PathBuf>,
+    /// The labels
+    #[arg(long, value_delimiter = ',', required = true)]
+    labels: Vec<String>,
+    /// Sentences around the label; may be given several times
+    #[arg(long = "template", default_value = "a photo of a {}.")]
+    templates: Vec<String>,
+    /// Folder of the checkpoint: Hugging Face, open_clip or sparse
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-tiny"))]
+    model: PathBuf,
+    /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let args = Args::parse();
+    let device = device_by_name(&args.device)?;
+    let checkpoint = ClipCheckpoint::load(&args.model, &device)?;
+    // Photos are turned the right way up, which open_clip does not do.
+    let preprocessor = ImagePreprocessor::new(checkpoint.config.vision.image_size).with_orientation(Orientation::Exif);
+    let embedder = Embedder::new(&checkpoint.model, preprocessor, &device);
+    let classifier = ZeroShotClassifier::new(&embedder.prompts(&args.labels, &args.templates))?;
+    let images = embedder.images(args.images.clone(), |_| ())?;
+    let scale = checkpoint.model.scale().into_scalar::<f32>();
+    let probabilities = softmax(classifier.similarities(images) * scale, 1).try_into_vec_as::<f32>()?;
+    for (image, probabilities) in args.images.iter().zip(probabilities.chunks_exact(args.labels.len())) {
+        println!("{}", image.display());
+        let mut order: Vec<usize> = (0..args.labels.len()).collect();
+        order.sort_by(|&a, &b| probabilities[b].total_cmp(&probabilities[a]));
+        for label in order {
+            println!("  {:6.2} %  {}", 100.0 * probabilities[label], args.labels[label]);
+        }
+    }
+    Ok(())
+}

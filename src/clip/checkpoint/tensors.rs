@@ -1,0 +1,167 @@
+//! Tensors on disk, read one at a time.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    io::{Read, Seek, SeekFrom},
+    path::{Path, PathBuf},
+};
+
+use safetensors::{
+    SafeTensorError,
+    tensor::{Metadata, TensorInfo},
+};
+use serde::{
+    Deserialize, Deserializer,
+    de::{IgnoredAny, MapAccess, Visitor},
+};
+
+use super::CheckpointError;
+
+/// A header longer than this belongs to no CLIP: that of a ViT-L/14 has 60 kB.
+const LONGEST_HEADER: u64 = 4 << 20;
+
+/// The tensors of one safetensors file, or of the shards that an index names.
+pub(super) struct TensorFiles {
+    /// What errors name: the file, or the index.
+    pub(super) path: PathBuf,
+    files: Vec<TensorFile>,
+    /// Which file a tensor is in.
+    file_of: BTreeMap<String, usize>,
+}
+
+struct TensorFile {
+    path: PathBuf,
+    file: File,
+    metadata: Metadata,
+    /// Where the first tensor begins.
+    start: u64,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl TensorFiles {
+    /// Opens `NAME` or, if there is none, the shards that `NAME.index.json` names.
+    pub(super) fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let index = index_of(path);
+        if path.is_file() || !index.is_file() {
+            let file = TensorFile::open(path)?;
+            let file_of = file.metadata.offset_keys().into_iter().map(|name| (name, 0)).collect();
+            return Ok(Self { path: path.to_path_buf(), files: vec![file], file_of });
+        }
+        let bad = |reason: String| CheckpointError::ConfigFile { path: index.clone(), reason };
+        let text = std::fs::read_to_string(&index).map_err(CheckpointError::io(&index))?;
+        let weight_map = serde_json::from_str::<Index>(&text).map_err(|error| bad(error.to_string()))?.weight_map;
+        let names: BTreeSet<&String> = weight_map.values().collect();
+        let mut files = Vec::new();
+        for name in &names {
+            // Shards lie beside their index: a path from elsewhere must not decide what is read.
+            if Path::new(name).file_name().is_none_or(|file| file != name.as_str()) {
+                return Err(bad(format!("`{name}` is no name of a file")));
+            }
+            files.push(TensorFile::open(&index.with_file_name(name))?);
+        }
+        let place: BTreeMap<&String, usize> = names.iter().enumerate().map(|(place, name)| (*name, place)).collect();
+        let mut file_of = BTreeMap::new();
+        for (tensor, name) in &weight_map {
+            if files[place[name]].metadata.info(tensor).is_none() {
+                return Err(bad(format!("`{tensor}` should be in {name}, but is not")));
+            }
+            file_of.insert(tensor.clone(), place[name]);
+        }
+        Ok(Self { path: index, files, file_of })
+    }
+
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.file_of.keys().map(String::as_str)
+    }
+
+    /// The file of a tensor that is there, and what its header says.
+    pub(super) fn info(&self, name: &str) -> (&Path, &TensorInfo) {
+        let file = &self.files[self.file_of[name]];
+        (&file.path, file.metadata.info(name).expect("it was found when the file was opened"))
+    }
+
+    /// The bytes of a tensor that is there, or of its `part`-th third.
+    pub(super) fn read(&self, name: &str, part: Option<usize>) -> Result<Vec<u8>, CheckpointError> {
+        let file = &self.files[self.file_of[name]];
+        let (_, info) = self.info(name);
+        let (start, end) = info.data_offsets;
+        let (start, len) = match part {
+            None => (start, end - start),
+            Some(part) => (start + (end - start) / 3 * part, (end - start) / 3),
+        };
+        let mut bytes = vec![0; len];
+        let mut handle = &file.file;
+        let read = handle.seek(SeekFrom::Start(file.start + start as u64)).and_then(|_| handle.read_exact(&mut bytes));
+        read.map_err(CheckpointError::io(&file.path))?;
+        Ok(bytes)
+    }
+}
+
+/// The index that stands for a file in shards.
+pub(super) fn index_of(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!("{name}.index.json"))
+}
+
+/// A name that a header has twice, of which a reader would take one or the other.
+fn named_twice(header: &[u8]) -> Option<String> {
+    struct Names;
+    impl<'de> Visitor<'de> for Names {
+        type Value = Option<String>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+            f.write_str("tensors by name")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut seen = BTreeSet::new();
+            let mut twice = None;
+            while let Some((name, _)) = map.next_entry::<String, IgnoredAny>()? {
+                if !seen.insert(name.clone()) {
+                    twice = Some(name);
+                }
+            }
+            Ok(twice)
+        }
+    }
+    // What is no JSON has its own error.
+    serde_json::Deserializer::from_slice(header).deserialize_map(Names).ok().flatten()
+}
+
+impl TensorFile {
+    fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let bad = CheckpointError::safetensors(path);
+        let mut file = File::open(path).map_err(CheckpointError::io(path))?;
+        let size = file.metadata().map_err(CheckpointError::io(path))?.len();
+        let mut length = [0; 8];
+        if size < 8 {
+            return Err(bad(SafeTensorError::HeaderTooSmall));
+        }
+        file.read_exact(&mut length).map_err(CheckpointError::io(path))?;
+        let length = u64::from_le_bytes(length);
+        if length > size - 8 {
+            return Err(bad(SafeTensorError::InvalidHeaderLength));
+        }
+        if length > LONGEST_HEADER {
+            return Err(bad(SafeTensorError::HeaderTooLarge));
+        }
+        let mut header = vec![0; length as usize];
+        file.read_exact(&mut header).map_err(CheckpointError::io(path))?;
+        // Reading it checks that tensors follow each other without gaps and have the sizes that their shapes say.
+        let metadata: Metadata =
+            serde_json::from_slice(&header).map_err(|error| bad(SafeTensorError::InvalidHeaderDeserialization(error)))?;
+        if let Some(tensor) = named_twice(&header) {
+            return Err(CheckpointError::Duplicate { path: path.to_path_buf(), tensor });
+        }
+        let start = 8 + length;
+        if start + metadata.data_len() as u64 != size {
+            return Err(bad(SafeTensorError::MetadataIncompleteBuffer));
+        }
+        Ok(Self { path: path.to_path_buf(), file, metadata, start })
+    }
+}

@@ -1,0 +1,252 @@
+//! Images and captions as data sets publish them.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
+
+/// Images, and captions that each belong to one of them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CaptionedImages {
+    /// Files, relative to the data set's image folder.
+    pub images: Vec<PathBuf>,
+    /// Captions with the index of their image.
+    pub captions: Vec<(String, usize)>,
+}
+
+/// A list that cannot be understood.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ListError {
+    /// The file system said no.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What it said.
+        source: std::io::Error,
+    },
+    /// The file is of another kind, or names what is not there.
+    #[error("{}: {reason}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+#[derive(Deserialize)]
+struct Coco {
+    images: Vec<CocoImage>,
+    annotations: Vec<CocoCaption>,
+}
+
+#[derive(Deserialize)]
+struct CocoImage {
+    id: u64,
+    file_name: PathBuf,
+}
+
+#[derive(Deserialize)]
+struct CocoCaption {
+    image_id: u64,
+    caption: String,
+}
+
+#[derive(Deserialize)]
+struct Karpathy {
+    images: Vec<KarpathyImage>,
+}
+
+#[derive(Deserialize)]
+struct KarpathyImage {
+    #[serde(default)]
+    filepath: PathBuf,
+    filename: PathBuf,
+    split: String,
+    sentences: Vec<KarpathySentence>,
+}
+
+#[derive(Deserialize)]
+struct KarpathySentence {
+    raw: String,
+}
+
+impl CaptionedImages {
+    /// COCO's `captions_*.json`. Images without a caption are left out.
+    ///
+    /// # Errors
+    /// When the file cannot be read or is of another kind, or a caption names an image that is not there.
+    pub fn coco(path: impl AsRef<Path>) -> Result<Self, ListError> {
+        let path = path.as_ref();
+        let file: Coco = json(path)?;
+        let mut captions_of: BTreeMap<u64, Vec<String>> = file.images.iter().map(|image| (image.id, Vec::new())).collect();
+        for annotation in file.annotations {
+            let Some(captions) = captions_of.get_mut(&annotation.image_id) else {
+                return Err(format_error(path, format!("a caption names image {}, which is not there", annotation.image_id)));
+            };
+            captions.push(annotation.caption);
+        }
+        Self::of(path, file.images.into_iter().map(|image| (image.file_name, captions_of.remove(&image.id).unwrap_or_default())))
+    }
+
+    /// A split (`test`, `val`, …) of Karpathy and Fei-Fei's `dataset_coco.json` or `dataset_flickr30k.json`.
+    ///
+    /// # Errors
+    /// When the file cannot be read or is of another kind, or the split is empty.
+    pub fn karpathy(path: impl AsRef<Path>, split: &str) -> Result<Self, ListError> {
+        let path = path.as_ref();
+        let file: Karpathy = json(path)?;
+        let chosen = file.images.into_iter().filter(|image| image.split == split);
+        let image = |image: KarpathyImage| {
+            (image.filepath.join(image.filename), image.sentences.into_iter().map(|sentence| sentence.raw).collect())
+        };
+        Self::of(path, chosen.map(image))
+    }
+
+    /// Flickr30k's `results_20130124.token`: `NAME#NUMBER`, a tab, and the caption in every line.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or a line is of another kind.
+    pub fn flickr30k(path: impl AsRef<Path>) -> Result<Self, ListError> {
+        let path = path.as_ref();
+        let mut order = Vec::new();
+        let mut captions_of: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for (index, line) in read(path)?.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+            let parts = line.split_once('\t').and_then(|(name, caption)| Some((name.rsplit_once('#')?.0, caption)));
+            let Some((name, caption)) = parts else {
+                return Err(format_error(path, format!("line {}: expected `NAME#NUMBER`, a tab and a caption", index + 1)));
+            };
+            captions_of.entry(name.to_string()).or_insert_with(|| {
+                order.push(name.to_string());
+                Vec::new()
+            });
+            captions_of.get_mut(name).expect("it was put there").push(caption.trim().to_string());
+        }
+        Self::of(path, order.into_iter().map(|name| (PathBuf::from(&name), captions_of.remove(&name).unwrap_or_default())))
+    }
+
+    /// The image of each caption.
+    pub fn image_of_caption(&self) -> Vec<usize> {
+        self.captions.iter().map(|(_, image)| *image).collect()
+    }
+
+    fn of(path: &Path, images: impl Iterator<Item = (PathBuf, Vec<String>)>) -> Result<Self, ListError> {
+        let mut list = Self::default();
+        for (file, captions) in images.filter(|(_, captions)| !captions.is_empty()) {
+            let image = list.images.len();
+            list.images.push(file);
+            list.captions.extend(captions.into_iter().map(|caption| (caption, image)));
+        }
+        if list.images.is_empty() {
+            return Err(format_error(path, "no image with a caption".into()));
+        }
+        Ok(list)
+    }
+}
+
+/// A folder of class folders, as ImageNet is laid out: the names of the classes, and images with the index of their class, both sorted.
+///
+/// # Errors
+/// When a folder cannot be read, or there is no class.
+pub fn class_folders(folder: impl AsRef<Path>) -> Result<(Vec<String>, Vec<(PathBuf, usize)>), ListError> {
+    let folder = folder.as_ref();
+    let entries = |folder: &Path| -> Result<Vec<PathBuf>, ListError> {
+        let io = |source| ListError::Io { path: folder.to_path_buf(), source };
+        let mut paths = Vec::new();
+        for entry in fs::read_dir(folder).map_err(io)? {
+            paths.push(entry.map_err(|source| ListError::Io { path: folder.to_path_buf(), source })?.path());
+        }
+        paths.sort();
+        Ok(paths)
+    };
+    let (mut classes, mut images) = (Vec::new(), Vec::new());
+    for class in entries(folder)?.into_iter().filter(|path| path.is_dir()) {
+        let files = entries(&class)?.into_iter().filter(|path| path.is_file());
+        images.extend(files.map(|file| (file, classes.len())));
+        classes.push(class.file_name().unwrap_or_default().to_string_lossy().into_owned());
+    }
+    if classes.is_empty() {
+        return Err(format_error(folder, "no folder of a class".into()));
+    }
+    Ok((classes, images))
+}
+
+fn read(path: &Path) -> Result<String, ListError> {
+    fs::read_to_string(path).map_err(|source| ListError::Io { path: path.to_path_buf(), source })
+}
+
+fn json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ListError> {
+    serde_json::from_str(&read(path)?).map_err(|error| format_error(path, format!("not the JSON that was expected: {error}")))
+}
+
+fn format_error(path: &Path, reason: String) -> ListError {
+    ListError::Format { path: path.to_path_buf(), reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(text: &str) -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("list");
+        fs::write(&path, text).unwrap();
+        (folder, path)
+    }
+
+    fn two_images() -> CaptionedImages {
+        let captions = [("one", 0), ("two", 0), ("three", 1)].map(|(caption, image)| (caption.to_string(), image));
+        CaptionedImages { images: vec!["b.jpg".into(), "a.jpg".into()], captions: captions.to_vec() }
+    }
+
+    #[test]
+    fn all_three_kinds_of_lists_say_the_same() {
+        let (_a, coco) = written(
+            r#"{"images": [{"id": 7, "file_name": "b.jpg"}, {"id": 3, "file_name": "a.jpg"}, {"id": 1, "file_name": "none.jpg"}],
+            "annotations": [{"image_id": 7, "caption": "one", "id": 1}, {"image_id": 3, "caption": "three"}, {"image_id": 7, "caption": "two"}]}"#,
+        );
+        assert_eq!(CaptionedImages::coco(coco).unwrap(), two_images());
+        let (_b, karpathy) = written(
+            r#"{"images": [{"filename": "b.jpg", "split": "test", "sentences": [{"raw": "one"}, {"raw": "two"}]},
+            {"filename": "c.jpg", "split": "train", "sentences": [{"raw": "no"}]},
+            {"filename": "a.jpg", "split": "test", "sentences": [{"raw": "three"}]}], "dataset": "x"}"#,
+        );
+        assert_eq!(CaptionedImages::karpathy(&karpathy, "test").unwrap(), two_images());
+        let error = CaptionedImages::karpathy(&karpathy, "val").unwrap_err().to_string();
+        assert!(error.ends_with("no image with a caption"), "{error}");
+        let (_c, flickr) = written("b.jpg#0\tone\nb.jpg#1\ttwo\n\na.jpg#0\tthree \n");
+        assert_eq!(CaptionedImages::flickr30k(flickr).unwrap(), two_images());
+    }
+
+    #[test]
+    fn lists_of_another_kind_are_named() {
+        let (_a, path) = written("b.jpg one");
+        assert!(
+            CaptionedImages::flickr30k(&path)
+                .unwrap_err()
+                .to_string()
+                .ends_with("line 1: expected `NAME#NUMBER`, a tab and a caption")
+        );
+        assert!(CaptionedImages::coco(&path).unwrap_err().to_string().contains("not the JSON that was expected"));
+        let (_b, path) = written(r#"{"images": [], "annotations": [{"image_id": 5, "caption": "x"}]}"#);
+        assert!(CaptionedImages::coco(&path).unwrap_err().to_string().ends_with("a caption names image 5, which is not there"));
+    }
+
+    #[test]
+    fn classes_are_folders() {
+        let folder = tempfile::tempdir().unwrap();
+        for (class, file) in [("dog", "2.png"), ("cat", "1.png"), ("dog", "1.png")] {
+            fs::create_dir_all(folder.path().join(class)).unwrap();
+            fs::write(folder.path().join(class).join(file), "").unwrap();
+        }
+        let (classes, images) = class_folders(folder.path()).unwrap();
+        assert_eq!(classes, ["cat", "dog"]);
+        assert_eq!(images.iter().map(|(_, class)| *class).collect::<Vec<_>>(), [0, 1, 1]);
+        assert!(class_folders(folder.path().join("cat")).unwrap_err().to_string().ends_with("no folder of a class"));
+    }
+}

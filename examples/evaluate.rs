@@ -15,7 +15,7 @@ use burn_moe::{
     clip::{
         Embedder, RetrievalMetrics, ZeroShotClassifier,
         checkpoint::ClipCheckpoint,
-        lists::{CaptionedImages, class_folders},
+        lists::{CaptionedImages, ClassifiedImages},
         preprocess::ImagePreprocessor,
     },
     device_by_name,
@@ -109,7 +109,7 @@ fn retrieval(embedder: &Embedder, list: CaptionedImages, folder: PathBuf) -> Res
 }
 
 fn classes(embedder: &Embedder, folder: PathBuf, names: Option<PathBuf>, templates: &[String]) -> Result<(), Box<dyn Error>> {
-    let (mut classes, images) = class_folders(folder)?;
+    let ClassifiedImages { mut classes, images, class_of_image } = ClassifiedImages::folders(folder)?;
     if let Some(file) = names {
         let text = fs::read_to_string(&file).map_err(|error| format!("{}: {error}", file.display()))?;
         let names: Vec<String> = text.lines().map(str::to_string).collect();
@@ -120,11 +120,10 @@ fn classes(embedder: &Embedder, folder: PathBuf, names: Option<PathBuf>, templat
     }
     println!("{} classes, {} images", classes.len(), images.len());
     let classifier = ZeroShotClassifier::new(&embedder.prompts(&classes, templates))?;
-    let (paths, targets): (Vec<PathBuf>, Vec<usize>) = images.into_iter().unzip();
-    let bar = progress("images", paths.len())?;
-    let embeddings = embedder.images(paths, |done| bar.set_position(done as u64))?;
+    let bar = progress("images", images.len())?;
+    let embeddings = embedder.images(images, |done| bar.set_position(done as u64))?;
     bar.finish();
-    let metrics = classifier.evaluate(embeddings, &targets)?;
+    let metrics = classifier.evaluate(embeddings, &class_of_image)?;
     let [top_1, top_5, mean] = [metrics.top_1, metrics.top_5, metrics.mean_per_class_recall].map(|share| 100.0 * share);
     println!("top-1 {top_1:.2} %, top-5 {top_5:.2} %, mean per-class recall {mean:.2} %");
     Ok(())

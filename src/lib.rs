@@ -103,6 +103,10 @@ pub mod guide {
     /// What the layers compute with.
     #[doc = include_str!("../docs/kernels.md")]
     pub mod kernels {}
+    /// Checkpoints, name by name.
+    #[cfg(feature = "store")]
+    #[doc = include_str!("../docs/checkpoints.md")]
+    pub mod checkpoints {}
     /// From a dense CLIP to a better sparse one.
     #[cfg(feature = "train")]
     #[doc = include_str!("../docs/training.md")]

@@ -17,6 +17,17 @@ pub struct CaptionedImages {
     pub captions: Vec<(String, usize)>,
 }
 
+/// Images of known classes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ClassifiedImages {
+    /// Names of the classes.
+    pub classes: Vec<String>,
+    /// Files.
+    pub images: Vec<PathBuf>,
+    /// The class of each image.
+    pub class_of_image: Vec<usize>,
+}
+
 /// A list that cannot be understood.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -149,31 +160,36 @@ impl CaptionedImages {
     }
 }
 
-/// A folder of class folders, as ImageNet is laid out: the names of the classes, and images with the index of their class, both sorted.
-///
-/// # Errors
-/// When a folder cannot be read, or there is no class.
-pub fn class_folders(folder: impl AsRef<Path>) -> Result<(Vec<String>, Vec<(PathBuf, usize)>), ListError> {
-    let folder = folder.as_ref();
-    let entries = |folder: &Path| -> Result<Vec<PathBuf>, ListError> {
-        let io = |source| ListError::Io { path: folder.to_path_buf(), source };
-        let mut paths = Vec::new();
-        for entry in fs::read_dir(folder).map_err(io)? {
-            paths.push(entry.map_err(|source| ListError::Io { path: folder.to_path_buf(), source })?.path());
+impl ClassifiedImages {
+    /// A folder of class folders, as ImageNet is laid out; classes and images are sorted by name, and classes have the names of their
+    /// folders.
+    ///
+    /// # Errors
+    /// When a folder cannot be read, or there is no class.
+    pub fn folders(folder: impl AsRef<Path>) -> Result<Self, ListError> {
+        let folder = folder.as_ref();
+        let mut found = Self::default();
+        for class in entries(folder)?.into_iter().filter(|path| path.is_dir()) {
+            for image in entries(&class)?.into_iter().filter(|path| path.is_file()) {
+                found.images.push(image);
+                found.class_of_image.push(found.classes.len());
+            }
+            found.classes.push(class.file_name().unwrap_or_default().to_string_lossy().into_owned());
         }
-        paths.sort();
-        Ok(paths)
-    };
-    let (mut classes, mut images) = (Vec::new(), Vec::new());
-    for class in entries(folder)?.into_iter().filter(|path| path.is_dir()) {
-        let files = entries(&class)?.into_iter().filter(|path| path.is_file());
-        images.extend(files.map(|file| (file, classes.len())));
-        classes.push(class.file_name().unwrap_or_default().to_string_lossy().into_owned());
+        if found.classes.is_empty() {
+            return Err(format_error(folder, "no folder of a class".into()));
+        }
+        Ok(found)
     }
-    if classes.is_empty() {
-        return Err(format_error(folder, "no folder of a class".into()));
-    }
-    Ok((classes, images))
+}
+
+/// What a folder holds, sorted.
+fn entries(folder: &Path) -> Result<Vec<PathBuf>, ListError> {
+    let io = |source| ListError::Io { path: folder.to_path_buf(), source };
+    let entries = fs::read_dir(folder).map_err(io)?.collect::<Result<Vec<_>, _>>().map_err(io)?;
+    let mut paths: Vec<PathBuf> = entries.into_iter().map(|entry| entry.path()).collect();
+    paths.sort();
+    Ok(paths)
 }
 
 fn read(path: &Path) -> Result<String, ListError> {
@@ -244,9 +260,10 @@ mod tests {
             fs::create_dir_all(folder.path().join(class)).unwrap();
             fs::write(folder.path().join(class).join(file), "").unwrap();
         }
-        let (classes, images) = class_folders(folder.path()).unwrap();
-        assert_eq!(classes, ["cat", "dog"]);
-        assert_eq!(images.iter().map(|(_, class)| *class).collect::<Vec<_>>(), [0, 1, 1]);
-        assert!(class_folders(folder.path().join("cat")).unwrap_err().to_string().ends_with("no folder of a class"));
+        let found = ClassifiedImages::folders(folder.path()).unwrap();
+        assert_eq!(found.classes, ["cat", "dog"]);
+        assert_eq!(found.class_of_image, [0, 1, 1]);
+        assert!(found.images[1].ends_with("dog/1.png"));
+        assert!(ClassifiedImages::folders(folder.path().join("cat")).unwrap_err().to_string().ends_with("no folder of a class"));
     }
 }

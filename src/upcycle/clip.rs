@@ -21,7 +21,7 @@ impl UpcycleFromDense<Clip> for Clip {
             Some(Probe::Tokens { .. }) => return Err(UpcycleError::Probe { expected: "images and texts", found: "tokens" }),
         };
         let mut calibrations = [None, None];
-        match options.calibration()? {
+        match options.calibration_batch()? {
             None => {}
             Some(Probe::ImagesAndTexts { images, tokens }) => {
                 calibrations =

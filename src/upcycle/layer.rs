@@ -46,7 +46,7 @@ fn upcycle_layer<M: Module>(
     run: impl FnOnce(&M, MoeInput<3>) -> MoeOutput<3>,
 ) -> Result<Upcycled<M>, UpcycleError> {
     let probe = options.probe.as_ref().map(Probe::tokens).transpose()?;
-    let calibration = options.calibration()?.map(Probe::tokens).transpose()?;
+    let calibration = options.calibration_batch()?.map(Probe::tokens).transpose()?;
     let calibration = calibration.map(|(tokens, valid)| valid_rows(&tokens, valid.as_ref()));
     let weights = dense.dense_weights()?;
     let (model, layer) = copy(sparse, &weights, options.strategy, calibration)?;

@@ -151,7 +151,7 @@ impl UpcycleOptions {
     }
 
     /// The calibration batch, if the strategy reads it.
-    fn calibration(&self) -> Result<Option<&Probe>, UpcycleError> {
+    fn calibration_batch(&self) -> Result<Option<&Probe>, UpcycleError> {
         match (self.strategy, &self.calibration) {
             (UpcycleStrategy::ClusterAware { .. }, None) => Err(UpcycleError::Strategy {
                 strategy: format!("{:?}", self.strategy),

@@ -16,7 +16,7 @@ use crate::transformer::{Encoder, FeedForward, FeedForwardInputs, TokenMarks, Tr
 impl UpcycleFromDense<TransformerBlock> for TransformerBlock {
     fn upcycle_from_dense(self, dense: &TransformerBlock, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
         let probe = options.probe.as_ref().map(Probe::tokens).transpose()?;
-        let calibration = options.calibration()?.map(Probe::tokens).transpose()?.map(|(tokens, valid)| {
+        let calibration = options.calibration_batch()?.map(Probe::tokens).transpose()?.map(|(tokens, valid)| {
             let mut read = None;
             dense.run(tokens, None, &marks(&valid), |tokens| read = Some(valid_rows(tokens, valid.as_ref())));
             read.expect("a block has a feed-forward network")
@@ -41,7 +41,7 @@ impl UpcycleFromDense<TransformerBlock> for TransformerBlock {
 impl UpcycleFromDense<Encoder> for Encoder {
     fn upcycle_from_dense(self, dense: &Encoder, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
         let probe = options.probe.as_ref().map(Probe::tokens).transpose()?;
-        let calibration = options.calibration()?.map(Probe::tokens).transpose()?;
+        let calibration = options.calibration_batch()?.map(Probe::tokens).transpose()?;
         let calibration = calibration.map(|(tokens, valid)| dense.feed_forward_inputs(tokens, marks(&valid), false));
         let (model, layers) = encoder(self, dense, options.strategy, calibration)?;
         if layers.is_empty() {

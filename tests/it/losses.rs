@@ -187,7 +187,8 @@ fn gradients_are_those_of_finite_differences() {
     let logits = numbers([6, 4], 5, &device).require_grad();
     let noise = numbers([6, 4], 8, &device) * 0.25;
     let logits_before = logits.clone();
-    let losses: [(&str, fn(&Routing) -> Tensor<1>); 6] = [
+    type Loss = fn(&Routing) -> Tensor<1>;
+    let losses: [(&str, Loss); 6] = [
         ("load balancing", load_balancing_loss),
         ("router z", router_z_loss),
         ("importance", importance_loss),

@@ -127,11 +127,19 @@ impl Precision {
 
     pub(super) fn encode(self, values: &[f32]) -> Vec<u8> {
         match self {
-            Self::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            Self::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
-            Self::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+            Self::F32 => bytes_of(values, f32::to_le_bytes),
+            Self::F16 => bytes_of(values, |v| half::f16::from_f32(v).to_le_bytes()),
+            Self::BF16 => bytes_of(values, |v| half::bf16::from_f32(v).to_le_bytes()),
         }
     }
+}
+
+fn bytes_of<const N: usize>(values: &[f32], encode: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
+    let mut bytes = vec![0; N * values.len()];
+    for (bytes, value) in bytes.as_chunks_mut::<N>().0.iter_mut().zip(values) {
+        *bytes = encode(*value);
+    }
+    bytes
 }
 
 /// The whole table of a configuration.

@@ -127,8 +127,10 @@ impl ClipCheckpoint {
         let weights = folder.join(names[1]);
         crate::files::write_aside(
             &weights,
-            |error| CheckpointError::io(&weights)(error),
+            |error| CheckpointError::Io { path: weights.clone(), source: error },
             |aside| {
+                // The crate would make a file that nobody else may read; one that is there keeps its rights.
+                fs::File::create(aside).map_err(CheckpointError::io(&weights))?;
                 let written = safetensors::serialize_to_file(stored, None, aside);
                 written.map_err(CheckpointError::safetensors(&weights))?;
                 overflow.take().map_or(Ok(()), |(tensor, count)| Err(CheckpointError::Overflow { tensor, count }))

@@ -177,8 +177,8 @@ struct Outcome {
     /// Of the layer that is least even: load of its busiest expert over the mean.
     peak_load: f64,
     dropped: f64,
-    /// Mean contrastive loss of the first steps.
-    early_loss: f64,
+    /// Mean contrastive loss of the first steps; not known of a run that was resumed after them.
+    early_loss: Option<f64>,
     milliseconds_per_step: f64,
     gflops: f64,
 }
@@ -195,6 +195,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err(format!("`{unknown}` is no recipe; `--list` names them").into());
     }
     fs::create_dir_all(&args.out)?;
+    // Results of other settings must not stand in one table.
+    let (settings, path) = (format!("{} steps from {} dense steps\n", args.steps, args.dense_steps), args.out.join("settings.txt"));
+    match fs::read_to_string(&path) {
+        Ok(old) if old != settings => return Err(format!("{} holds runs of {}", args.out.display(), old.trim()).into()),
+        Ok(_) => {}
+        Err(_) => write_atomic(&path, settings.as_bytes())?,
+    }
     let device = Device::default();
     let pack = EmojiPack::open(concat!(env!("CARGO_MANIFEST_DIR"), "/data/emoji"))?;
     let vendors: Vec<_> = EmojiVendor::TRAINING.into_iter().filter(|vendor| *vendor != HELD_OUT).collect();
@@ -356,7 +363,7 @@ fn print_table(out: &Path, all: &[Recipe]) -> Result<(), Box<dyn Error>> {
             })
             .collect();
         println!(
-            "| {} | {} | {:.2} | {:.2} | {:.2} | {:+.2} | {} | {:.2} | {:.1} % | {:.2} | {:.0} | {:.2} |",
+            "| {} | {} | {:.2} | {:.2} | {:.2} | {:+.2} | {} | {:.2} | {:.1} % | {} | {:.0} | {:.2} |",
             recipe.name,
             seeds.len(),
             100.0 * mean(&|o| o.t2i[0]),
@@ -366,12 +373,18 @@ fn print_table(out: &Path, all: &[Recipe]) -> Result<(), Box<dyn Error>> {
             reached.join(", "),
             mean(&|o| o.peak_load),
             100.0 * mean(&|o| o.dropped),
-            mean(&|o| o.early_loss),
+            early(seeds.values().map(|o| o.early_loss)),
             mean(&|o| o.milliseconds_per_step),
             1e3 * mean(&|o| o.gflops),
         );
     }
     Ok(())
+}
+
+/// The mean of what is known.
+fn early(losses: impl Iterator<Item = Option<f64>>) -> String {
+    let known: Vec<f64> = losses.flatten().collect();
+    if known.is_empty() { "–".into() } else { format!("{:.2}", known.iter().sum::<f64>() / known.len() as f64) }
 }
 
 struct Progress {
@@ -387,8 +400,9 @@ impl Progress {
         Ok(Self { bar, names: names.to_vec(), early: vec![Vec::new(); names.len()] })
     }
 
-    fn early_loss(&self, arm: usize) -> f64 {
-        self.early[arm].iter().sum::<f64>() / self.early[arm].len().max(1) as f64
+    fn early_loss(&self, arm: usize) -> Option<f64> {
+        let losses = &self.early[arm];
+        (!losses.is_empty()).then(|| losses.iter().sum::<f64>() / losses.len() as f64)
     }
 }
 

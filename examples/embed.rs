@@ -9,11 +9,12 @@
 
 use std::{error::Error, fs, path::PathBuf, time::Instant};
 
-use burn::tensor::Tensor;
 use burn_moe::{
     clip::{
         Embedder,
         checkpoint::ClipCheckpoint,
+        lists::images_in,
+        normalize,
         preprocess::{ImagePreprocessor, Orientation},
     },
     device_by_name, write_atomic,
@@ -39,6 +40,9 @@ struct Args {
     /// Leave images as the camera stored them, as open_clip does, instead of turning them the right way up
     #[arg(long)]
     as_stored: bool,
+    /// Also time preprocessing alone
+    #[arg(long)]
+    rates: bool,
     #[arg(long, default_value_t = 32)]
     batch: usize,
     /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
@@ -55,18 +59,29 @@ fn main() -> Result<(), Box<dyn Error>> {
     let checkpoint = ClipCheckpoint::load(&args.model, &device)?;
     let orientation = if args.as_stored { Orientation::AsStored } else { Orientation::Exif };
     let preprocessor = ImagePreprocessor::new(checkpoint.config.vision.image_size).with_orientation(orientation);
-    let embedder = Embedder::new(&checkpoint.model, preprocessor, &device).with_batch_size(args.batch);
+    let embedder = Embedder::new(&checkpoint.model, preprocessor.clone(), &device).with_batch_size(args.batch);
 
     let mut tensors = Vec::new();
     let mut names = serde_json::Map::new();
     if let Some(folder) = &args.images {
         let paths = images_in(folder)?;
+        if paths.is_empty() {
+            return Err(format!("{} holds no PNG, JPEG or WebP file", folder.display()).into());
+        }
+        let rate = |start: Instant| paths.len() as f64 / start.elapsed().as_secs_f64();
+        if args.rates {
+            let start = Instant::now();
+            for batch in preprocessor.batches(paths.clone(), args.batch) {
+                let batch: Vec<_> = batch.into_iter().collect::<Result<_, _>>()?;
+                std::hint::black_box(preprocessor.tensor(&batch, &device));
+            }
+            println!("preprocess {:.1} images a second", rate(start));
+        }
         let bar = progress(paths.len())?;
         let start = Instant::now();
         let embeddings = embedder.images(paths.clone(), |done| bar.set_position(done as u64))?;
         bar.finish();
-        let rate = paths.len() as f64 / start.elapsed().as_secs_f64();
-        println!("{} images, {rate:.1} a second, orientation {orientation:?}", paths.len());
+        println!("embed {:.1} images a second ({} images, orientation {orientation:?})", rate(start), paths.len());
         names.insert("images".into(), paths.iter().map(|path| path.display().to_string()).collect());
         tensors.push(("image_embeds", embeddings));
     }
@@ -83,7 +98,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let bytes = tensors.into_iter().map(|(name, tensor)| {
         let shape = tensor.dims().to_vec();
-        let values = unit(tensor).try_into_vec_as::<f32>().expect("a float tensor reads as f32");
+        let values = normalize(tensor).try_into_vec_as::<f32>().expect("a float tensor reads as f32");
         (name, shape, values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())
     });
     let bytes: Vec<_> = bytes.collect();
@@ -96,27 +111,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     write_atomic(args.out.with_extension("json"), serde_json::to_string_pretty(&names)?.as_bytes())?;
     println!("written to {}", args.out.display());
     Ok(())
-}
-
-fn unit(embeddings: Tensor<2>) -> Tensor<2> {
-    let length = embeddings.clone().square().sum_dim(1).sqrt().clamp_min(1e-12);
-    embeddings / length
-}
-
-fn images_in(folder: &PathBuf) -> Result<Vec<PathBuf>, Box<dyn Error>> {
-    let mut paths = Vec::new();
-    for entry in fs::read_dir(folder).map_err(|error| format!("{}: {error}", folder.display()))? {
-        let path = entry?.path();
-        let extension = path.extension().and_then(|e| e.to_str()).map(str::to_lowercase);
-        if matches!(extension.as_deref(), Some("png" | "jpg" | "jpeg" | "webp")) {
-            paths.push(path);
-        }
-    }
-    paths.sort();
-    if paths.is_empty() {
-        return Err(format!("{} holds no PNG, JPEG or WebP file", folder.display()).into());
-    }
-    Ok(paths)
 }
 
 fn progress(count: usize) -> Result<ProgressBar, Box<dyn Error>> {

@@ -12,6 +12,8 @@ use burn_moe::{
     clip::{
         Embedder,
         checkpoint::ClipCheckpoint,
+        lists::images_in,
+        normalize,
         preprocess::{ImagePreprocessor, Orientation},
     },
     device_by_name, write_atomic,
@@ -47,15 +49,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let preprocessor = ImagePreprocessor::new(checkpoint.config.vision.image_size).with_orientation(Orientation::Exif);
     let embedder = Embedder::new(&checkpoint.model, preprocessor, &device);
 
-    let mut paths = Vec::new();
-    for entry in fs::read_dir(&args.images).map_err(|error| format!("{}: {error}", args.images.display()))? {
-        let path = entry?.path();
-        let extension = path.extension().and_then(|e| e.to_str()).map(str::to_lowercase);
-        if matches!(extension.as_deref(), Some("png" | "jpg" | "jpeg" | "webp")) {
-            paths.push(path.canonicalize()?);
-        }
-    }
-    paths.sort();
+    let paths: Vec<PathBuf> = images_in(&args.images)?.iter().map(|path| path.canonicalize()).collect::<Result<_, _>>()?;
     if paths.is_empty() {
         return Err(format!("{} holds no PNG, JPEG or WebP file", args.images.display()).into());
     }
@@ -64,8 +58,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let images = embedder.images(paths.clone(), |done| bar.set_position(done as u64))?;
     bar.finish();
     let query = embedder.texts(&[&args.query], |_| ()).embeddings;
-    let unit = |x: burn::tensor::Tensor<2>| x.clone() / x.square().sum_dim(1).sqrt().clamp_min(1e-12);
-    let similarities = unit(images).matmul(unit(query).transpose()).try_into_vec_as::<f32>()?;
+    let similarities = normalize(images).matmul(normalize(query).transpose()).try_into_vec_as::<f32>()?;
     let mut order: Vec<usize> = (0..paths.len()).collect();
     order.sort_by(|&a, &b| similarities[b].total_cmp(&similarities[a]));
     order.truncate(args.top);

@@ -121,7 +121,7 @@ fn probe(config: &ClipConfig, device: &Device) -> Probe {
             .iter_mut()
             .take(end)
             .enumerate()
-            .for_each(|(i, token)| *token = (1 + (text * 977 + i * 131) as i32) % (vocabulary - 1));
+            .for_each(|(i, token)| *token = (1 + (text * 977 + i * 131) as i32) % (vocabulary - 1).max(1));
         tokens[end] = vocabulary - 1;
     }
     let tokens = Tensor::<2, Int>::from_data(TensorData::new(tokens, [count, context]), device);

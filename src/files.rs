@@ -21,7 +21,12 @@ pub(crate) fn write_aside<E>(
     let aside = path.with_file_name(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
     let whole = || {
         write(&aside)?;
-        fs::File::open(&aside).and_then(|file| file.sync_all()).and_then(|()| fs::rename(&aside, path)).map_err(&of_io)
+        fs::File::options()
+            .write(true)
+            .open(&aside)
+            .and_then(|file| file.sync_all())
+            .and_then(|()| fs::rename(&aside, path))
+            .map_err(&of_io)
     };
     whole().inspect_err(|_| {
         // Best effort: the error that matters is the first one.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 
 use super::{
@@ -12,8 +13,8 @@ use super::{
 
 /// Runs a model over any number of images and texts, batch by batch, with one batch and the embeddings in memory.
 #[derive(Debug)]
-pub struct Embedder<'a> {
-    model: &'a Clip,
+pub struct Embedder {
+    model: Clip,
     preprocessor: ImagePreprocessor,
     tokenizer: ClipTokenizer,
     context_length: usize,
@@ -30,14 +31,16 @@ pub struct TextEmbeddings {
     pub truncated: usize,
 }
 
-impl<'a> Embedder<'a> {
-    /// For a model on `device`.
-    pub fn new(model: &'a Clip, preprocessor: ImagePreprocessor, device: &Device) -> Self {
+impl Embedder {
+    /// For a model on `device`, as it is at inference.
+    pub fn new(model: &Clip, preprocessor: ImagePreprocessor, device: &Device) -> Self {
         let [context_length, _] = model.text.position_embedding.lazy_shape().dims();
-        Self { model, preprocessor, tokenizer: ClipTokenizer::new(), context_length, batch_size: 64, device: device.clone() }
+        let (model, tokenizer, device) = (model.valid(), ClipTokenizer::new(), device.clone().inner());
+        Self { model, preprocessor, tokenizer, context_length, batch_size: 64, device }
     }
 
-    /// Another number of samples in one forward pass than 64. Results do not depend on it while inference is dropless.
+    /// Another number of samples in one forward pass than 64. Results do not depend on it while inference is dropless and padding is kept
+    /// out, which are the defaults.
     pub fn with_batch_size(mut self, batch_size: usize) -> Self {
         self.batch_size = batch_size.max(1);
         self
@@ -49,18 +52,20 @@ impl<'a> Embedder<'a> {
     /// # Errors
     /// The first image that cannot be read.
     pub fn images(&self, paths: Vec<PathBuf>, mut progress: impl FnMut(usize)) -> Result<Tensor<2>, ImageError> {
-        let mut rows = Rows::default();
+        let mut rows = self.rows();
+        let count = paths.len();
         for batch in self.preprocessor.batches(paths, self.batch_size) {
             let batch = batch.into_iter().collect::<Result<Vec<_>, _>>()?;
             rows.add(self.model.encode_image(self.preprocessor.tensor(&batch, &self.device)).embedding);
             progress(rows.count);
         }
+        assert!(rows.count == count, "{} of {count} images came back", rows.count);
         Ok(rows.into_tensor(&self.device))
     }
 
     /// Embeds texts; `progress` hears how many are done.
     pub fn texts<T: AsRef<str>>(&self, texts: &[T], mut progress: impl FnMut(usize)) -> TextEmbeddings {
-        let mut rows = Rows::default();
+        let mut rows = self.rows();
         let mut truncated = 0;
         for batch in texts.chunks(self.batch_size) {
             let tokens = self.tokenizer.tokenize(batch, self.context_length);
@@ -73,16 +78,23 @@ impl<'a> Embedder<'a> {
 
     /// Embeds every prompt of every class: `{}` in a template stands for the class. One `[templates, P]` per class.
     pub fn prompts<C: AsRef<str>, T: AsRef<str>>(&self, classes: &[C], templates: &[T]) -> Vec<Tensor<2>> {
-        let prompts_of = |class: &C| templates.iter().map(|t| t.as_ref().replace("{}", class.as_ref())).collect::<Vec<_>>();
-        classes.iter().map(|class| self.texts(&prompts_of(class), |_| ()).embeddings).collect()
+        let prompt = |class: &C, template: &T| template.as_ref().replace("{}", class.as_ref());
+        let prompts: Vec<String> = classes.iter().flat_map(|class| templates.iter().map(move |t| prompt(class, t))).collect();
+        let all = self.texts(&prompts, |_| ()).embeddings;
+        (0..classes.len()).map(|class| all.clone().narrow(0, class * templates.len(), templates.len())).collect()
+    }
+
+    fn rows(&self) -> Rows {
+        let [_, width] = self.model.vision.projection.weight.lazy_shape().dims();
+        Rows { values: Vec::new(), count: 0, width }
     }
 }
 
 /// Embeddings on the host, row by row.
-#[derive(Default)]
 struct Rows {
     values: Vec<f32>,
     count: usize,
+    width: usize,
 }
 
 impl Rows {
@@ -92,7 +104,6 @@ impl Rows {
     }
 
     fn into_tensor(self, device: &Device) -> Tensor<2> {
-        let width = self.values.len() / self.count.max(1);
-        Tensor::from_data(TensorData::new(self.values, [self.count, width]), &device.clone().inner())
+        Tensor::from_data(TensorData::new(self.values, [self.count, self.width]), device)
     }
 }

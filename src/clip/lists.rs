@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use serde::Deserialize;
@@ -149,6 +149,10 @@ impl CaptionedImages {
     fn of(path: &Path, images: impl Iterator<Item = (PathBuf, Vec<String>)>) -> Result<Self, ListError> {
         let mut list = Self::default();
         for (file, captions) in images.filter(|(_, captions)| !captions.is_empty()) {
+            // A list must not decide which files outside of its folder are read.
+            if !file.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir)) {
+                return Err(format_error(path, format!("{} is not inside the folder of images", file.display())));
+            }
             let image = list.images.len();
             list.images.push(file);
             list.captions.extend(captions.into_iter().map(|caption| (caption, image)));
@@ -170,7 +174,7 @@ impl ClassifiedImages {
         let folder = folder.as_ref();
         let mut found = Self::default();
         for class in entries(folder)?.into_iter().filter(|path| path.is_dir()) {
-            for image in entries(&class)?.into_iter().filter(|path| path.is_file()) {
+            for image in images_in(&class)? {
                 found.images.push(image);
                 found.class_of_image.push(found.classes.len());
             }
@@ -181,6 +185,18 @@ impl ClassifiedImages {
         }
         Ok(found)
     }
+}
+
+/// The PNG, JPEG and WebP files of a folder, by their names' endings, sorted.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn images_in(folder: impl AsRef<Path>) -> Result<Vec<PathBuf>, ListError> {
+    let is_image = |path: &PathBuf| {
+        let ending = path.extension().and_then(|ending| ending.to_str()).map(str::to_lowercase);
+        path.is_file() && matches!(ending.as_deref(), Some("png" | "jpg" | "jpeg" | "webp"))
+    };
+    Ok(entries(folder.as_ref())?.into_iter().filter(is_image).collect())
 }
 
 /// What a folder holds, sorted.
@@ -251,19 +267,21 @@ mod tests {
         assert!(CaptionedImages::coco(&path).unwrap_err().to_string().contains("not the JSON that was expected"));
         let (_b, path) = written(r#"{"images": [], "annotations": [{"image_id": 5, "caption": "x"}]}"#);
         assert!(CaptionedImages::coco(&path).unwrap_err().to_string().ends_with("a caption names image 5, which is not there"));
+        let (_c, path) = written("../secret.jpg#0\tx");
+        assert!(CaptionedImages::flickr30k(&path).unwrap_err().to_string().ends_with("is not inside the folder of images"));
     }
 
     #[test]
     fn classes_are_folders() {
         let folder = tempfile::tempdir().unwrap();
-        for (class, file) in [("dog", "2.png"), ("cat", "1.png"), ("dog", "1.png")] {
+        for (class, file) in [("dog", "2.png"), ("cat", "1.png"), ("dog", "1.JPG"), ("dog", ".DS_Store")] {
             fs::create_dir_all(folder.path().join(class)).unwrap();
             fs::write(folder.path().join(class).join(file), "").unwrap();
         }
         let found = ClassifiedImages::folders(folder.path()).unwrap();
         assert_eq!(found.classes, ["cat", "dog"]);
         assert_eq!(found.class_of_image, [0, 1, 1]);
-        assert!(found.images[1].ends_with("dog/1.png"));
+        assert!(found.images[1].ends_with("dog/1.JPG"));
         assert!(ClassifiedImages::folders(folder.path().join("cat")).unwrap_err().to_string().ends_with("no folder of a class"));
     }
 }

@@ -1,7 +1,10 @@
 //! What a model needs in memory, counted and not measured.
 
 use super::ClipConfig;
-use crate::transformer::{EncoderConfig, SparseLayer};
+use crate::{
+    experts::FeedForwardForm,
+    transformer::{EncoderConfig, SparseLayer},
+};
 
 /// Bytes in f32.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
@@ -58,19 +61,46 @@ fn activations(encoder: &EncoderConfig, tokens: usize) -> (u64, u64) {
     // Input and output of a norm, queries, keys, values, scores and weights, context, and the sum with the residual.
     let attention = 7 * tokens * d + 2 * heads * tokens * tokens;
     let blocks = (0..encoder.n_layers).map(|index| {
-        let (rows, d_ff, routing) = match encoder.sparse_block(index) {
-            None => (tokens, encoder.d_ff, 0),
+        let (rows, d_ff, maps, others) = match encoder.sparse_block(index) {
+            None => (tokens, encoder.d_ff, 1, 0),
             Some(sparse) => {
                 let rows = match sparse.layer {
                     SparseLayer::Routed => sparse.assignment.rows(tokens, sparse.num_experts),
                     SparseLayer::Soft { slots_per_expert } => slots_per_expert * sparse.num_experts,
                 };
-                (rows, sparse.d_ff.unwrap_or(encoder.d_ff), 3 * tokens * sparse.num_experts)
+                // Gated experts have a second hidden map; a shared one sees every token.
+                let maps = if sparse.form == FeedForwardForm::Gated { 2 } else { 1 };
+                let shared = sparse.shared_expert.map_or(0, |width| tokens * (d + 2 * maps * width));
+                (rows, sparse.d_ff.unwrap_or(encoder.d_ff), maps, shared + 3 * tokens * sparse.num_experts)
             }
         };
         // A norm's output, the rows that go in and come out, the hidden ones twice, and the sum.
-        let feed_forward = 2 * tokens * d + 2 * rows * d + 2 * rows * d_ff + routing;
+        let feed_forward = 2 * tokens * d + 2 * rows * d + 2 * maps * rows * d_ff + others;
         ((attention + feed_forward) as u64, attention.max(feed_forward) as u64)
     });
     blocks.fold((0, 0), |(kept, most), (block, at_a_time)| (kept + block, most.max(at_a_time)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{SparseEncoderConfig, clip::SparseClipConfig};
+
+    #[test]
+    fn more_experts_need_more_and_gates_and_shared_experts_add_to_it() {
+        let dense = ClipConfig::vit_b_32();
+        let of = |sparse: SparseEncoderConfig| {
+            let towers = SparseClipConfig::new().with_vision(Some(sparse));
+            ClipConfig::vit_b_32().sparse(towers).memory(8)
+        };
+        let plain = of(SparseEncoderConfig::new());
+        assert!(plain.weights > dense.memory(8).weights);
+        assert!(plain.training_activations > dense.memory(8).training_activations);
+        let gated = of(SparseEncoderConfig::new().with_form(FeedForwardForm::Gated));
+        let shared = of(SparseEncoderConfig::new().with_shared_expert(Some(64)));
+        assert!(gated.training_activations > plain.training_activations);
+        assert!(shared.training_activations > plain.training_activations);
+        assert_eq!(dense.memory(16).training_activations, 2 * dense.memory(8).training_activations);
+        assert_eq!(dense.memory(1).optimizer, 2 * dense.memory(1).weights);
+    }
 }

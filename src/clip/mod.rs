@@ -27,7 +27,7 @@ pub use config::{ClipConfig, SparseClipConfig};
 pub use embed::{Embedder, TextEmbeddings};
 pub use loss::contrastive_loss;
 pub use memory::ClipMemory;
-pub use model::{Clip, ClipOutput, MAX_LOGIT_SCALE};
+pub use model::{Clip, ClipOutput, MAX_LOGIT_SCALE, normalize};
 pub use retrieval::{Recall, RetrievalError, RetrievalMetrics};
 pub use text::{EndOfText, TextConfig, TextOutput, TextTower};
 pub use vision::{VisionConfig, VisionOutput, VisionTower};

@@ -97,8 +97,8 @@ impl Clip {
     }
 }
 
-/// Rows of length 1. A zero row stays zero.
-pub(crate) fn normalize(x: Tensor<2>) -> Tensor<2> {
+/// Rows of length 1, `[N, P] -> [N, P]`; a zero row stays zero.
+pub fn normalize(x: Tensor<2>) -> Tensor<2> {
     // Clamped before the root, whose gradient at zero is infinite.
     let norm = x.clone().square().sum_dim(1).clamp_min(1e-24).sqrt();
     x / norm

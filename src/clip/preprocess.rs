@@ -87,7 +87,11 @@ pub struct ImagePreprocessor {
 
 impl ImagePreprocessor {
     /// For a tower of this image size, with CLIP's own mean and standard deviation; orientation as in open_clip.
+    ///
+    /// # Panics
+    /// When the size is zero.
     pub fn new(image_size: usize) -> Self {
+        assert!(image_size > 0, "an image of side 0 has no pixels");
         Self { image_size, mean: IMAGE_MEAN, std: IMAGE_STD, orientation: Orientation::AsStored }
     }
 
@@ -103,8 +107,12 @@ impl ImagePreprocessor {
     /// When the file cannot be read, is no image, is damaged, or claims more than 64 megapixels.
     pub fn open(&self, path: impl AsRef<Path>) -> Result<Square, ImageError> {
         let path = path.as_ref();
-        let bytes = fs::read(path).map_err(|source| ImageError::Io { path: path.to_path_buf(), source })?;
-        self.decode_named(&bytes, path)
+        let io = |source| ImageError::Io { path: path.to_path_buf(), source };
+        let size = fs::metadata(path).map_err(io)?.len();
+        if size > MOST_BYTES {
+            return Err(ImageError::Decode { path: path.to_path_buf(), reason: format!("a file of {size} bytes is not read") });
+        }
+        self.decode_named(&fs::read(path).map_err(io)?, path)
     }
 
     /// Reads one image from memory.
@@ -154,17 +162,28 @@ impl ImagePreprocessor {
         Tensor::from_data(TensorData::new(values, [images.len(), 3, self.image_size, self.image_size]), device)
     }
 
+    /// Decodes; a decoder that panics on a file has found it damaged.
     fn decode_named(&self, bytes: &[u8], path: &Path) -> Result<Square, ImageError> {
+        let decode = std::panic::AssertUnwindSafe(|| self.decode_or_panic(bytes, path));
+        std::panic::catch_unwind(decode)
+            .unwrap_or_else(|_| Err(ImageError::Decode { path: path.to_path_buf(), reason: "its decoder stopped on it".into() }))
+    }
+
+    fn decode_or_panic(&self, bytes: &[u8], path: &Path) -> Result<Square, ImageError> {
         let bad = |reason: String| ImageError::Decode { path: path.to_path_buf(), reason };
         let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|error| bad(error.to_string()))?;
         let mut limits = Limits::default();
         limits.max_alloc = Some(MOST_BYTES);
-        reader.limits(limits);
+        reader.limits(limits.clone());
         let mut decoder = reader.into_decoder().map_err(|error| bad(error.to_string()))?;
         let (width, height) = decoder.dimensions();
-        if u64::from(width) * u64::from(height) > MOST_PIXELS {
+        // The resized image counts too: a long and thin one becomes larger.
+        let [across, down] = self.resized_size(width as usize, height as usize).map(|side| side as u64);
+        let largest = [u64::from(width) * u64::from(height), across.saturating_mul(height.into()), across.saturating_mul(down)];
+        if largest.into_iter().any(|pixels| pixels > MOST_PIXELS) {
             return Err(ImageError::TooLarge { path: path.to_path_buf(), width, height });
         }
+        limits.reserve(decoder.total_bytes()).map_err(|error| bad(error.to_string()))?;
         let turn = match self.orientation {
             Orientation::AsStored => Turn::NoTransforms,
             Orientation::Exif => decoder.orientation().unwrap_or(Turn::NoTransforms),
@@ -174,15 +193,20 @@ impl ImagePreprocessor {
         self.square(Pixels::of(image, bytes)).map_err(bad)
     }
 
+    /// Width and height with the shorter side at `image_size`.
+    fn resized_size(&self, width: usize, height: usize) -> [usize; 2] {
+        let short = width.min(height).max(1);
+        [width, height].map(|side| if side == short { self.image_size } else { self.image_size * side / short })
+    }
+
     /// Shorter side to `image_size`, longer side in proportion, then the middle; sizes and offsets as torchvision rounds them.
     fn square(&self, pixels: Pixels) -> Result<Square, String> {
         let (width, height) = pixels.dims();
-        let (size, short) = (self.image_size, width.min(height));
-        if short == 0 {
+        if width == 0 || height == 0 {
             return Err("it has no pixels".into());
         }
-        let scaled = |side: usize| if side == short { size } else { size * side / short };
-        let (new_width, new_height) = (scaled(width), scaled(height));
+        let size = self.image_size;
+        let [new_width, new_height] = self.resized_size(width, height);
         let rgb = pixels.resized(new_width, new_height)?;
         let (left, top) = (half_to_even(new_width - size), half_to_even(new_height - size));
         let rows = rgb.chunks_exact(3 * new_width).skip(top).take(size);
@@ -223,6 +247,11 @@ impl Pixels {
             }
             DynamicImage::ImageRgb16(image) => Self::Opaque(image_of(high(image.into_raw()), PixelType::U8x3)),
             DynamicImage::ImageRgba16(image) => Self::Transparent(image_of(high(image.into_raw()), PixelType::U8x4)),
+            DynamicImage::ImageLumaA16(image) => {
+                let both = high(image.into_raw());
+                let rgba = both.as_chunks().0.iter().flat_map(|&[grey, alpha]| [grey, grey, grey, alpha]).collect();
+                Self::Transparent(image_of(rgba, PixelType::U8x4))
+            }
             image if image.color().has_alpha() => Self::Transparent(image_of(image.into_rgba8().into_raw(), PixelType::U8x4)),
             image => Self::Opaque(image_of(image.into_rgb8().into_raw(), PixelType::U8x3)),
         }
@@ -269,26 +298,34 @@ fn resize(image: &Image, width: usize, height: usize, filter: ResizeAlg) -> Resu
 
 /// RGBA to RGB. Dividing by a small alpha makes much of a small error, so the products are kept exact.
 fn resize_transparent(image: &Image, width: usize, height: usize) -> Result<Vec<u8>, String> {
-    let multiplied = image.buffer().as_chunks().0.iter().flat_map(|&[r, g, b, alpha]| {
-        // A product of two bytes over 255, rounded.
-        let by_alpha = |value: u8| {
-            let product = u32::from(value) * u32::from(alpha) + 128;
-            ((product >> 8) + product) >> 8
-        };
-        [by_alpha(r), by_alpha(g), by_alpha(b), alpha.into()].map(|value| value as f32)
-    });
+    // A product of two bytes over 255, rounded.
+    let by_alpha = |value: u8, alpha: u8| {
+        let product = u32::from(value) * u32::from(alpha) + 128;
+        ((product >> 8) + product) >> 8
+    };
+    let multiplied = |&[r, g, b, alpha]: &[u8; 4]| {
+        [by_alpha(r, alpha), by_alpha(g, alpha), by_alpha(b, alpha), alpha.into()].map(|value| value as f32)
+    };
     let whole = |image: Image<'static>| {
         let round = |bytes: &[u8; 4]| (f32::from_ne_bytes(*bytes) + 0.5).floor().clamp(0.0, 255.0);
         image.buffer().as_chunks().0.iter().map(round).collect::<Vec<f32>>()
     };
-    let image_of = |values: Vec<f32>, width: u32, height: u32| {
-        let bytes = values.into_iter().flat_map(f32::to_ne_bytes).collect();
-        Image::from_vec_u8(width, height, bytes, PixelType::F32x4).expect("as many values as pixels and channels")
+    let image_of = |values: &[f32], width: u32| {
+        let mut image = Image::new(width, values.len() as u32 / 4 / width, PixelType::F32x4);
+        let bytes = image.buffer_mut().as_chunks_mut().0.iter_mut();
+        bytes.zip(values).for_each(|(bytes, value)| *bytes = value.to_ne_bytes());
+        image
     };
     let filter = ResizeAlg::Convolution(FilterType::CatmullRom);
-    let start = image_of(multiplied.collect(), image.width(), image.height());
-    let across = whole(resize(&start, width, image.height() as usize, filter)?);
-    let both = whole(resize(&image_of(across, width as u32, image.height()), width, height, filter)?);
+    let mut across = Vec::with_capacity(4 * width * image.height() as usize);
+    // Some rows at a time: numbers of four bytes take four times the image.
+    for rows in image.buffer().chunks(4 * image.width() as usize * 64) {
+        let rows: Vec<f32> = rows.as_chunks().0.iter().flat_map(multiplied).collect();
+        let rows = image_of(&rows, image.width());
+        let height = rows.height() as usize;
+        across.extend(whole(resize(&rows, width, height, filter)?));
+    }
+    let both = whole(resize(&image_of(&across, width as u32), width, height, filter)?);
     let divided = both.as_chunks().0.iter().flat_map(|&[r, g, b, alpha]: &[f32; 4]| {
         let by_alpha = |value: f32| match alpha {
             0.0 | 255.0 => value as u8,
@@ -323,12 +360,28 @@ mod tests {
         let preprocessor = ImagePreprocessor::new(8);
         let error = |bytes: &[u8]| preprocessor.decode(bytes).unwrap_err().to_string();
         assert!(error(b"I am no picture").contains("is no readable image"));
-        // A PNG header that claims 40,000 x 40,000 pixels.
+        // A PNG that claims 40,000 x 40,000 pixels, with its checksum, and the beginning of its data.
         let mut png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR".to_vec();
         png.extend([40_000u32.to_be_bytes(), 40_000u32.to_be_bytes()].concat());
-        png.extend([8, 2, 0, 0, 0, 0, 0, 0, 0]);
-        let text = error(&png);
-        assert!(text.contains("40000 x 40000 pixels") || text.contains("is no readable image"), "{text}");
+        png.extend([8, 2, 0, 0, 0]);
+        png.extend(0xde6e9952_u32.to_be_bytes());
+        png.extend(b"\0\0\x10\0IDAT");
+        assert!(error(&png).contains("40000 x 40000 pixels"), "{}", error(&png));
+    }
+
+    #[test]
+    fn thin_images_are_resized_or_refused() {
+        let of = |width, height, size| {
+            let mut png = Cursor::new(Vec::new());
+            let image = image::RgbaImage::from_fn(width, height, |x, y| image::Rgba([x as u8, y as u8, 7, (x + y) as u8]));
+            image.write_to(&mut png, image::ImageFormat::Png).unwrap();
+            ImagePreprocessor::new(size).decode(png.get_ref())
+        };
+        for (width, height) in [(1, 1), (1, 300), (300, 1), (2, 333), (333, 2), (8, 9)] {
+            assert_eq!(of(width, height, 8).unwrap().len(), 3 * 64, "{width} x {height}");
+        }
+        assert!(matches!(of(1, 50_000, 224), Err(ImageError::TooLarge { .. })));
+        assert!(matches!(of(50_000, 1, 224), Err(ImageError::TooLarge { .. })));
     }
 
     #[test]

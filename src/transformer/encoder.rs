@@ -89,6 +89,10 @@ impl EncoderConfig {
                 divisor_value: self.n_heads,
             });
         }
+        if !(self.norm_epsilon.is_finite() && self.norm_epsilon >= 0.0) {
+            let reason = "it must be finite and not negative";
+            return Err(ConfigError::OutOfRange { field: "norm_epsilon", value: self.norm_epsilon, reason });
+        }
         if let Some(sparse) = &self.sparse {
             sparse.blocks.validate(self.n_layers)?;
             match sparse.layer {

@@ -7,6 +7,8 @@ use super::{DenseWeights, UpcycleError};
 
 /// Rounds of k-means; assignments rarely change after ten.
 const ROUNDS: usize = 30;
+/// Attempts from other first centroids.
+const ATTEMPTS: usize = 5;
 /// Sweeps that the singular value decomposition may take per value.
 const SWEEPS: usize = 100;
 
@@ -32,7 +34,7 @@ pub(super) fn experts_of_clusters(
 ) -> Result<ClusterExperts, UpcycleError> {
     crate::check_finite("the calibration tokens", &inputs)?;
     let device = inputs.device();
-    let (assigned, centroids) = spherical_k_means(inputs.clone(), num_experts);
+    let (assigned, centroids) = best_of_several(unit_rows(inputs.clone()), num_experts);
     let mut experts = (Vec::new(), Vec::new());
     for expert in 0..num_experts {
         let members: Vec<i32> = (0..assigned.len()).filter(|&i| assigned[i] == expert).map(|i| i as i32).collect();
@@ -43,15 +45,27 @@ pub(super) fn experts_of_clusters(
         experts.0.push(keep_leading_outputs(weights.w_in.clone(), x, energy));
         experts.1.push(keep_leading_outputs(weights.w_out.clone(), hidden, energy));
     }
-    Ok(ClusterExperts { w_in: Tensor::stack(experts.0, 0), w_out: Tensor::stack(experts.1, 0), router: centroids.transpose() })
+    let (w_in, w_out) = (Tensor::stack(experts.0, 0), Tensor::stack(experts.1, 0));
+    crate::check_finite("w_in of the clusters", &w_in)?;
+    crate::check_finite("w_out of the clusters", &w_out)?;
+    Ok(ClusterExperts { w_in, w_out, router: centroids.transpose() })
 }
 
-/// The cluster of each row of `x` `[N, D]`, and the unit centroids `[E, D]`: k-means by the cosine.
-fn spherical_k_means(x: Tensor<2>, clusters: usize) -> (Vec<usize>, Tensor<2>) {
+/// k-means may end with two centroids in one cluster: of several attempts, the one whose rows are nearest to their centroids.
+fn best_of_several(x: Tensor<2>, clusters: usize) -> (Vec<usize>, Tensor<2>) {
+    let nearness = |centroids: &Tensor<2>| {
+        let nearest = x.clone().matmul(centroids.clone().transpose()).max_dim(1);
+        nearest.mean().into_scalar::<f32>()
+    };
+    let attempts = (0..ATTEMPTS).map(|_| spherical_k_means(&x, clusters)).map(|found| (nearness(&found.1), found));
+    attempts.max_by(|a, b| a.0.total_cmp(&b.0)).expect("there is an attempt").1
+}
+
+/// The cluster of each unit row of `x` `[N, D]`, and the unit centroids `[E, D]`: k-means by the cosine.
+fn spherical_k_means(x: &Tensor<2>, clusters: usize) -> (Vec<usize>, Tensor<2>) {
     let [count, _] = x.dims();
-    let x = unit_rows(x);
     let device = x.device();
-    let mut centroids = first_centroids(&x, clusters);
+    let mut centroids = first_centroids(x, clusters);
     let mut assigned = vec![usize::MAX; count];
     for _ in 0..ROUNDS {
         let cosines: Vec<f32> = read(x.clone().matmul(centroids.clone().transpose()));
@@ -139,8 +153,8 @@ fn leading_right_vectors(a: Tensor<2>, energy: f64) -> Tensor<2> {
     if !is_wide {
         return vectors;
     }
-    // From left to right vectors: v = aᵀu / σ.
-    a.transpose().matmul(vectors) / values.narrow(0, 0, rank).sqrt().unsqueeze_dim::<2>(0)
+    // From left to right vectors: aᵀu is v times its singular value, which may be nothing but rounding.
+    unit_rows(vectors.transpose().matmul(a)).transpose()
 }
 
 /// Eigenvectors (as columns) and eigenvalues, largest first, of a symmetric matrix without negative ones: its singular ones.

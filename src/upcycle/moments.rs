@@ -21,7 +21,8 @@ const EXPERTS: [(&str, &str); 4] =
 /// kind: `config.init().load_record(record)`.
 ///
 /// # Errors
-/// When experts are not as wide as the dense network, or `trained` holds a state of another shape.
+/// When experts are not as wide as the dense network, or `trained` holds nothing of the parameters of `dense`: it must be the model that was
+/// trained, not one read from its checkpoint, whose parameters are new ones.
 pub fn upcycle_optimizer<D: Module, S: Module>(
     trained: &ModuleOptimizer,
     dense: &D,
@@ -67,6 +68,12 @@ pub fn upcycle_optimizer<D: Module, S: Module>(
             writer_scalars.push((format!("{}.{field}", target.id), value));
         }
         paths.push((target.id.to_string(), path));
+    }
+    if entries.is_empty() {
+        return Err(UpcycleError::OptimizerState {
+            parameter: String::new(),
+            reason: "it holds nothing of the dense model's parameters; is this the model that was trained?".into(),
+        });
     }
     let mut writer = Writer::new(entries);
     for (name, value) in writer_scalars {

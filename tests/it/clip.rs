@@ -169,6 +169,38 @@ fn weights_in_shards_are_read() {
 }
 
 #[test]
+fn layouts_share_a_folder_without_harm() {
+    let device = Device::default();
+    let folder = tempfile::tempdir().unwrap();
+    let dense = dense(&device);
+    let config = config().sparse(SparseClipConfig::clip_up());
+    let sparse = ClipCheckpoint { model: config.init(&device), config };
+    sparse.save_sparse(folder.path(), Precision::F32).unwrap();
+    dense.save_hugging_face(folder.path(), Precision::F32).unwrap();
+    dense.save_open_clip(folder.path(), Precision::F32).unwrap();
+    let embeds = |folder: &Path| image_embeds(&ClipCheckpoint::load(folder, &device).unwrap(), &device);
+    assert_eq!(embeds(folder.path()), image_embeds(&sparse, &device));
+    fs::remove_file(folder.path().join("burn_moe_config.json")).unwrap();
+    assert_eq!(embeds(folder.path()), image_embeds(&dense, &device));
+    fs::remove_file(folder.path().join("open_clip_config.json")).unwrap();
+    assert_eq!(embeds(folder.path()), image_embeds(&dense, &device));
+}
+
+#[test]
+#[should_panic(expected = "does not have the shape [10] of its configuration")]
+fn a_configuration_of_another_model_is_not_written() {
+    let device = Device::default();
+    let folder = tempfile::tempdir().unwrap();
+    let mut other = config();
+    other.text.projection_bias = true;
+    other.embed_dim = 12;
+    let model = other.init(&device);
+    let mut config = config();
+    config.text.projection_bias = true;
+    let _ = ClipCheckpoint { config, model }.save_open_clip(folder.path(), Precision::F32);
+}
+
+#[test]
 fn a_projection_with_a_bias_comes_back() {
     let device = Device::default();
     let folder = tempfile::tempdir().unwrap();
@@ -256,6 +288,8 @@ fn a_sparse_checkpoint_of_version_2_is_read() {
     let path = folder.path().join("burn_moe_config.json");
     let mut file: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
     file["version"] = 2.into();
+    // Its weights had the name that Hugging Face's have.
+    fs::rename(folder.path().join("burn_moe_model.safetensors"), folder.path().join("model.safetensors")).unwrap();
     for tower in ["vision", "text"] {
         let blocks = file["clip"][tower]["encoder"]["sparse"].as_object_mut().unwrap();
         for field in ["layer", "form", "shared_expert", "padding"] {
@@ -311,6 +345,9 @@ fn a_damaged_checkpoint_is_named() {
     assert!(with("\"embed_dim\": 10", "\"embed_dim\": 12").contains("`visual.proj` should be [8, 12], but is [8, 10]"));
     assert!(with("\"layers\": 2", "\"layers\": 3").contains("missing tensors [\"transformer.resblocks.2."));
     assert!(with("\"layers\": 2", "\"layers\": 1").contains("unexpected tensors [\"transformer.resblocks.1."));
+    assert!(with("\"layers\": 2", "\"layers\": 99").contains("the configuration names 101 blocks, and there are "));
+    assert!(with("\"layers\": 2", "\"layers\": 4000000000").contains("layers of 4000000000: at most 1048576 is possible"));
+    assert!(with("\"width\": 8", "\"width\": 18446744073709551615").contains("at most 1048576 is possible"));
     assert!(with("\"heads\": 2", "\"heads\": 0").contains("`n_heads` must be at least 1, got 0"));
     assert!(with("\"heads\": 2", "\"heads\": 3").contains("`n_heads` (3) must divide `d_model` (8)"));
     assert!(

@@ -573,6 +573,9 @@ fn an_upcycled_optimizer_goes_on_without_a_jump() {
     assert!(with <= before * 1.02, "from {before} to {with}: the loss jumps with the moments");
     assert!(without > before * 1.1, "from {before} to {without}: there is no jump to avoid");
 
+    // Another dense model: nothing of it was trained.
+    let error = upcycle_optimizer(&optimizer, &config.init(&device), &config.init(&device)).unwrap_err().to_string();
+    assert!(error.contains("it holds nothing of the dense model's parameters"), "{error}");
     let narrow = config.with_sparse(Some(SparseEncoderConfig::new().with_d_ff(Some(4)))).init(&device);
     let error = upcycle_optimizer(&optimizer, &dense, &narrow).unwrap_err().to_string();
     assert!(error.contains("of `blocks.1.feed_forward.Moe.experts.") && error.contains("cannot be taken over"), "{error}");

@@ -7,7 +7,7 @@ use super::CheckpointError;
 use crate::{
     clip::{ClipConfig, EndOfText, TextConfig, VisionConfig},
     experts::Activation,
-    transformer::{EncoderConfig, SparseEncoderConfig},
+    transformer::{EncoderConfig, SparseEncoderConfig, SparseLayer},
 };
 
 /// What is wrong in a configuration file, in words.
@@ -64,6 +64,40 @@ fn from_version_2(clip: &mut Value) -> Result<()> {
 pub(super) fn to_burn_moe(config: &ClipConfig) -> String {
     let clip = serde_json::to_value(config).expect("a configuration is JSON");
     serde_json::to_string_pretty(&BurnMoeFile { version: VERSION, clip }).expect("JSON can be written")
+}
+
+/// The largest size that any field may have: beyond it no model was ever made, and products of three still fit 64 bits.
+const LARGEST: usize = 1 << 20;
+
+/// Refuses sizes that only a damaged or hostile file has, before anything is computed from them.
+pub(super) fn of_possible_size(config: ClipConfig) -> Result<ClipConfig> {
+    let (vision, text) = (&config.vision, &config.text);
+    let mut sizes = vec![
+        ("embed_dim", config.embed_dim),
+        ("image_size", vision.image_size),
+        ("patch_size", vision.patch_size),
+        ("channels", vision.channels),
+        ("patches on a side", vision.image_size.checked_div(vision.patch_size).unwrap_or(0).saturating_pow(2)),
+        ("vocab_size", text.vocab_size),
+        ("context_length", text.context_length),
+    ];
+    for encoder in [&vision.encoder, &text.encoder] {
+        let widths =
+            [("width", encoder.d_model), ("heads", encoder.n_heads), ("layers", encoder.n_layers), ("hidden width", encoder.d_ff)];
+        sizes.extend(widths);
+        if let Some(sparse) = &encoder.sparse {
+            let slots = match sparse.layer {
+                SparseLayer::Routed => 1,
+                SparseLayer::Soft { slots_per_expert } => slots_per_expert,
+            };
+            let hidden = [sparse.d_ff, sparse.shared_expert].into_iter().flatten().map(|width| ("hidden width of experts", width));
+            sizes.extend(hidden.chain([("experts", sparse.num_experts), ("slots per expert", slots)]));
+        }
+    }
+    match sizes.into_iter().find(|(_, size)| *size > LARGEST) {
+        Some((field, size)) => Err(ConfigFileError(format!("{field} of {size}: at most {LARGEST} is possible"))),
+        None => Ok(config),
+    }
 }
 
 #[derive(Deserialize)]
@@ -250,7 +284,12 @@ pub(super) fn from_hugging_face(text: &str) -> Result<ClipConfig> {
 
 pub(super) fn to_hugging_face(config: &ClipConfig) -> std::result::Result<String, CheckpointError> {
     let (vision, text) = (&config.vision, &config.text);
-    for (refused, what) in [(config.is_sparse(), "sparse blocks"), (text.projection_bias, "a bias of the text projection")] {
+    for (refused, what) in [
+        (config.is_sparse(), "sparse blocks"),
+        (text.projection_bias, "a bias of the text projection"),
+        // There, 2 means another rule.
+        (text.end_of_text == EndOfText::Id(2), "an end of text of id 2"),
+    ] {
         if refused {
             return Err(CheckpointError::NoPlace { layout: "Hugging Face", what });
         }

@@ -71,6 +71,16 @@ pub enum CheckpointError {
         /// Found, not expected.
         unexpected: Vec<String>,
     },
+    /// The weights file cannot hold as many blocks as the configuration names.
+    #[error("{}: the configuration names {blocks} blocks, and there are {tensors} tensors", path.display())]
+    Blocks {
+        /// The file.
+        path: PathBuf,
+        /// Blocks of both towers.
+        blocks: usize,
+        /// Tensors in the file.
+        tensors: usize,
+    },
     /// A tensor has another shape than the configuration says.
     #[error("{}: `{tensor}` should be {expected:?}, but is {found:?}", path.display())]
     Shape {

@@ -48,6 +48,9 @@ pub enum Precision {
     BF16,
 }
 
+/// Bytes of the longest configuration that is read; those of real models have a few thousand.
+const LONGEST_CONFIG: u64 = 1 << 20;
+
 /// Tensors of other writers' files that hold no parameter.
 const HARMLESS: [&str; 3] = ["attn_mask", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"];
 
@@ -77,7 +80,11 @@ impl ClipCheckpoint {
     /// Writes `open_clip_config.json` and `open_clip_model.safetensors` into `folder`, which is made if need be.
     ///
     /// # Errors
-    /// When the model is sparse, or on a failure of the file system; a file that was there before is then as it was.
+    /// When the model is sparse, a value is not finite or beyond the precision, or on a failure of the file system; a file that was there before
+    /// is then as it was.
+    ///
+    /// # Panics
+    /// When the configuration is not the model's.
     pub fn save_open_clip(&self, folder: impl AsRef<Path>, precision: Precision) -> Result<(), CheckpointError> {
         let text = config::to_open_clip(&self.config)?;
         self.save(folder.as_ref(), ["open_clip_config.json", "open_clip_model.safetensors"], &text, Layout::OpenClip, precision)
@@ -86,24 +93,30 @@ impl ClipCheckpoint {
     /// Writes `config.json` and `model.safetensors` as transformers does for a `CLIPModel` into `folder`, which is made if need be.
     ///
     /// # Errors
-    /// When the model is sparse or its text projection has a bias, or on a failure of the file system; a file that was there before is
-    /// then as it was.
+    /// When the model is sparse or its text projection has a bias, a value is not finite or beyond the precision, or on a failure of the file
+    /// system; a file that was there before is then as it was.
+    ///
+    /// # Panics
+    /// When the configuration is not the model's.
     pub fn save_hugging_face(&self, folder: impl AsRef<Path>, precision: Precision) -> Result<(), CheckpointError> {
         let text = config::to_hugging_face(&self.config)?;
         self.save(folder.as_ref(), ["config.json", "model.safetensors"], &text, Layout::HuggingFace, precision)
     }
 
-    /// Writes `burn_moe_config.json` and `model.safetensors` into `folder`, which is made if need be. Tensor names are
+    /// Writes `burn_moe_config.json` and `burn_moe_model.safetensors` into `folder`, which is made if need be. Tensor names are
     /// open_clip's; a sparse block has `moe.router.weight` `[D, E]`, `moe.experts.w_in` `[E, D, F]`, `moe.experts.b_in` `[E, F]`,
     /// `moe.experts.w_out` `[E, F, D]` and `moe.experts.b_out` `[E, D]` where a dense one has `mlp`; if it has them also
     /// `moe.router.balancing_bias` `[E]`, `moe.experts.w_gate` and `b_gate` (as `w_in` and `b_in`), and `moe.shared_expert.*` (as `moe.experts.*`
     /// with `E` 1). A soft one has `moe.slots` `[D, E · S]` and no router.
     ///
     /// # Errors
-    /// On a failure of the file system; a file that was there before is then as it was.
+    /// When a value is not finite or beyond the precision, or on a failure of the file system; a file that was there before is then as it was.
+    ///
+    /// # Panics
+    /// When the configuration is not the model's.
     pub fn save_sparse(&self, folder: impl AsRef<Path>, precision: Precision) -> Result<(), CheckpointError> {
         let text = config::to_burn_moe(&self.config);
-        self.save(folder.as_ref(), ["burn_moe_config.json", "model.safetensors"], &text, Layout::OpenClip, precision)
+        self.save(folder.as_ref(), ["burn_moe_config.json", "burn_moe_model.safetensors"], &text, Layout::OpenClip, precision)
     }
 
     fn save(
@@ -151,6 +164,12 @@ struct StoredTensor<'a> {
     overflow: &'a RefCell<Option<(String, usize)>>,
 }
 
+impl StoredTensor<'_> {
+    fn name(&self) -> &str {
+        self.parts.first().map_or("", |(entry, _)| &entry.key)
+    }
+}
+
 impl View for StoredTensor<'_> {
     fn dtype(&self) -> Dtype {
         self.precision.dtype()
@@ -170,6 +189,7 @@ impl View for StoredTensor<'_> {
             }
             bytes.extend(self.precision.encode(&values));
         }
+        assert!(bytes.len() == self.data_len(), "`{}` does not have the shape {:?} of its configuration", self.name(), self.shape);
         bytes.into()
     }
 
@@ -181,6 +201,8 @@ impl View for StoredTensor<'_> {
 /// The configuration of a folder, where its weights are, and how they are laid out.
 fn found_in(folder: &Path) -> Result<(ClipConfig, PathBuf, Layout), CheckpointError> {
     let kinds = [
+        ("burn_moe_config.json", "burn_moe_model.safetensors", Layout::OpenClip),
+        // As version 2 was written.
         ("burn_moe_config.json", "model.safetensors", Layout::OpenClip),
         ("open_clip_config.json", "open_clip_model.safetensors", Layout::OpenClip),
         ("config.json", "model.safetensors", Layout::HuggingFace),
@@ -193,19 +215,24 @@ fn found_in(folder: &Path) -> Result<(ClipConfig, PathBuf, Layout), CheckpointEr
         return Err(CheckpointError::NoConfig { folder: folder.to_path_buf() });
     };
     let config_path = folder.join(config_name);
-    let text = fs::read_to_string(&config_path).map_err(CheckpointError::io(&config_path))?;
+    let text = tensors::read_text(&config_path, LONGEST_CONFIG)?;
     let config = match config_name {
         "burn_moe_config.json" => config::from_burn_moe(&text),
         "open_clip_config.json" => config::from_open_clip(&text),
         _ => config::from_hugging_face(&text),
     };
-    let config = config.map_err(|error| error.at(&config_path))?;
+    let config = config.and_then(config::of_possible_size).map_err(|error| error.at(&config_path))?;
     config.validate().map_err(|source| CheckpointError::Config { path: config_path, source })?;
 
     Ok((config, folder.join(weights_name), layout))
 }
 
 fn load_weights(files: &TensorFiles, config: &ClipConfig, layout: Layout, device: &Device) -> Result<Clip, CheckpointError> {
+    // Every block has tensors of its own: what claims more blocks than that is not worth a table.
+    let blocks = config.vision.encoder.n_layers + config.text.encoder.n_layers;
+    if blocks > files.names().count() {
+        return Err(CheckpointError::Blocks { path: files.path.clone(), blocks, tensors: files.names().count() });
+    }
     let entries = layout::entries(config, layout);
     let expected: BTreeSet<&str> = entries.iter().map(|entry| entry.key.as_str()).collect();
     let found: BTreeSet<&str> = files.names().filter(|name| !HARMLESS.contains(name)).collect();

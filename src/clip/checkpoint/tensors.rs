@@ -21,6 +21,9 @@ use super::CheckpointError;
 /// A header longer than this belongs to no CLIP: that of a ViT-L/14 has 60 kB.
 const LONGEST_HEADER: u64 = 4 << 20;
 
+/// More shards than any CLIP has.
+const MOST_SHARDS: usize = 64;
+
 /// The tensors of one safetensors file, or of the shards that an index names.
 pub(super) struct TensorFiles {
     /// What errors name: the file, or the index.
@@ -53,9 +56,12 @@ impl TensorFiles {
             return Ok(Self { path: path.to_path_buf(), files: vec![file], file_of });
         }
         let bad = |reason: String| CheckpointError::ConfigFile { path: index.clone(), reason };
-        let text = std::fs::read_to_string(&index).map_err(CheckpointError::io(&index))?;
+        let text = read_text(&index, LONGEST_HEADER)?;
         let weight_map = serde_json::from_str::<Index>(&text).map_err(|error| bad(error.to_string()))?.weight_map;
         let names: BTreeSet<&String> = weight_map.values().collect();
+        if names.len() > MOST_SHARDS {
+            return Err(bad(format!("{} shards: at most {MOST_SHARDS} are read", names.len())));
+        }
         let mut files = Vec::new();
         for name in &names {
             // Shards lie beside their index: a path from elsewhere must not decide what is read.
@@ -65,7 +71,11 @@ impl TensorFiles {
             files.push(TensorFile::open(&index.with_file_name(name))?);
         }
         let place: BTreeMap<&String, usize> = names.iter().enumerate().map(|(place, name)| (*name, place)).collect();
+        // Everything that is in the shards, so that what the index does not name is not passed over.
         let mut file_of = BTreeMap::new();
+        for (place, file) in files.iter().enumerate() {
+            file_of.extend(file.metadata.offset_keys().into_iter().map(|tensor| (tensor, place)));
+        }
         for (tensor, name) in &weight_map {
             if files[place[name]].metadata.info(tensor).is_none() {
                 return Err(bad(format!("`{tensor}` should be in {name}, but is not")));
@@ -100,6 +110,18 @@ impl TensorFiles {
         read.map_err(CheckpointError::io(&file.path))?;
         Ok(bytes)
     }
+}
+
+/// The text of a file that should not be long.
+pub(super) fn read_text(path: &Path, longest: u64) -> Result<String, CheckpointError> {
+    let file = File::open(path).map_err(CheckpointError::io(path))?;
+    let mut text = String::new();
+    file.take(longest + 1).read_to_string(&mut text).map_err(CheckpointError::io(path))?;
+    if text.len() as u64 > longest {
+        let reason = format!("more than {longest} bytes: too long for what it should be");
+        return Err(CheckpointError::ConfigFile { path: path.to_path_buf(), reason });
+    }
+    Ok(text)
 }
 
 /// The index that stands for a file in shards.
@@ -137,7 +159,8 @@ impl TensorFile {
     fn open(path: &Path) -> Result<Self, CheckpointError> {
         let bad = CheckpointError::safetensors(path);
         let mut file = File::open(path).map_err(CheckpointError::io(path))?;
-        let size = file.metadata().map_err(CheckpointError::io(path))?.len();
+        let about = file.metadata().map_err(CheckpointError::io(path))?;
+        let size = about.len();
         let mut length = [0; 8];
         if size < 8 {
             return Err(bad(SafeTensorError::HeaderTooSmall));

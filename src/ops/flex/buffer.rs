@@ -31,7 +31,10 @@ impl Buffer {
             // What is used again holds old values; tests see to it that nobody relies on zeros.
             return Self { values: vec![if cfg!(test) { f32::NAN } else { 0.0 }; len], len };
         }
-        Self { values: pool().take(size_class(len)).unwrap_or_else(|| vec![0.0; size_class(len)]), len }
+        let size = size_class(len);
+        // Two statements, so that the pool is not locked while memory is asked for.
+        let idle = pool().take(size);
+        Self { values: idle.unwrap_or_else(|| vec![0.0; size]), len }
     }
 
     /// The values as a tensor's memory, which comes back here when the tensor is gone.

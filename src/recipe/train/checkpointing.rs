@@ -58,7 +58,7 @@ fn routing_of(model: &Clip) -> Vec<String> {
     let towers = [&model.vision.encoder, &model.text.encoder];
     let settings = |block: &TransformerBlock, encoder: &Encoder| match &block.feed_forward {
         FeedForward::Dense(_) => "dense".to_string(),
-        FeedForward::SoftMoe(_) => "soft".to_string(),
+        FeedForward::SoftMoe(_) => format!("soft {:?}", encoder.padding),
         FeedForward::Moe(moe) => {
             let Router { score, noise, jitter, balancing_rate, .. } = &moe.router;
             format!(

@@ -2,10 +2,10 @@
 
 use burn::module::Module;
 use burn::nn::LayerNorm;
-use burn::nn::attention::{MhaInput, MultiHeadAttention};
+use burn::nn::attention::MultiHeadAttention;
 use burn::tensor::{Bool, Tensor};
 
-use super::Mlp;
+use super::{Mlp, attention::self_attention};
 use crate::{
     moe::MoeFeedForward,
     routing::{MoeInput, Routing},
@@ -64,12 +64,8 @@ impl TransformerBlock {
         marks: &TokenMarks,
         observe: impl FnOnce(&Tensor<3>),
     ) -> (Tensor<3>, Option<Routing>) {
-        let input = MhaInput::self_attn(self.norm_attention.forward(x.clone()));
-        let input = match mask {
-            Some(mask) => input.mask_attn(mask),
-            None => input,
-        };
-        let x = x + self.attention.forward(input).context;
+        let attended = self_attention(&self.attention, self.norm_attention.forward(x.clone()), mask);
+        let x = x + attended;
         let normed = self.norm_feed_forward.forward(x.clone());
         observe(&normed);
         let (output, routing) = self.feed_forward.forward(normed, marks);

@@ -1,5 +1,6 @@
 //! The pre-norm transformer that both CLIP towers are made of, with sparse blocks where the configuration says so.
 
+mod attention;
 mod block;
 mod encoder;
 mod mlp;

@@ -5,7 +5,7 @@ use burn::tensor::{Device, Int, Tensor};
 use burn_moe::{
     Activation, BalancingBias, Capacity, EncoderConfig, ExpertChoiceConfig, ExpertMlpConfig, FillOrder, GateNormalization, Kernels,
     MoeFeedForward, MoeFeedForwardConfig, MoeInput, Padding, Protection, RouterConfig, RouterScore, Routing, RoutingStats,
-    SparseEncoderConfig, TokenChoiceConfig, TokenGroups, TokenMarks,
+    SoftMoeFeedForwardConfig, SparseEncoderConfig, TokenChoiceConfig, TokenGroups, TokenMarks,
     clip::{ClipConfig, TextConfig, VisionConfig},
     with_kernels,
 };
@@ -304,6 +304,24 @@ proptest! {
         let x = numbers([case.t, case.d], case.seed, &device);
         let flipped = layer.forward(x.clone().flip([0])).output.flip([0]);
         prop_assert!(largest_difference(&values(&flipped), &values(&layer.forward(x).output)) < 1e-6);
+    }
+
+    #[test]
+    fn permuting_tokens_permutes_outputs_where_experts_choose_and_where_they_mix(mut case in cases()) {
+        prop_assume!(case.t > 0);
+        case.group = case.t;
+        let device = Device::default();
+        let chosen = MoeFeedForward { assignment: ExpertChoiceConfig::new().into(), ..layer(&case, &device) };
+        let soft = SoftMoeFeedForwardConfig::new(case.d, case.f, case.e).with_init_std(1.0).init(&device);
+        let x = numbers([case.t, case.d], case.seed, &device);
+        let flipped = x.clone().flip([0]);
+        let pairs = [
+            (chosen.forward(x.clone()).output, chosen.forward(flipped.clone()).output),
+            (soft.forward(x).output, soft.forward(flipped).output),
+        ];
+        for (straight, flipped) in pairs {
+            prop_assert!(largest_difference(&values(&flipped.flip([0])), &values(&straight)) < 1e-5);
+        }
     }
 
     #[test]

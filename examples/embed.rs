@@ -58,7 +58,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let device = device_by_name(&args.device)?;
     let checkpoint = ClipCheckpoint::load(&args.model, &device)?;
     let orientation = if args.as_stored { Orientation::AsStored } else { Orientation::Exif };
-    let preprocessor = ImagePreprocessor::new(checkpoint.config.vision.image_size).with_orientation(orientation);
+    let preprocessor = ImagePreprocessor::for_model(&checkpoint.config.vision).with_orientation(orientation);
     let embedder = Embedder::new(&checkpoint.model, preprocessor.clone(), &device).with_batch_size(args.batch);
 
     let mut tensors = Vec::new();

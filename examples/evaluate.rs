@@ -80,7 +80,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     let device = device_by_name(&args.device)?;
     let checkpoint = ClipCheckpoint::load(&args.model, &device)?;
-    let preprocessor = ImagePreprocessor::new(checkpoint.config.vision.image_size);
+    let preprocessor = ImagePreprocessor::for_model(&checkpoint.config.vision);
     let embedder = Embedder::new(&checkpoint.model, preprocessor, &device).with_batch_size(args.batch);
     match args.task {
         Task::Coco { list, images } => retrieval(&embedder, CaptionedImages::coco(list)?, images),

@@ -46,7 +46,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     let device = device_by_name(&args.device)?;
     let checkpoint = ClipCheckpoint::load(&args.model, &device)?;
-    let preprocessor = ImagePreprocessor::new(checkpoint.config.vision.image_size).with_orientation(Orientation::Exif);
+    let preprocessor = ImagePreprocessor::for_model(&checkpoint.config.vision).with_orientation(Orientation::Exif);
     let embedder = Embedder::new(&checkpoint.model, preprocessor, &device);
 
     let paths: Vec<PathBuf> = images_in(&args.images)?.iter().map(|path| path.canonicalize()).collect::<Result<_, _>>()?;

@@ -44,7 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let device = device_by_name(&args.device)?;
     let checkpoint = ClipCheckpoint::load(&args.model, &device)?;
     // Photos are turned the right way up, which open_clip does not do.
-    let preprocessor = ImagePreprocessor::new(checkpoint.config.vision.image_size).with_orientation(Orientation::Exif);
+    let preprocessor = ImagePreprocessor::for_model(&checkpoint.config.vision).with_orientation(Orientation::Exif);
     let embedder = Embedder::new(&checkpoint.model, preprocessor, &device);
     let classifier = ZeroShotClassifier::new(&embedder.prompts(&args.labels, &args.templates))?;
     let images = embedder.images(args.images.clone(), |_| ())?;

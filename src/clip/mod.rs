@@ -2,6 +2,7 @@
 
 mod auxiliary;
 mod config;
+mod image;
 mod loss;
 mod memory;
 mod model;
@@ -25,6 +26,7 @@ pub use auxiliary::{ClipAuxiliaryLoss, ClipAuxiliaryLossConfig, ClipAuxiliaryLos
 pub use config::{ClipConfig, SparseClipConfig};
 #[cfg(feature = "input")]
 pub use embed::{Embedder, TextEmbeddings};
+pub use image::{IMAGE_MEAN, IMAGE_STD, ImagePreprocessing, Interpolation, ResizeMode};
 pub use loss::contrastive_loss;
 pub use memory::ClipMemory;
 pub use model::{Clip, ClipOutput, MAX_LOGIT_SCALE, normalize};

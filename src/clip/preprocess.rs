@@ -13,14 +13,11 @@ use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer
 use image::{DynamicImage, ImageDecoder, ImageReader, Limits, metadata::Orientation as Turn};
 use rayon::prelude::*;
 
-/// Mean of each channel, red first, as CLIP's preprocessing subtracts it (values from 0 to 1).
-pub const IMAGE_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-/// Standard deviation of each channel, by which CLIP's preprocessing divides.
-pub const IMAGE_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
+use super::{ImagePreprocessing, Interpolation, ResizeMode, VisionConfig};
 
 /// The most pixels that an image may have.
 const MOST_PIXELS: u64 = 64_000_000;
-/// The most memory that a decoder may take.
+/// The most memory that a decoder may take; its image may then be copied once, to other colours or turned.
 const MOST_BYTES: u64 = 256 << 20;
 
 /// What happens to the orientation that a camera writes into an image.
@@ -68,7 +65,7 @@ pub enum ImageError {
 /// A square RGB image as bytes, row by row.
 pub type Square = Vec<u8>;
 
-/// Decodes, resizes the shorter side (bicubic with antialiasing), crops to the middle and normalises.
+/// Decodes, resizes with antialiasing, crops and normalises as [`ImagePreprocessing`] says.
 ///
 /// Within 1/255 of open_clip's own transform on lossless images, whose quirks are kept: alpha is dropped after resizing, images with a palette
 /// are resized without smoothing, and 16 bits of grey come out white. JPEG decoders differ among each other by a little more. PNG, JPEG and
@@ -77,22 +74,34 @@ pub type Square = Vec<u8>;
 pub struct ImagePreprocessor {
     /// Side of the result, in pixels.
     pub image_size: usize,
-    /// Subtracted from each channel.
-    pub mean: [f32; 3],
-    /// Divides each channel.
-    pub std: [f32; 3],
+    /// How the image is resized and normalised.
+    pub preprocessing: ImagePreprocessing,
     /// What happens to a camera's orientation.
     pub orientation: Orientation,
 }
 
 impl ImagePreprocessor {
-    /// For a tower of this image size, with CLIP's own mean and standard deviation; orientation as in open_clip.
+    /// For a tower of this image size, with CLIP's own preprocessing; orientation as in open_clip.
     ///
     /// # Panics
     /// When the size is zero.
     pub fn new(image_size: usize) -> Self {
         assert!(image_size > 0, "an image of side 0 has no pixels");
-        Self { image_size, mean: IMAGE_MEAN, std: IMAGE_STD, orientation: Orientation::AsStored }
+        Self { image_size, preprocessing: ImagePreprocessing::new(), orientation: Orientation::AsStored }
+    }
+
+    /// What a vision tower expects; orientation as in open_clip.
+    ///
+    /// # Panics
+    /// When its image size is zero.
+    pub fn for_model(vision: &VisionConfig) -> Self {
+        Self::new(vision.image_size).with_preprocessing(vision.preprocessing)
+    }
+
+    /// The same with another way of resizing and normalising.
+    pub fn with_preprocessing(mut self, preprocessing: ImagePreprocessing) -> Self {
+        self.preprocessing = preprocessing;
+        self
     }
 
     /// The same with images turned the right way up.
@@ -153,7 +162,7 @@ impl ImagePreprocessor {
         values.par_chunks_mut(3 * area).zip(images).for_each(|(planes, image)| {
             assert!(image.len() == 3 * area, "{} bytes are no image of side {}", image.len(), self.image_size);
             for (channel, plane) in planes.chunks_exact_mut(area).enumerate() {
-                let (mean, std) = (self.mean[channel], self.std[channel]);
+                let (mean, std) = (self.preprocessing.mean[channel], self.preprocessing.std[channel]);
                 for (value, pixel) in plane.iter_mut().zip(image.chunks_exact(3)) {
                     *value = (f32::from(pixel[channel]) / 255.0 - mean) / std;
                 }
@@ -193,13 +202,23 @@ impl ImagePreprocessor {
         self.square(Pixels::of(image, bytes)).map_err(bad)
     }
 
-    /// Width and height with the shorter side at `image_size`.
+    /// Width and height after resizing: both at least `image_size`.
     fn resized_size(&self, width: usize, height: usize) -> [usize; 2] {
+        if self.preprocessing.resize_mode == ResizeMode::Squash {
+            return [self.image_size; 2];
+        }
         let short = width.min(height).max(1);
         [width, height].map(|side| if side == short { self.image_size } else { self.image_size * side / short })
     }
 
-    /// Shorter side to `image_size`, longer side in proportion, then the middle; sizes and offsets as torchvision rounds them.
+    fn filter(&self) -> ResizeAlg {
+        ResizeAlg::Convolution(match self.preprocessing.interpolation {
+            Interpolation::Bicubic => FilterType::CatmullRom,
+            Interpolation::Bilinear => FilterType::Bilinear,
+        })
+    }
+
+    /// Resizes, and takes the middle; sizes and offsets as torchvision rounds them.
     fn square(&self, pixels: Pixels) -> Result<Square, String> {
         let (width, height) = pixels.dims();
         if width == 0 || height == 0 {
@@ -207,7 +226,7 @@ impl ImagePreprocessor {
         }
         let size = self.image_size;
         let [new_width, new_height] = self.resized_size(width, height);
-        let rgb = pixels.resized(new_width, new_height)?;
+        let rgb = pixels.resized(new_width, new_height, self.filter())?;
         let (left, top) = (half_to_even(new_width - size), half_to_even(new_height - size));
         let rows = rgb.chunks_exact(3 * new_width).skip(top).take(size);
         Ok(rows.flat_map(|row| &row[3 * left..3 * (left + size)]).copied().collect())
@@ -263,28 +282,27 @@ impl Pixels {
     }
 
     /// RGB bytes of another size.
-    fn resized(self, width: usize, height: usize) -> Result<Vec<u8>, String> {
+    fn resized(self, width: usize, height: usize, filter: ResizeAlg) -> Result<Vec<u8>, String> {
         let is_same = self.dims() == (width, height);
         match self {
             Self::Opaque(image) if is_same => Ok(image.into_vec()),
             Self::Palette(image) if is_same => Ok(image.into_vec()),
-            Self::Opaque(image) => Ok(smooth(image, width, height)?.into_vec()),
+            Self::Opaque(image) => Ok(smooth(image, width, height, filter)?.into_vec()),
             Self::Palette(image) => Ok(resize(&image, width, height, ResizeAlg::Nearest)?.into_vec()),
             Self::Grey(image) => {
-                let image = if is_same { image } else { smooth(image, width, height)? };
+                let image = if is_same { image } else { smooth(image, width, height, filter)? };
                 let values = image.buffer().as_chunks().0.iter().map(|bytes| u16::from_ne_bytes(*bytes).min(255) as u8);
                 Ok(values.flat_map(|value| [value; 3]).collect())
             }
             Self::Transparent(image) if is_same => Ok(without_alpha(image.buffer())),
-            Self::Transparent(image) => Ok(resize_transparent(&image, width, height)?),
+            Self::Transparent(image) => resize_transparent(&image, width, height, filter),
         }
     }
 }
 
 /// Across, then down, with the result of the first rounded, as Pillow does it: in the other order, what overshoots an edge is cut off
 /// differently.
-fn smooth(image: Image<'static>, width: usize, height: usize) -> Result<Image<'static>, String> {
-    let filter = ResizeAlg::Convolution(FilterType::CatmullRom);
+fn smooth(image: Image<'static>, width: usize, height: usize, filter: ResizeAlg) -> Result<Image<'static>, String> {
     let across = resize(&image, width, image.height() as usize, filter)?;
     resize(&across, width, height, filter)
 }
@@ -297,7 +315,7 @@ fn resize(image: &Image, width: usize, height: usize, filter: ResizeAlg) -> Resu
 }
 
 /// RGBA to RGB. Dividing by a small alpha makes much of a small error, so the products are kept exact.
-fn resize_transparent(image: &Image, width: usize, height: usize) -> Result<Vec<u8>, String> {
+fn resize_transparent(image: &Image, width: usize, height: usize, filter: ResizeAlg) -> Result<Vec<u8>, String> {
     // A product of two bytes over 255, rounded.
     let by_alpha = |value: u8, alpha: u8| {
         let product = u32::from(value) * u32::from(alpha) + 128;
@@ -316,7 +334,6 @@ fn resize_transparent(image: &Image, width: usize, height: usize) -> Result<Vec<
         bytes.zip(values).for_each(|(bytes, value)| *bytes = value.to_ne_bytes());
         image
     };
-    let filter = ResizeAlg::Convolution(FilterType::CatmullRom);
     let mut across = Vec::with_capacity(4 * width * image.height() as usize);
     // Some rows at a time: numbers of four bytes take four times the image.
     for rows in image.buffer().chunks(4 * image.width() as usize * 64) {

@@ -5,6 +5,7 @@ use burn::module::{Module, Param};
 use burn::nn::{Initializer, LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::tensor::{Device, Int, Tensor, assert_shape};
 
+use super::ImagePreprocessing;
 use crate::{
     cost::Cost,
     error::{ConfigError, expect_valid},
@@ -24,6 +25,9 @@ pub struct VisionConfig {
     /// Colour channels. Default: 3
     #[config(default = 3)]
     pub channels: usize,
+    /// How images are prepared. Default: CLIP's own way
+    #[config(default = "ImagePreprocessing::new()")]
+    pub preprocessing: ImagePreprocessing,
 }
 
 /// A vision transformer ([arXiv 2010.11929](https://arxiv.org/abs/2010.11929)) with CLIP's norm before the blocks; the class
@@ -75,6 +79,7 @@ impl VisionConfig {
                 divisor_value: self.patch_size,
             });
         }
+        self.preprocessing.validate()?;
         self.encoder.validate()
     }
 

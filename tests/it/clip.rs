@@ -8,7 +8,7 @@ use burn_moe::{
     BalancingBias, EncoderConfig, FeedForward, FeedForwardForm, Padding, RouterConfig, SparseEncoderConfig, SparseLayer,
     UpcycleFromDense, UpcycleOptions,
     clip::{
-        ClipConfig, MAX_LOGIT_SCALE, SparseClipConfig, TextConfig, VisionConfig,
+        ClipConfig, ImagePreprocessing, Interpolation, MAX_LOGIT_SCALE, ResizeMode, SparseClipConfig, TextConfig, VisionConfig,
         checkpoint::{CheckpointError, ClipCheckpoint, Precision},
     },
     write_atomic,
@@ -187,6 +187,85 @@ fn layouts_share_a_folder_without_harm() {
 }
 
 #[test]
+fn how_images_are_prepared_is_read_and_written() {
+    let device = Device::default();
+    let plain = ImagePreprocessing::new();
+    assert_eq!(plain.mean[0], 0.481_454_66);
+    let own = ImagePreprocessing {
+        mean: [0.5, 0.25, 0.125],
+        std: [0.5, 0.5, 0.75],
+        resize_mode: ResizeMode::Squash,
+        interpolation: Interpolation::Bilinear,
+    };
+    let mut checkpoint = dense(&device);
+    for preprocessing in [plain, own] {
+        checkpoint.config.vision.preprocessing = preprocessing;
+        let save: [&dyn Fn(&Path) -> Result<(), CheckpointError>; 3] = [
+            &|folder| checkpoint.save_open_clip(folder, Precision::F32),
+            &|folder| checkpoint.save_hugging_face(folder, Precision::F32),
+            &|folder| checkpoint.save_sparse(folder, Precision::F32),
+        ];
+        for save in save {
+            let folder = tempfile::tempdir().unwrap();
+            save(folder.path()).unwrap();
+            assert_eq!(ClipCheckpoint::read_config(folder.path()).unwrap().vision.preprocessing, preprocessing);
+        }
+    }
+}
+
+#[test]
+fn images_as_others_prepare_them_are_read_or_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let read = |name: &str, text: String| {
+        fs::write(folder.path().join(name), text).unwrap();
+        ClipCheckpoint::read_config(folder.path()).map(|config| config.vision.preprocessing).map_err(|error| error.to_string())
+    };
+    fs::write(folder.path().join("config.json"), r#"{"vision_config": {"image_size": 224}, "text_config": {}}"#).unwrap();
+    let plain = ImagePreprocessing::new();
+    let half = plain.with_mean([0.5; 3]).with_std([0.5; 3]);
+    // As OpenAI's files have it, as newer ones do, and the one that a processor of both texts and images writes.
+    let hugging_face = |fields: &str| read("preprocessor_config.json", format!("{{{fields}}}"));
+    assert_eq!(hugging_face(r#""crop_size": 224, "do_center_crop": true, "resample": 3, "size": 224, "feature_extractor_type": "CLIPFeatureExtractor""#), Ok(plain));
+    assert_eq!(hugging_face(r#""image_mean": 0.5, "image_std": [0.5, 0.5, 0.5], "size": {"shortest_edge": 224}, "data_format": "channels_first""#), Ok(half));
+    let squash = plain.with_resize_mode(ResizeMode::Squash).with_interpolation(Interpolation::Bilinear);
+    assert_eq!(hugging_face(r#""size": {"height": 224, "width": 224}, "do_center_crop": false, "resample": 2"#), Ok(squash));
+    assert_eq!(hugging_face(r#""do_normalize": false"#), Ok(plain.with_mean([0.0; 3]).with_std([1.0; 3])));
+    for (fields, named) in [
+        (r#""size": 256"#, "`size` = 256 x 256 with an image size of 224"),
+        (r#""size": {"height": 224, "width": 448}"#, "`size` = 224 x 448"),
+        (r#""crop_size": {"height": 200, "width": 200}"#, "`crop_size` = 200 x 200"),
+        (r#""do_center_crop": false"#, "`do_center_crop` = false"),
+        (r#""do_resize": false"#, "`do_resize` = false"),
+        (r#""do_rescale": false"#, "`do_rescale` = false"),
+        (r#""rescale_factor": 0.5"#, "`rescale_factor` = 0.5"),
+        (r#""resample": 1"#, "`resample` = 1"),
+        (r#""image_processor_type": "SiglipImageProcessor""#, "`image_processor_type` = SiglipImageProcessor"),
+        (r#""image_std": [0.5, 0.0, 0.5]"#, "`std` is 0: must be finite and above 0"),
+        (r#""image_mean": [0.5]"#, "not the JSON that was expected"),
+    ] {
+        let error = hugging_face(fields).unwrap_err();
+        assert!(error.contains(named), "{error}");
+    }
+    fs::remove_file(folder.path().join("preprocessor_config.json")).unwrap();
+    assert_eq!(read("processor_config.json", r#"{"image_processor": {"image_mean": 0.5, "image_std": 0.5}}"#.into()), Ok(half));
+
+    let model = r#""embed_dim": 8, "vision_cfg": {"layers": 1, "width": 64, "patch_size": 16, "image_size": 224}, "text_cfg": {"width": 64, "heads": 1, "layers": 1}"#;
+    let open_clip = |fields: &str| read("open_clip_config.json", format!(r#"{{"model_cfg": {{{model}}}, "preprocess_cfg": {{{fields}}}}}"#));
+    fs::remove_file(folder.path().join("config.json")).unwrap();
+    assert_eq!(open_clip(r#""mean": [0.5, 0.5, 0.5], "std": 0.5, "size": 512, "fill_color": 0"#), Ok(half));
+    assert_eq!(open_clip(r#""interpolation": "bilinear", "resize_mode": "squash", "mode": "RGB""#), Ok(squash));
+    assert_eq!(open_clip(r#""interpolation": "random", "resize_mode": null"#), Ok(plain));
+    for (fields, named) in [
+        (r#""resize_mode": "longest""#, "`preprocess_cfg.resize_mode` = longest is not supported"),
+        (r#""interpolation": "nearest""#, "`preprocess_cfg.interpolation` = nearest"),
+        (r#""mode": "L""#, "`preprocess_cfg.mode` = L"),
+    ] {
+        let error = open_clip(fields).unwrap_err();
+        assert!(error.contains(named), "{error}");
+    }
+}
+
+#[test]
 #[should_panic(expected = "does not have the shape [10] of its configuration")]
 fn a_configuration_of_another_model_is_not_written() {
     let device = Device::default();
@@ -298,6 +377,7 @@ fn a_sparse_checkpoint_of_version_2_is_read() {
         let tower = file["clip"][tower].as_object_mut().unwrap();
         tower.remove("projection_bias");
     }
+    file["clip"]["vision"].as_object_mut().unwrap().remove("preprocessing").unwrap();
     fs::write(&path, file.to_string()).unwrap();
     let back = ClipCheckpoint::load(folder.path(), &device).unwrap();
     assert_eq!(image_embeds(&back, &device), image_embeds(&sparse, &device));
@@ -404,7 +484,7 @@ fn a_version_of_the_future_says_so() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("burn_moe_config.json"), r#"{"version": 99, "clip": {}}"#).unwrap();
     let error = ClipCheckpoint::load(folder.path(), &Device::default()).unwrap_err().to_string();
-    assert!(error.contains("version 99 was written by another burn-moe; this one reads 2 to 3"), "{error}");
+    assert!(error.contains("version 99 was written by another burn-moe; this one reads 2 to 4"), "{error}");
 }
 
 #[test]

@@ -3,9 +3,9 @@
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
-use super::CheckpointError;
+use super::{CheckpointError, images::OpenClipPreprocess};
 use crate::{
-    clip::{ClipConfig, EndOfText, TextConfig, VisionConfig},
+    clip::{ClipConfig, EndOfText, ImagePreprocessing, TextConfig, VisionConfig},
     experts::Activation,
     transformer::{EncoderConfig, SparseEncoderConfig, SparseLayer},
 };
@@ -22,7 +22,7 @@ impl From<serde_json::Error> for ConfigFileError {
 type Result<T> = std::result::Result<T, ConfigFileError>;
 
 /// Version of `burn_moe_config.json`.
-const VERSION: u64 = 3;
+const VERSION: u64 = 4;
 /// The oldest one that is still read.
 const OLDEST: u64 = 2;
 
@@ -40,14 +40,19 @@ pub(super) fn from_burn_moe(text: &str) -> Result<ClipConfig> {
             "version {version} was written by another burn-moe; this one reads {OLDEST} to {VERSION}"
         )));
     }
-    if file.version == 2 {
-        from_version_2(&mut file.clip)?;
+    if file.version < VERSION {
+        add_newer_fields(&mut file.clip)?;
     }
     Ok(serde_json::from_value(file.clip)?)
 }
 
-/// Version 2 knew nothing of what these fields say, and did what their defaults say.
-fn from_version_2(clip: &mut Value) -> Result<()> {
+/// Older versions knew nothing of what these fields say, and did what their defaults say.
+fn add_newer_fields(clip: &mut Value) -> Result<()> {
+    // Since version 4.
+    if let Some(Value::Object(vision)) = clip.get_mut("vision") {
+        vision.entry("preprocessing").or_insert(serde_json::to_value(ImagePreprocessing::new())?);
+    }
+    // Since version 3.
     let Value::Object(defaults) = serde_json::to_value(SparseEncoderConfig::new())? else { unreachable!("a config is an object") };
     for tower in ["vision", "text"] {
         let Some(Value::Object(sparse)) = clip.pointer_mut(&format!("/{tower}/encoder/sparse")) else { continue };
@@ -103,6 +108,8 @@ pub(super) fn of_possible_size(config: ClipConfig) -> Result<ClipConfig> {
 #[derive(Deserialize)]
 struct OpenClipFile {
     model_cfg: OpenClipModel,
+    #[serde(default)]
+    preprocess_cfg: Option<OpenClipPreprocess>,
 }
 
 #[derive(Deserialize, Serialize)]
@@ -191,7 +198,7 @@ fn refuse_unknown(part: &str, rest: &Map<String, Value>) -> Result<()> {
 }
 
 pub(super) fn from_open_clip(text: &str) -> Result<ClipConfig> {
-    let model = serde_json::from_str::<OpenClipFile>(text)?.model_cfg;
+    let OpenClipFile { model_cfg: model, preprocess_cfg } = serde_json::from_str(text)?;
     refuse_unknown("model_cfg", &model.rest)?;
     refuse_unknown("vision_cfg", &model.vision_cfg.rest)?;
     refuse_unknown("text_cfg", &model.text_cfg.rest)?;
@@ -200,7 +207,8 @@ pub(super) fn from_open_clip(text: &str) -> Result<ClipConfig> {
         |width: usize, heads, layers, ratio: f64| EncoderConfig::new(width, heads, layers, (width as f64 * ratio + 1e-6) as usize);
     let v = model.vision_cfg;
     let heads = v.width.checked_div(v.head_width).unwrap_or(0);
-    let vision = VisionConfig::new(encoder(v.width, heads, v.layers, v.mlp_ratio), v.image_size, v.patch_size);
+    let vision = VisionConfig::new(encoder(v.width, heads, v.layers, v.mlp_ratio), v.image_size, v.patch_size)
+        .with_preprocessing(preprocess_cfg.unwrap_or_default().read()?);
     let t = model.text_cfg;
     let text = TextConfig::new(encoder(t.width, t.heads, t.layers, t.mlp_ratio))
         .with_vocab_size(t.vocab_size)
@@ -256,7 +264,7 @@ pub(super) fn to_open_clip(config: &ClipConfig) -> std::result::Result<String, C
         },
         rest: Map::new(),
     };
-    let file = serde_json::json!({ "model_cfg": model });
+    let file = serde_json::json!({ "model_cfg": model, "preprocess_cfg": OpenClipPreprocess::of(&vision.preprocessing) });
     Ok(serde_json::to_string_pretty(&file).expect("JSON can be written"))
 }
 

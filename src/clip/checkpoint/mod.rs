@@ -6,6 +6,7 @@
 
 mod config;
 mod error;
+mod images;
 mod layout;
 mod params;
 mod tensors;
@@ -58,7 +59,8 @@ impl ClipCheckpoint {
     /// Reads a folder: `config.json` means Hugging Face's `CLIPModel` (with `model.safetensors`), `open_clip_config.json` means
     /// open_clip (with `open_clip_model.safetensors`), `burn_moe_config.json` means [`save_sparse`](Self::save_sparse). Instead of one file of
     /// weights there may be shards with an index (`model.safetensors.index.json`).
-    /// Weights may be f32, f16, bf16 or f64; the model has f32.
+    /// Weights may be f32, f16, bf16 or f64; the model has f32. What the folder says of images (open_clip's `preprocess_cfg`, transformers'
+    /// `preprocessor_config.json`) becomes [`VisionConfig::preprocessing`](crate::clip::VisionConfig).
     ///
     /// # Errors
     /// When a file is missing, truncated or of another kind, a setting is not known, or a tensor is missing, not expected, of
@@ -87,10 +89,12 @@ impl ClipCheckpoint {
     /// When the configuration is not the model's.
     pub fn save_open_clip(&self, folder: impl AsRef<Path>, precision: Precision) -> Result<(), CheckpointError> {
         let text = config::to_open_clip(&self.config)?;
-        self.save(folder.as_ref(), ["open_clip_config.json", "open_clip_model.safetensors"], &text, Layout::OpenClip, precision)
+        self.save_weights(folder.as_ref(), "open_clip_model.safetensors", Layout::OpenClip, precision)?;
+        save_text(folder.as_ref(), "open_clip_config.json", &text)
     }
 
-    /// Writes `config.json` and `model.safetensors` as transformers does for a `CLIPModel` into `folder`, which is made if need be.
+    /// Writes `config.json`, `preprocessor_config.json` and `model.safetensors` as transformers does for a `CLIPModel` into `folder`, which is
+    /// made if need be.
     ///
     /// # Errors
     /// When the model is sparse or its text projection has a bias, a value is not finite or beyond the precision, or on a failure of the file
@@ -100,7 +104,9 @@ impl ClipCheckpoint {
     /// When the configuration is not the model's.
     pub fn save_hugging_face(&self, folder: impl AsRef<Path>, precision: Precision) -> Result<(), CheckpointError> {
         let text = config::to_hugging_face(&self.config)?;
-        self.save(folder.as_ref(), ["config.json", "model.safetensors"], &text, Layout::HuggingFace, precision)
+        self.save_weights(folder.as_ref(), "model.safetensors", Layout::HuggingFace, precision)?;
+        save_text(folder.as_ref(), "preprocessor_config.json", &images::to_hugging_face(&self.config.vision))?;
+        save_text(folder.as_ref(), "config.json", &text)
     }
 
     /// Writes `burn_moe_config.json` and `burn_moe_model.safetensors` into `folder`, which is made if need be. Tensor names are
@@ -116,17 +122,11 @@ impl ClipCheckpoint {
     /// When the configuration is not the model's.
     pub fn save_sparse(&self, folder: impl AsRef<Path>, precision: Precision) -> Result<(), CheckpointError> {
         let text = config::to_burn_moe(&self.config);
-        self.save(folder.as_ref(), ["burn_moe_config.json", "burn_moe_model.safetensors"], &text, Layout::OpenClip, precision)
+        self.save_weights(folder.as_ref(), "burn_moe_model.safetensors", Layout::OpenClip, precision)?;
+        save_text(folder.as_ref(), "burn_moe_config.json", &text)
     }
 
-    fn save(
-        &self,
-        folder: &Path,
-        names: [&str; 2],
-        config: &str,
-        layout: Layout,
-        precision: Precision,
-    ) -> Result<(), CheckpointError> {
+    fn save_weights(&self, folder: &Path, name: &str, layout: Layout, precision: Precision) -> Result<(), CheckpointError> {
         fs::create_dir_all(folder).map_err(CheckpointError::io(folder))?;
         let mut sources = params::sources(&self.model);
         let mut stored: BTreeMap<String, StoredTensor> = BTreeMap::new();
@@ -137,7 +137,7 @@ impl ClipCheckpoint {
             stored.entry(entry.key.clone()).or_insert_with(new).parts.push((entry, source));
         }
         assert!(sources.is_empty(), "parameters that no layout names: {:?}", sources.keys());
-        let weights = folder.join(names[1]);
+        let weights = folder.join(name);
         crate::files::write_aside(
             &weights,
             |error| CheckpointError::Io { path: weights.clone(), source: error },
@@ -148,10 +148,13 @@ impl ClipCheckpoint {
                 written.map_err(CheckpointError::safetensors(&weights))?;
                 overflow.take().map_or(Ok(()), |(tensor, count)| Err(CheckpointError::Overflow { tensor, count }))
             },
-        )?;
-        let config_path = folder.join(names[0]);
-        crate::write_atomic(&config_path, config.as_bytes()).map_err(CheckpointError::io(&config_path))
+        )
     }
+}
+
+fn save_text(folder: &Path, name: &str, text: &str) -> Result<(), CheckpointError> {
+    let path = folder.join(name);
+    crate::write_atomic(&path, text.as_bytes()).map_err(CheckpointError::io(&path))
 }
 
 /// A tensor of the file, made of the parameters behind it when it is written.
@@ -221,9 +224,15 @@ fn found_in(folder: &Path) -> Result<(ClipConfig, PathBuf, Layout), CheckpointEr
         "open_clip_config.json" => config::from_open_clip(&text),
         _ => config::from_hugging_face(&text),
     };
-    let config = config.and_then(config::of_possible_size).map_err(|error| error.at(&config_path))?;
+    let mut config = config.and_then(config::of_possible_size).map_err(|error| error.at(&config_path))?;
+    if layout == Layout::HuggingFace
+        && let Some(path) = ["preprocessor_config.json", "processor_config.json"].map(|name| folder.join(name)).into_iter().find(|p| p.is_file())
+    {
+        let text = tensors::read_text(&path, LONGEST_CONFIG)?;
+        let read = images::from_hugging_face(&text, config.vision.image_size);
+        config.vision.preprocessing = read.map_err(|error| error.at(&path))?;
+    }
     config.validate().map_err(|source| CheckpointError::Config { path: config_path, source })?;
-
     Ok((config, folder.join(weights_name), layout))
 }
 

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::clip::preprocess::{IMAGE_MEAN, IMAGE_STD};
+use crate::clip::{IMAGE_MEAN, IMAGE_STD};
 
 /// What an image can show. Two images of one concept are never in the same batch.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

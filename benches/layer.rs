@@ -15,7 +15,7 @@ use burn::nn::{Gelu, Linear, LinearConfig};
 use burn::tensor::{Device, Tensor};
 use burn_moe::{Capacity, MlpConfig};
 use criterion::{Criterion, criterion_group, criterion_main};
-use support::{EXPERTS, Load, SHAPES, Shape, TOP_K, assert_load, backward, finish, paired, print_peak, sparse_layer, tokens};
+use support::{EXPERTS, Load, Shape, TOP_K, assert_load, backward, device, finish, paired, print_peak, shapes, sparse_layer, tokens};
 
 /// burn's dense network.
 #[derive(Module, Debug)]
@@ -72,9 +72,9 @@ fn both_passes<M: Module>(
 }
 
 fn layer(criterion: &mut Criterion) {
-    let inner = Device::default();
+    let inner = device();
     let device = inner.clone().autodiff();
-    for shape in SHAPES {
+    for shape in shapes() {
         print_peak(shape.tokens, shape.d_model, TOP_K * shape.d_ff, &inner);
         let dense = Dense::new(shape, &device);
         let x = tokens(shape.tokens, shape.d_model, EXPERTS, Load::Even, &inner);

@@ -13,12 +13,12 @@ use burn::module::Module;
 use burn::tensor::Device;
 use burn_moe::Capacity;
 use criterion::{Criterion, criterion_group, criterion_main};
-use support::{EXPERTS, Load, SHAPES, assert_load, backward, finish, paired, sparse_layer, tokens};
+use support::{EXPERTS, Load, assert_load, backward, device, finish, paired, shapes, sparse_layer, tokens};
 
 fn routing(criterion: &mut Criterion) {
-    let inner = Device::default();
+    let inner = device();
     let device = inner.clone().autodiff();
-    for shape in SHAPES {
+    for shape in shapes() {
         let x = tokens(shape.tokens, shape.d_model, EXPERTS, Load::Even, &inner);
         let tracked = x.clone().autodiff().require_grad();
         for (name, capacity) in [("capacity", Capacity::OfTokens(2.0)), ("dropless", Capacity::Dropless)] {

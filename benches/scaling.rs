@@ -13,7 +13,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use burn_moe::{Capacity, MoeFeedForward};
 use criterion::{Criterion, criterion_group, criterion_main};
-use support::{EXPERTS, Load, assert_load, backward, finish, paired, sparse_layer, tokens};
+use support::{EXPERTS, Load, assert_load, backward, device, finish, paired, sparse_layer, tokens};
 
 const TOKENS: usize = 8192;
 const D_MODEL: usize = 256;
@@ -40,7 +40,7 @@ fn compare(
 }
 
 fn scaling(criterion: &mut Criterion) {
-    let inner = Device::default();
+    let inner = device();
     let device = inner.clone().autodiff();
     let layer = |experts| sparse_layer(D_MODEL, D_FF, experts, Capacity::Dropless, &device);
     let input = |num_tokens, experts| tokens(num_tokens, D_MODEL, experts, Load::Even, &inner);

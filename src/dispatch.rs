@@ -1,38 +1,76 @@
 //! Carries tokens to the rows of their experts and the results back.
 
-use burn::tensor::{Int, Tensor};
+use std::ops::Range;
+
+use burn::tensor::Tensor;
 
 use crate::{
-    ops::{self, RowIndex},
+    ops::{self, Offsets, RowIndex},
     plan::DispatchPlan,
 };
 
-/// One trip: [`dispatch`](Self::dispatch) out, [`combine`](Self::combine) back.
-pub(crate) struct Dispatcher {
+/// One trip: [`dispatch`](Self::dispatch) out, [`combine`](Self::combine) back. What [`MoeFeedForward`](crate::MoeFeedForward) does around its
+/// experts, for experts of your own.
+///
+/// ```
+/// # use burn::tensor::{Device, Distribution, Tensor};
+/// # use burn_moe::{AssignmentConfig, AssignmentInput, Dispatcher, Phase, Router, RouterConfig};
+/// # let device = Device::default();
+/// let tokens = Tensor::<2>::random([6, 8], Distribution::Default, &device);
+/// let router = RouterConfig::new().init(8, 4, &device);
+/// let scores = router.forward(tokens.clone(), Phase::Inference).scores;
+/// let plan = AssignmentConfig::default().assign(&AssignmentInput::new(scores, Phase::Inference));
+///
+/// let dispatcher = Dispatcher::new(&plan, &tokens);
+/// let mut rows = dispatcher.dispatch(tokens);
+/// for (expert, range) in dispatcher.ranges().into_iter().enumerate().filter(|(_, range)| !range.is_empty()) {
+///     let own = rows.clone().slice([range.clone()]) * expert as f64; // your expert
+///     rows = rows.slice_assign([range], own);
+/// }
+/// let output = dispatcher.combine(rows);
+/// # assert_eq!(output.dims(), [6, 8]);
+/// ```
+#[derive(Debug, Clone)]
+pub struct Dispatcher {
     index: RowIndex,
     gates: Tensor<2>,
+    ranges: Vec<Range<usize>>,
 }
 
 impl Dispatcher {
-    /// For `tokens` that go by `plan`.
-    pub(crate) fn new(plan: &DispatchPlan, tokens: &Tensor<2>) -> Self {
+    /// For tokens of the device and number type of `tokens` that go by `plan`.
+    pub fn new(plan: &DispatchPlan, tokens: &Tensor<2>) -> Self {
         let device = tokens.device();
         let index = plan.row_index(&device, ops::has_kernels(&device, tokens.dtype()));
-        Self { index, gates: plan.gates().cast(tokens.dtype()) }
+        let slots = match &index {
+            RowIndex::Ragged(_) => None,
+            RowIndex::Padded(index) => Some(index.slot_token.dims()[0] / plan.num_experts().max(1)),
+        };
+        let loads = plan.offsets().windows(2).enumerate();
+        let ranges = loads.map(|(expert, pair)| {
+            let first = slots.map_or(pair[0], |slots| expert * slots);
+            first..first + pair[1] - pair[0]
+        });
+        Self { index, gates: plan.gates().cast(tokens.dtype()), ranges: ranges.collect() }
     }
 
-    /// Where each expert's rows begin, `[E + 1]`; none when every expert has the same number.
-    pub(crate) fn offsets(&self) -> Option<&Tensor<1, Int>> {
+    /// Which rows are each expert's, `[E]`. What lies between two ranges is padding, and computing it does no harm.
+    pub fn ranges(&self) -> Vec<Range<usize>> {
+        self.ranges.clone()
+    }
+
+    /// Where each expert's rows begin; none when every expert has the same number.
+    pub(crate) fn offsets(&self) -> Option<&Offsets> {
         self.index.offsets()
     }
 
-    /// `[T, D] -> [N, D]`, sorted by expert; an empty row holds zeros.
-    pub(crate) fn dispatch(&self, tokens: Tensor<2>) -> Tensor<2> {
+    /// The token of each row, `[T, D] -> [N, D]`, sorted by expert; an empty row holds zeros.
+    pub fn dispatch(&self, tokens: Tensor<2>) -> Tensor<2> {
         ops::dispatch(tokens, &self.index)
     }
 
-    /// `[N, D] -> [T, D]`: the gate-weighted sum of each token's rows, exactly 0 for a token without one.
-    pub(crate) fn combine(&self, rows: Tensor<2>) -> Tensor<2> {
+    /// The gate-weighted sum of each token's rows, `[N, D] -> [T, D]`; exactly 0 for a token without one.
+    pub fn combine(&self, rows: Tensor<2>) -> Tensor<2> {
         ops::combine(rows, self.gates.clone(), &self.index)
     }
 }

@@ -59,6 +59,7 @@ pub use assignment::{
 pub use capacity::Capacity;
 pub use cost::Cost;
 pub use device::{DeviceError, device_by_name};
+pub use dispatch::Dispatcher;
 pub use error::ConfigError;
 pub use experts::{Activation, ExpertMlp, ExpertMlpConfig, FeedForwardForm};
 pub use files::write_atomic;

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-use crate::ops::{PaddedIndex, RaggedIndex, RowIndex};
+use crate::ops::{Offsets, PaddedIndex, RaggedIndex, RowIndex};
 
 /// Marks a choice without a row and a slot without a token.
 const NONE: i32 = -1;
@@ -183,7 +183,7 @@ impl DispatchPlan {
             row_choice[row as usize] = choice as i32;
         }
         RaggedIndex {
-            offsets: int_tensor(self.offsets.iter().map(|&offset| offset as i32).collect(), device),
+            offsets: Offsets::new(self.offsets.clone(), device),
             row_choice: int_tensor(row_choice, device),
             choice_row: int_tensor(self.choice_row.clone(), device),
         }
@@ -249,7 +249,7 @@ mod tests {
         assert_eq!(ids(grid.choice_slot), [3, 0, 6, 6, 2, 6]);
 
         let ragged = plan.ragged_index(&device);
-        assert_eq!(ids(ragged.offsets), [0, 1, 3, 3]);
+        assert_eq!(ragged.offsets.host[..], [0, 1, 3, 3]);
         assert_eq!(ids(ragged.row_choice), [1, 4, 0]);
         assert_eq!(ids(ragged.choice_row), plan.choice_row());
     }

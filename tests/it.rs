@@ -8,6 +8,7 @@ mod it {
     mod kernels;
     mod layer;
     mod losses;
+    mod outcome;
     mod recipe;
     mod structure;
     mod support;

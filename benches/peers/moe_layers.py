@@ -283,6 +283,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shapes", default=",".join(SHAPES), help="comma separated; default: %(default)s")
     parser.add_argument("--layers", default=",".join(LAYERS), help="comma separated; default: %(default)s")
+    parser.add_argument("--batch", type=int, help="sequences of every shape; default: 16, 16 and 8")
     parser.add_argument("--tiny", action="store_true", help="sequence length, width and hidden divided by 16")
     args = parser.parse_args()
     shapes, layers = args.shapes.split(","), args.layers.split(",")
@@ -290,6 +291,8 @@ def main():
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     torch.set_num_threads(args.threads)
     shapes = [SHAPES[name].tiny() if args.tiny else SHAPES[name] for name in shapes]
+    if args.batch:
+        shapes = [shape._replace(sequences=args.batch) for shape in shapes]
     print_setting(shapes, args)
     measure_all(layers, shapes, args)
 

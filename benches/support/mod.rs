@@ -7,8 +7,8 @@ use std::{
 };
 
 use burn::module::Param;
-use burn::tensor::{Device, Distribution, Tensor};
-use burn_moe::{Capacity, MoeFeedForward, MoeFeedForwardConfig, TokenChoiceConfig};
+use burn::tensor::{Device, Distribution, FloatDType, IntDType, Tensor};
+use burn_moe::{Capacity, MoeFeedForward, MoeFeedForwardConfig, TokenChoiceConfig, device_by_name};
 use criterion::{Criterion, SamplingMode};
 
 pub(crate) const EXPERTS: usize = 8;
@@ -23,11 +23,28 @@ pub(crate) struct Shape {
     pub(crate) d_ff: usize,
 }
 
-pub(crate) const SHAPES: [Shape; 3] = [
-    Shape { name: "b16-image", tokens: 3152, d_model: 768, d_ff: 3072 },
-    Shape { name: "b16-text", tokens: 1232, d_model: 512, d_ff: 2048 },
-    Shape { name: "l14", tokens: 2056, d_model: 1024, d_ff: 4096 },
-];
+/// The device that `BURN_MOE_DEVICE` names, or the CPU; with `BURN_MOE_DTYPE` (`f32`, `f16`, `bf16`) its numbers are of that kind.
+pub(crate) fn device() -> Device {
+    let setting = |name, default: &str| std::env::var(name).unwrap_or(default.into());
+    let mut device = device_by_name(&setting("BURN_MOE_DEVICE", "cpu")).unwrap_or_else(|error| panic!("BURN_MOE_DEVICE: {error}"));
+    let dtype = match setting("BURN_MOE_DTYPE", "f32").as_str() {
+        "f32" => return device,
+        "f16" => FloatDType::F16,
+        "bf16" => FloatDType::BF16,
+        other => panic!("BURN_MOE_DTYPE is {other}: expected f32, f16 or bf16"),
+    };
+    device.configure((dtype, IntDType::I32)).unwrap_or_else(|error| panic!("BURN_MOE_DTYPE: {error}"));
+    device
+}
+
+/// The shapes of a layer for `BURN_MOE_BATCH` samples, or for as many as a CPU has patience for.
+pub(crate) fn shapes() -> [Shape; 3] {
+    let batch = std::env::var("BURN_MOE_BATCH").ok().map(|batch| batch.parse().expect("BURN_MOE_BATCH is a number"));
+    let of = |name, length, usual: usize, d_model| {
+        Shape { name, tokens: length * batch.unwrap_or(usual), d_model, d_ff: 4 * d_model }
+    };
+    [of("b16-image", 197, 16, 768), of("b16-text", 77, 16, 512), of("l14", 257, 8, 1024)]
+}
 
 impl Shape {
     /// Floating-point operations of the active experts, forward.
@@ -130,6 +147,28 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
+/// Criterion's report of `body`, and the median of its times in seconds; none when a filter on the command line left it out.
+pub(crate) fn median_seconds(criterion: &mut Criterion, name: &str, body: &mut dyn FnMut()) -> Option<f64> {
+    let mut times = Vec::new();
+    sampled(criterion, name, &mut || {
+        let time = timed(body);
+        times.push(time.as_secs_f64());
+        time
+    });
+    let times = times.split_off(1.min(times.len()));
+    (!times.is_empty()).then(|| median(times))
+}
+
+/// Few samples of something slow, under criterion.
+fn sampled(criterion: &mut Criterion, name: &str, body: &mut dyn FnMut() -> Duration) {
+    let (group, rest) = name.split_once('/').expect("a name of several parts");
+    let mut group = criterion.benchmark_group(group);
+    group.sampling_mode(SamplingMode::Flat).sample_size(10);
+    group.warm_up_time(Duration::from_millis(50)).measurement_time(Duration::from_millis(500));
+    group.bench_function(rest, |bencher| bencher.iter_custom(|iterations| (0..iterations).map(|_| body()).sum()));
+    group.finish();
+}
+
 /// Times `base` and `ours` in turn and prints the median of their ratios, times `scale`, as `ratio NAME VALUE`; criterion reports
 /// `ours`, and a line `time NAME MILLISECONDS` says its median. `flops` are those of one call of `ours`, for a line `gflops NAME VALUE`.
 pub(crate) fn paired(
@@ -140,23 +179,12 @@ pub(crate) fn paired(
     base: &mut dyn FnMut(),
     ours: &mut dyn FnMut(),
 ) {
-    let (group, rest) = name.split_once('/').expect("a name of several parts");
     let mut pairs = Vec::new();
-    let mut group = criterion.benchmark_group(group);
-    group.sampling_mode(SamplingMode::Flat).sample_size(10);
-    group.warm_up_time(Duration::from_millis(50)).measurement_time(Duration::from_millis(500));
-    group.bench_function(rest, |bencher| {
-        bencher.iter_custom(|iterations| {
-            let mut total = Duration::ZERO;
-            for _ in 0..iterations {
-                let pair = (timed(base), timed(ours));
-                pairs.push((pair.0.as_secs_f64(), pair.1.as_secs_f64()));
-                total += pair.1;
-            }
-            total
-        });
+    sampled(criterion, name, &mut || {
+        let pair = (timed(base), timed(ours));
+        pairs.push((pair.0.as_secs_f64(), pair.1.as_secs_f64()));
+        pair.1
     });
-    group.finish();
     // The first pair pays for cold caches; nothing was run when a filter on the command line left this bench out.
     let pairs = pairs.split_off(1.min(pairs.len()));
     if pairs.is_empty() {

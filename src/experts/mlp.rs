@@ -3,11 +3,14 @@
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
 use burn::nn::Initializer;
-use burn::tensor::{Device, Int, Tensor, assert_shape};
+use burn::tensor::{Device, Tensor, assert_shape};
 use serde::{Deserialize, Serialize};
 
 use super::Activation;
-use crate::{cost::Cost, ops};
+use crate::{
+    cost::Cost,
+    ops::{self, Offsets},
+};
 
 /// How a feed-forward network uses its activation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,12 +121,12 @@ impl ExpertMlp {
         let [_, per_expert, _] = slots.dims();
         let (device, shape) = (slots.device(), slots.shape());
         let offsets = ops::has_kernels(&device, slots.dtype())
-            .then(|| Tensor::arange(0..num_experts as i64 + 1, &device) * per_expert as i64);
+            .then(|| Offsets::new((0..=num_experts).map(|e| e * per_expert).collect::<Vec<_>>(), &device));
         self.forward_rows(slots.reshape([num_experts * per_expert, d_model]), offsets.as_ref()).reshape(shape)
     }
 
     /// Every expert over its own rows, `[N, D] -> [N, D]`; `offsets` as [`ops::grouped_linear`] takes it.
-    pub(crate) fn forward_rows(&self, rows: Tensor<2>, offsets: Option<&Tensor<1, Int>>) -> Tensor<2> {
+    pub(crate) fn forward_rows(&self, rows: Tensor<2>, offsets: Option<&Offsets>) -> Tensor<2> {
         let bias = |bias: &Option<Param<Tensor<2>>>| bias.as_ref().map(|b| b.val());
         let hidden = match &self.w_gate {
             None => ops::grouped_linear(rows, self.w_in.val(), bias(&self.b_in), Some(self.activation), offsets),

@@ -4,7 +4,7 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 /// Element-wise activation of a feed-forward network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Activation {
     /// `x · Φ(x)`, exact ([arXiv 1606.08415](https://arxiv.org/abs/1606.08415)); open_clip's and LAION's choice.

@@ -1,5 +1,7 @@
 //! Backward passes of the kernels, by hand: gathers and grouped products again, each gradient buffer written once.
 
+use std::sync::Arc;
+
 use burn::backend::TensorMetadata;
 use burn::backend::autodiff::{
     Autodiff,
@@ -72,6 +74,7 @@ struct GroupedLinearState<B: MoeOps> {
     x: FloatTensor<B>,
     weight: FloatTensor<B>,
     offsets: IntTensor<B>,
+    host_offsets: Arc<[usize]>,
     activation: Option<(Activation, FloatTensor<B>)>,
 }
 
@@ -84,15 +87,17 @@ impl<B: MoeOps> Backward<B, 3> for GroupedLinearStep {
         if let Some((activation, pre)) = state.activation {
             grad = B::moe_activation_backward(pre, grad, activation);
         }
+        let (offsets, host_offsets) = (state.offsets, state.host_offsets);
         if let Some(node) = bias_node {
-            grads.register::<B>(node.id, B::moe_grouped_linear_backward_bias(grad.clone(), state.offsets.clone()));
+            let bias_grad = B::moe_grouped_linear_backward_bias(grad.clone(), offsets.clone(), host_offsets.clone());
+            grads.register::<B>(node.id, bias_grad);
         }
         if let Some(node) = weight_node {
-            let weight_grad = B::moe_grouped_linear_backward_weight(state.x, grad.clone(), state.offsets.clone());
+            let weight_grad = B::moe_grouped_linear_backward_weight(state.x, grad.clone(), offsets.clone(), host_offsets.clone());
             grads.register::<B>(node.id, weight_grad);
         }
         if let Some(node) = x_node {
-            grads.register::<B>(node.id, B::moe_grouped_linear_backward_x(grad, state.weight, state.offsets));
+            grads.register::<B>(node.id, B::moe_grouped_linear_backward_x(grad, state.weight, offsets, host_offsets));
         }
     }
 }
@@ -140,19 +145,22 @@ impl<B: MoeOps, C: CheckpointStrategy> MoeOps for Autodiff<B, C> {
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
         offsets: IntTensor<Self>,
+        host_offsets: Arc<[usize]>,
         activation: Option<Activation>,
         _keep_pre: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let step = GroupedLinearStep.prepare::<C>([x.node(), weight.node(), bias.node()]).compute_bound().stateful();
         let (x, weight, bias) = (x.into_primitive(), weight.into_primitive(), bias.into_primitive());
-        let forward = |x, weight, offsets, keep_pre| B::moe_grouped_linear(x, weight, bias, offsets, activation, keep_pre);
+        let forward = |x, weight, offsets, host_offsets, keep_pre| {
+            B::moe_grouped_linear(x, weight, bias, offsets, host_offsets, activation, keep_pre)
+        };
         let out = match step {
             OpsKind::Tracked(prep) => {
-                let (out, pre) = forward(x.clone(), weight.clone(), offsets.clone(), true);
+                let (out, pre) = forward(x.clone(), weight.clone(), offsets.clone(), host_offsets.clone(), true);
                 let activation = activation.map(|activation| (activation, pre));
-                prep.finish(GroupedLinearState { x, weight, offsets, activation }, out)
+                prep.finish(GroupedLinearState { x, weight, offsets, host_offsets, activation }, out)
             }
-            OpsKind::UnTracked(prep) => prep.finish(forward(x, weight, offsets, false).0),
+            OpsKind::UnTracked(prep) => prep.finish(forward(x, weight, offsets, host_offsets, false).0),
         };
         (out.clone(), out)
     }
@@ -173,15 +181,25 @@ impl<B: MoeOps, C: CheckpointStrategy> MoeOps for Autodiff<B, C> {
         unreachable!("{BELOW_AUTODIFF}")
     }
 
-    fn moe_grouped_linear_backward_x(_: FloatTensor<Self>, _: FloatTensor<Self>, _: IntTensor<Self>) -> FloatTensor<Self> {
+    fn moe_grouped_linear_backward_x(
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: IntTensor<Self>,
+        _: Arc<[usize]>,
+    ) -> FloatTensor<Self> {
         unreachable!("{BELOW_AUTODIFF}")
     }
 
-    fn moe_grouped_linear_backward_weight(_: FloatTensor<Self>, _: FloatTensor<Self>, _: IntTensor<Self>) -> FloatTensor<Self> {
+    fn moe_grouped_linear_backward_weight(
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: IntTensor<Self>,
+        _: Arc<[usize]>,
+    ) -> FloatTensor<Self> {
         unreachable!("{BELOW_AUTODIFF}")
     }
 
-    fn moe_grouped_linear_backward_bias(_: FloatTensor<Self>, _: IntTensor<Self>) -> FloatTensor<Self> {
+    fn moe_grouped_linear_backward_bias(_: FloatTensor<Self>, _: IntTensor<Self>, _: Arc<[usize]>) -> FloatTensor<Self> {
         unreachable!("{BELOW_AUTODIFF}")
     }
 }

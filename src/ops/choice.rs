@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device};
 /// Which bodies run under the layers: this crate's own for the backend at hand, or plain tensor operations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Kernels {
-    /// The backend's own kernels where there are some (today: f32 on burn's CPU backend), plain tensor operations elsewhere.
+    /// The backend's own kernels where there are some (f32 on burn's CPU backend; f32, f16 and bf16 on GPUs), plain tensor operations elsewhere.
     #[default]
     Fastest,
     /// Plain tensor operations everywhere: what every kernel is tested against.
@@ -42,19 +42,41 @@ pub fn with_kernels<R>(kernels: Kernels, body: impl FnOnce() -> R) -> R {
     body()
 }
 
-/// Whether this crate has kernels for tensors of `dtype` on `device`, and may use them.
+/// What a device has from this crate.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Has {
+    /// Nothing: plain tensor operations.
+    Nothing,
+    /// Everything that experts need.
+    Experts,
+    /// That, and maps and activations faster than the backend's own.
+    ExpertsAndDense,
+}
+
+fn has(device: &Device, dtype: DType) -> Has {
+    #[allow(unused_imports)]
+    use burn::backend::DispatchDevice;
+    if KERNELS.get() == Kernels::Reference {
+        return Has::Nothing;
+    }
+    match (device.clone().inner().as_dispatch(), dtype) {
+        #[cfg(feature = "flex")]
+        (DispatchDevice::Flex(_), DType::F32) => Has::ExpertsAndDense,
+        // With its own matrix products and fusion there is nothing to gain for dense layers.
+        #[cfg(feature = "cube")]
+        (DispatchDevice::Cube(_), DType::F32 | DType::F16 | DType::BF16) => Has::Experts,
+        _ => Has::Nothing,
+    }
+}
+
+/// Whether this crate has kernels for experts on `device` with numbers of `dtype`, and may use them.
 pub(crate) fn has_kernels(device: &Device, dtype: DType) -> bool {
-    #[cfg(feature = "flex")]
-    {
-        use burn::backend::DispatchDevice;
-        let on_flex = matches!(device.clone().inner().as_dispatch(), DispatchDevice::Flex(_));
-        KERNELS.get() == Kernels::Fastest && dtype == DType::F32 && on_flex
-    }
-    #[cfg(not(feature = "flex"))]
-    {
-        let _ = (device, dtype);
-        false
-    }
+    has(device, dtype) != Has::Nothing
+}
+
+/// Whether it also has some for one map and activation.
+pub(super) fn has_dense_kernels(device: &Device, dtype: DType) -> bool {
+    has(device, dtype) == Has::ExpertsAndDense
 }
 
 /// Gives back to the system what the CPU kernels keep for their next call: at most a quarter more than they ever had in use at once. For a

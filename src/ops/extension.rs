@@ -1,29 +1,84 @@
 //! What a backend implements to have kernels.
 
+use std::sync::Arc;
+
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, backend_extension};
+#[cfg(all(feature = "fusion", feature = "cube"))]
+use burn::{backend::fusion::custom::TensorSpec, tensor::Shape};
 
 use super::Activation;
 
+/// Shapes of outputs, which fusion needs before a kernel runs.
+#[cfg(all(feature = "fusion", feature = "cube"))]
+mod shape {
+    use super::{Activation, Arc, Shape, TensorSpec};
+
+    /// A row for each index, as wide as `x`.
+    pub(super) fn rows(index: &Shape, x: &Shape) -> Shape {
+        [index[0], x[1]].into()
+    }
+
+    pub(super) fn tokens(num_tokens: &usize, x: &Shape) -> Shape {
+        [*num_tokens, x[1]].into()
+    }
+
+    /// `[T, D], [T · M] -> [T, M]`
+    pub(super) fn gates(x: &Shape, choice_row: &Shape) -> Shape {
+        [x[0], choice_row[0] / x[0]].into()
+    }
+
+    pub(super) fn weight(x: &Shape, grad: &Shape, offsets: &Shape) -> Shape {
+        [offsets[0] - 1, x[1], grad[1]].into()
+    }
+
+    pub(super) fn bias(grad: &Shape, offsets: &Shape) -> Shape {
+        [offsets[0] - 1, grad[1]].into()
+    }
+
+    pub(super) fn linear(
+        x: &TensorSpec,
+        weight: &TensorSpec,
+        _bias: &TensorSpec,
+        _offsets: &TensorSpec,
+        _host_offsets: &Arc<[usize]>,
+        _activation: &Option<Activation>,
+        _keep_pre: &bool,
+    ) -> (TensorSpec, TensorSpec) {
+        let out = TensorSpec::new([x.shape[0], weight.shape[2]].into(), x.dtype);
+        (out.clone(), out)
+    }
+}
+
 /// Kernels and the helpers of their backwards; first order only.
 ///
-/// `R` rows are sorted by expert, `offsets [E + 1]` says where each expert's begin; `row_choice [R]` names the choice `t · M + m` of a
+/// `R` rows are sorted by expert, `offsets [E + 1]` says where each expert's begin, on the device and on the host; `row_choice [R]` names the choice `t · M + m` of a
 /// row, `choice_row [T · M]` the row of a choice, −1 for none.
-#[backend_extension(Flex, Autodiff)]
+#[backend_extension(
+    Cube: cfg(feature = "cube"),
+    Flex: cfg(feature = "flex"),
+    Autodiff,
+    Fusion: cfg(all(feature = "fusion", feature = "cube"))
+)]
 pub(crate) trait MoeOps: Backend {
     /// `out = act(x)`, any shape.
+    #[fusion(dtype = x, shape = x)]
     fn moe_activation(x: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self>;
 
     /// `grad · act'(x)`, any shape.
+    #[fusion(dtype = x, shape = x)]
     fn moe_activation_backward(x: FloatTensor<Self>, grad: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self>;
 
     /// `out[r] = x[t(r)]`: `[T, D] -> [R, D]`.
+    #[fusion(dtype = x, shape = shape::rows(row_choice, x))]
     fn moe_dispatch(x: FloatTensor<Self>, row_choice: IntTensor<Self>, choice_row: IntTensor<Self>) -> FloatTensor<Self>;
 
     /// `out[t] = Σ_m grad[row of (t, m)]`: `[R, D] -> [T, D]`.
+    #[fusion(dtype = grad, shape = shape::tokens(num_tokens, grad))]
     fn moe_dispatch_backward(grad: FloatTensor<Self>, choice_row: IntTensor<Self>, num_tokens: usize) -> FloatTensor<Self>;
 
     /// `out[t] = Σ_m gates[t, m] · rows[row of (t, m)]`: `[R, D], [T, M] -> [T, D]`.
+    #[fusion(dtype = rows, shape = shape::rows(gates, rows))]
     fn moe_combine(
         rows: FloatTensor<Self>,
         gates: FloatTensor<Self>,
@@ -32,6 +87,7 @@ pub(crate) trait MoeOps: Backend {
     ) -> FloatTensor<Self>;
 
     /// `out[r] = gates[choice of r] · grad[t(r)]`: `[T, D], [T, M] -> [R, D]`.
+    #[fusion(dtype = grad, shape = shape::rows(row_choice, grad))]
     fn moe_combine_backward_rows(
         grad: FloatTensor<Self>,
         gates: FloatTensor<Self>,
@@ -39,6 +95,7 @@ pub(crate) trait MoeOps: Backend {
     ) -> FloatTensor<Self>;
 
     /// `out[t, m] = grad[t] · rows[row of (t, m)]`: `[T, D], [R, D] -> [T, M]`.
+    #[fusion(dtype = grad, shape = shape::gates(grad, choice_row))]
     fn moe_combine_backward_gates(
         grad: FloatTensor<Self>,
         rows: FloatTensor<Self>,
@@ -47,29 +104,40 @@ pub(crate) trait MoeOps: Backend {
 
     /// `pre[r] = x[r] · weight[e(r)] + bias[e(r)]` and `out = act(pre)`: `[R, D], [E, D, F], [E, F] -> ([R, F], [R, F])`, `out` first.
     /// Without an activation, or when `pre` is not kept, the second is the first.
+    #[fusion(meta = shape::linear)]
     fn moe_grouped_linear(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
         offsets: IntTensor<Self>,
+        host_offsets: Arc<[usize]>,
         activation: Option<Activation>,
         keep_pre: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// `out[r] = grad[r] · weight[e(r)]ᵀ`: `[R, F], [E, D, F] -> [R, D]`.
+    #[fusion(dtype = grad, shape = [grad[0], weight[1]].into())]
     fn moe_grouped_linear_backward_x(
         grad: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         offsets: IntTensor<Self>,
+        host_offsets: Arc<[usize]>,
     ) -> FloatTensor<Self>;
 
     /// `out[e] = Σ_{r of e} x[r]ᵀ · grad[r]`: `[R, D], [R, F] -> [E, D, F]`.
+    #[fusion(dtype = x, shape = shape::weight(x, grad, offsets))]
     fn moe_grouped_linear_backward_weight(
         x: FloatTensor<Self>,
         grad: FloatTensor<Self>,
         offsets: IntTensor<Self>,
+        host_offsets: Arc<[usize]>,
     ) -> FloatTensor<Self>;
 
     /// `out[e] = Σ_{r of e} grad[r]`: `[R, F] -> [E, F]`.
-    fn moe_grouped_linear_backward_bias(grad: FloatTensor<Self>, offsets: IntTensor<Self>) -> FloatTensor<Self>;
+    #[fusion(dtype = grad, shape = shape::bias(grad, offsets))]
+    fn moe_grouped_linear_backward_bias(
+        grad: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        host_offsets: Arc<[usize]>,
+    ) -> FloatTensor<Self>;
 }

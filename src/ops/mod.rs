@@ -7,16 +7,21 @@ mod activation;
 mod choice;
 mod reference;
 
-#[cfg(feature = "flex")]
+#[cfg(any(feature = "cube", feature = "flex"))]
 mod autodiff;
-#[cfg(feature = "flex")]
+#[cfg(feature = "cube")]
+mod cube;
+#[cfg(any(feature = "cube", feature = "flex"))]
 mod extension;
 #[cfg(feature = "flex")]
 mod flex;
 
-use burn::tensor::{Int, Tensor};
+use std::sync::Arc;
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
 
 pub use activation::Activation;
+use choice::has_dense_kernels;
 pub(crate) use choice::has_kernels;
 pub use choice::{Kernels, release_idle_memory, with_kernels};
 
@@ -31,7 +36,7 @@ pub(crate) enum RowIndex {
 
 impl RowIndex {
     /// Where each expert's rows begin, when the rows are ragged.
-    pub(crate) fn offsets(&self) -> Option<&Tensor<1, Int>> {
+    pub(crate) fn offsets(&self) -> Option<&Offsets> {
         match self {
             Self::Ragged(index) => Some(&index.offsets),
             Self::Padded(_) => None,
@@ -39,11 +44,26 @@ impl RowIndex {
     }
 }
 
+/// First row of each expert and the end, `[E + 1]`, in both places: a kernel reads the one, its launch the other.
+#[derive(Clone, Debug)]
+pub(crate) struct Offsets {
+    pub device: Tensor<1, Int>,
+    pub host: Arc<[usize]>,
+}
+
+impl Offsets {
+    pub(crate) fn new(host: impl Into<Arc<[usize]>>, device: &Device) -> Self {
+        let host = host.into();
+        let values: Vec<i32> = host.iter().map(|&offset| offset as i32).collect();
+        Self { device: Tensor::from_data(TensorData::new(values, [host.len()]), device), host }
+    }
+}
+
 /// See [`RowIndex::Ragged`].
 #[derive(Clone, Debug)]
 pub(crate) struct RaggedIndex {
-    /// First row of each expert and the end, `[E + 1]`.
-    pub offsets: Tensor<1, Int>,
+    /// Where each expert's rows begin.
+    pub offsets: Offsets,
     /// Choice of each row, `t · M + m`, `[R]`.
     pub row_choice: Tensor<1, Int>,
     /// Row of each choice, `[T · M]`; −1 for a choice without one.
@@ -77,7 +97,7 @@ pub(crate) fn dispatch(tokens: Tensor<2>, index: &RowIndex) -> Tensor<2> {
 
 /// One linear map and activation per expert: `out[r] = act(rows[r] · weight[e(r)] + bias[e(r)])`.
 ///
-/// With `offsets` (where each expert's rows begin, `[E + 1]`) the kernels run; without, every expert has `N / E` rows.
+/// With `offsets` the kernels run; without, every expert has `N / E` rows.
 ///
 /// # Shapes
 /// - rows: `[N, D]`
@@ -89,7 +109,7 @@ pub(crate) fn grouped_linear(
     weight: Tensor<3>,
     bias: Option<Tensor<2>>,
     activation: Option<Activation>,
-    offsets: Option<&Tensor<1, Int>>,
+    offsets: Option<&Offsets>,
 ) -> Tensor<2> {
     if let Some(offsets) = offsets {
         return kernel::grouped_linear(rows, weight, bias, activation, offsets.clone());
@@ -120,7 +140,7 @@ pub(crate) fn combine(rows: Tensor<2>, gates: Tensor<2>, index: &RowIndex) -> Te
 
 /// The activation of every element; any shape.
 pub(crate) fn activation<const R: usize>(x: Tensor<R>, activation: Activation) -> Tensor<R> {
-    if has_kernels(&x.device(), x.dtype()) {
+    if has_dense_kernels(&x.device(), x.dtype()) {
         return kernel::activation(x, activation);
     }
     reference::activation(x, activation)
@@ -134,8 +154,8 @@ pub(crate) fn activation<const R: usize>(x: Tensor<R>, activation: Activation) -
 /// - bias: `[F]`
 /// - output: `[T, F]`
 pub(crate) fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>, act: Option<Activation>) -> Tensor<2> {
-    if has_kernels(&x.device(), x.dtype()) {
-        let offsets = Tensor::from_data([0, x.dims()[0] as i32], &x.device());
+    if has_dense_kernels(&x.device(), x.dtype()) {
+        let offsets = Offsets::new([0, x.dims()[0]], &x.device());
         return kernel::grouped_linear(x, weight.unsqueeze_dim(0), bias.map(|b| b.unsqueeze_dim(0)), act, offsets);
     }
     let out = burn::tensor::module::linear(x, weight, bias);
@@ -146,12 +166,12 @@ pub(crate) fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>, a
 }
 
 /// The kernels as functions of tensors.
-#[cfg(feature = "flex")]
+#[cfg(any(feature = "cube", feature = "flex"))]
 mod kernel {
     use burn::backend::Dispatch;
-    use burn::tensor::{Int, Tensor};
+    use burn::tensor::Tensor;
 
-    use super::{Activation, RaggedIndex, extension::MoeOps};
+    use super::{Activation, Offsets, RaggedIndex, extension::MoeOps};
 
     pub(super) fn activation<const R: usize>(x: Tensor<R>, activation: Activation) -> Tensor<R> {
         Tensor::from_dispatch(Dispatch::moe_activation(x.into_dispatch(), activation))
@@ -171,7 +191,7 @@ mod kernel {
         weight: Tensor<3>,
         bias: Option<Tensor<2>>,
         activation: Option<Activation>,
-        offsets: Tensor<1, Int>,
+        offsets: Offsets,
     ) -> Tensor<2> {
         let [num_experts, _, d_out] = weight.dims();
         let bias = bias.unwrap_or_else(|| Tensor::zeros([num_experts, d_out], &weight.device()));
@@ -179,7 +199,8 @@ mod kernel {
             rows.into_dispatch(),
             weight.into_dispatch(),
             bias.into_dispatch(),
-            offsets.into_dispatch(),
+            offsets.device.into_dispatch(),
+            offsets.host,
             activation,
             false,
         );
@@ -198,11 +219,11 @@ mod kernel {
 }
 
 /// What stands in their place where no backend has any; `has_kernels` says so.
-#[cfg(not(feature = "flex"))]
+#[cfg(not(any(feature = "cube", feature = "flex")))]
 mod kernel {
-    use burn::tensor::{Int, Tensor};
+    use burn::tensor::Tensor;
 
-    use super::{Activation, RaggedIndex};
+    use super::{Activation, Offsets, RaggedIndex};
 
     const NONE: &str = "no backend with kernels is built in";
 
@@ -219,7 +240,7 @@ mod kernel {
         _: Tensor<3>,
         _: Option<Tensor<2>>,
         _: Option<Activation>,
-        _: Tensor<1, Int>,
+        _: Offsets,
     ) -> Tensor<2> {
         unreachable!("{NONE}")
     }

@@ -6,6 +6,8 @@ mod grouped;
 mod pointwise;
 mod rows;
 
+use std::sync::Arc;
+
 use burn::backend::{
     Flex,
     flex::{FlexTensor, Layout},
@@ -83,14 +85,15 @@ impl MoeOps for Flex {
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
-        offsets: IntTensor<Self>,
+        _offsets: IntTensor<Self>,
+        host_offsets: Arc<[usize]>,
         activation: Option<Activation>,
         keep_pre: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let (x, weight, bias) = (x.to_contiguous(), weight.to_contiguous(), bias.to_contiguous());
         let ([num_rows, _], [_, d_in, d_out]) = (x.layout().shape().dims(), weight.layout().shape().dims());
         let maps = grouped::Maps { weight: floats(&weight), d_in, d_out };
-        let (out, pre) = grouped::linear(floats(&x), &maps, floats(&bias), &offset_values(&offsets), activation, keep_pre);
+        let (out, pre) = grouped::linear(floats(&x), &maps, floats(&bias), &host_offsets, activation, keep_pre);
         let out = tensor(out, &[num_rows, d_out]);
         let pre = pre.map_or_else(|| out.clone(), |pre| tensor(pre, &[num_rows, d_out]));
         (out, pre)
@@ -99,30 +102,34 @@ impl MoeOps for Flex {
     fn moe_grouped_linear_backward_x(
         grad: FloatTensor<Self>,
         weight: FloatTensor<Self>,
-        offsets: IntTensor<Self>,
+        _offsets: IntTensor<Self>,
+        host_offsets: Arc<[usize]>,
     ) -> FloatTensor<Self> {
         let (grad, weight) = (grad.to_contiguous(), weight.to_contiguous());
         let ([num_rows, _], [_, d_in, d_out]) = (grad.layout().shape().dims(), weight.layout().shape().dims());
         let maps = grouped::Maps { weight: floats(&weight), d_in, d_out };
-        tensor(grouped::backward_x(floats(&grad), &maps, &offset_values(&offsets)), &[num_rows, d_in])
+        tensor(grouped::backward_x(floats(&grad), &maps, &host_offsets), &[num_rows, d_in])
     }
 
     fn moe_grouped_linear_backward_weight(
         x: FloatTensor<Self>,
         grad: FloatTensor<Self>,
-        offsets: IntTensor<Self>,
+        _offsets: IntTensor<Self>,
+        host_offsets: Arc<[usize]>,
     ) -> FloatTensor<Self> {
         let (x, grad) = (x.to_contiguous(), grad.to_contiguous());
         let ([_, d_in], [_, d_out]) = (x.layout().shape().dims(), grad.layout().shape().dims());
-        let offsets = offset_values(&offsets);
-        tensor(grouped::backward_weight(floats(&x), floats(&grad), [d_in, d_out], &offsets), &[offsets.len() - 1, d_in, d_out])
+        tensor(grouped::backward_weight(floats(&x), floats(&grad), [d_in, d_out], &host_offsets), &[host_offsets.len() - 1, d_in, d_out])
     }
 
-    fn moe_grouped_linear_backward_bias(grad: FloatTensor<Self>, offsets: IntTensor<Self>) -> FloatTensor<Self> {
+    fn moe_grouped_linear_backward_bias(
+        grad: FloatTensor<Self>,
+        _offsets: IntTensor<Self>,
+        host_offsets: Arc<[usize]>,
+    ) -> FloatTensor<Self> {
         let grad = grad.to_contiguous();
         let [_, d_out] = grad.layout().shape().dims();
-        let offsets = offset_values(&offsets);
-        tensor(grouped::backward_bias(floats(&grad), d_out, &offsets), &[offsets.len() - 1, d_out])
+        tensor(grouped::backward_bias(floats(&grad), d_out, &host_offsets), &[host_offsets.len() - 1, d_out])
     }
 }
 
@@ -142,10 +149,6 @@ fn indices(x: &FlexTensor) -> Vec<i32> {
         DType::I64 => x.as_slice::<i64>().expect("contiguous").iter().map(|&v| v as i32).collect(),
         dtype => panic!("indices of dtype {dtype:?}: expected I32 or I64"),
     }
-}
-
-fn offset_values(x: &FlexTensor) -> Vec<usize> {
-    indices(x).into_iter().map(|v| v as usize).collect()
 }
 
 #[cfg(test)]

@@ -1,0 +1,131 @@
+//! Kernels for every GPU that burn knows, in CubeCL: one source for CUDA, Vulkan, Metal and WebGPU.
+//!
+//! f32, f16 and bf16, with sums in f32. The library has validated everything by the time a kernel runs.
+
+mod by_expert;
+mod grouped;
+mod launch;
+mod pointwise;
+mod rows;
+
+use std::sync::Arc;
+
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
+
+use super::{Activation, extension::MoeOps};
+use grouped::Maps;
+
+impl MoeOps for CubeBackend {
+    fn moe_activation(x: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
+        pointwise::activation(into_contiguous(x), activation)
+    }
+
+    fn moe_activation_backward(x: FloatTensor<Self>, grad: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
+        pointwise::activation_backward(into_contiguous(x), into_contiguous(grad), activation)
+    }
+
+    fn moe_dispatch(x: FloatTensor<Self>, row_choice: IntTensor<Self>, choice_row: IntTensor<Self>) -> FloatTensor<Self> {
+        let [num_tokens, _] = x.meta.shape().dims();
+        let num_choices = choice_row.meta.num_elements() / num_tokens;
+        rows::gather(into_contiguous(x), None, into_contiguous(row_choice), num_choices)
+    }
+
+    fn moe_dispatch_backward(grad: FloatTensor<Self>, choice_row: IntTensor<Self>, num_tokens: usize) -> FloatTensor<Self> {
+        rows::sum(into_contiguous(grad), None, into_contiguous(choice_row), num_tokens)
+    }
+
+    fn moe_combine(
+        rows: FloatTensor<Self>,
+        gates: FloatTensor<Self>,
+        _row_choice: IntTensor<Self>,
+        choice_row: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let [num_tokens, _] = gates.meta.shape().dims();
+        rows::sum(into_contiguous(rows), Some(into_contiguous(gates)), into_contiguous(choice_row), num_tokens)
+    }
+
+    fn moe_combine_backward_rows(
+        grad: FloatTensor<Self>,
+        gates: FloatTensor<Self>,
+        row_choice: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let [_, num_choices] = gates.meta.shape().dims();
+        rows::gather(into_contiguous(grad), Some(into_contiguous(gates)), into_contiguous(row_choice), num_choices)
+    }
+
+    fn moe_combine_backward_gates(
+        grad: FloatTensor<Self>,
+        rows: FloatTensor<Self>,
+        choice_row: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        rows::products(into_contiguous(grad), into_contiguous(rows), into_contiguous(choice_row))
+    }
+
+    fn moe_grouped_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        host_offsets: Arc<[usize]>,
+        activation: Option<Activation>,
+        keep_pre: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let mapped = |activation| {
+            let maps = Maps { weight: into_contiguous(weight), transposed: false, bias: Some(into_contiguous(bias)), activation };
+            linear(x, maps, offsets, &host_offsets)
+        };
+        match activation {
+            Some(activation) if keep_pre => {
+                let pre = mapped(None);
+                (pointwise::activation(pre.clone(), activation), pre)
+            }
+            activation => {
+                let out = mapped(activation);
+                (out.clone(), out)
+            }
+        }
+    }
+
+    fn moe_grouped_linear_backward_x(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        host_offsets: Arc<[usize]>,
+    ) -> FloatTensor<Self> {
+        let maps = Maps { weight: into_contiguous(weight), transposed: true, bias: None, activation: None };
+        linear(grad, maps, offsets, &host_offsets)
+    }
+
+    fn moe_grouped_linear_backward_weight(
+        x: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        host_offsets: Arc<[usize]>,
+    ) -> FloatTensor<Self> {
+        let (x, grad) = (into_contiguous(x), into_contiguous(grad));
+        if by_expert::is_worth_it(&x, [x.meta.shape()[1], grad.meta.shape()[1]], &host_offsets) {
+            by_expert::weight_gradient(x, grad, &host_offsets)
+        } else {
+            grouped::weight_gradient(x, grad, into_contiguous(offsets))
+        }
+    }
+
+    fn moe_grouped_linear_backward_bias(
+        grad: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        _host_offsets: Arc<[usize]>,
+    ) -> FloatTensor<Self> {
+        grouped::bias_gradient(into_contiguous(grad), into_contiguous(offsets))
+    }
+}
+
+/// `[R, K] -> [R, N]` by each row's expert.
+fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor, host_offsets: &[usize]) -> CubeTensor {
+    let (x, offsets) = (into_contiguous(x), into_contiguous(offsets));
+    if by_expert::is_worth_it(&x, [x.meta.shape()[1], maps.columns()], host_offsets) {
+        by_expert::linear(x, maps, offsets, host_offsets)
+    } else {
+        grouped::linear(x, maps, offsets)
+    }
+}

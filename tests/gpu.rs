@@ -1,0 +1,188 @@
+//! The GPU kernels against plain tensor operations on the CPU: outputs, and all gradients. With `--features wgpu`, and `fusion` or not;
+//! `BURN_MOE_DEVICE` names another device than `wgpu`.
+//!
+//! One binary, because the first use of a GPU in a process takes its time.
+
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{DType, Device, Tensor};
+use burn_moe::{
+    Activation, Capacity, ExpertChoiceConfig, ExpertMlpConfig, Kernels, MoeFeedForward, MoeFeedForwardConfig, RouterConfig,
+    TokenChoiceConfig, clip::{ClipConfig, SparseClipConfig, contrastive_loss}, device_by_name,
+};
+
+#[path = "it/outcome.rs"]
+mod outcome;
+#[path = "it/support.rs"]
+mod support;
+#[allow(dead_code)]
+#[path = "../examples/verify.rs"]
+mod verify;
+
+use outcome::{Outcome, assert_same, biased_router, run_layer};
+use support::{ROOT, numbers, values};
+
+const ACTIVATIONS: [Activation; 4] = [Activation::Gelu, Activation::QuickGelu, Activation::Relu, Activation::Silu];
+
+fn gpu() -> Device {
+    let name = std::env::var("BURN_MOE_DEVICE").unwrap_or("wgpu".into());
+    device_by_name(&name).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn on_cpu(layer: &MoeFeedForward, x: &Tensor<2>, valid: &[bool]) -> Outcome {
+    run_layer(layer, x, valid, Kernels::Reference)
+}
+
+fn on_gpu(layer: &MoeFeedForward, x: &Tensor<2>, valid: &[bool]) -> Outcome {
+    let device = gpu().autodiff();
+    run_layer(&layer.clone().fork(&device), &x.clone().to_device(&device), valid, Kernels::Fastest)
+}
+
+/// Every fifth token is padding.
+fn some_valid(num_tokens: usize) -> Vec<bool> {
+    (0..num_tokens).map(|t| t % 5 != 4).collect()
+}
+
+#[test]
+fn the_layer_and_its_gradients_are_those_of_the_cpu() {
+    let device = Device::flex().autodiff();
+    let sizes = [(1, 4, 8, 2), (7, 3, 5, 3), (65, 16, 64, 8), (257, 24, 40, 5), (33, 130, 200, 4)];
+    for (i, (t, d, f, e)) in sizes.into_iter().enumerate() {
+        for (capacity, bias, skewed) in [(Capacity::Dropless, true, false), (Capacity::Fixed(2), false, false), (Capacity::Dropless, true, true)]
+        {
+            let activation = ACTIVATIONS[i % ACTIVATIONS.len()];
+            let assignment = TokenChoiceConfig::new().with_training_capacity(capacity);
+            let experts = ExpertMlpConfig::new().with_bias(bias).with_activation(activation);
+            let layer = MoeFeedForwardConfig::new(d, f, e).with_assignment(assignment.into()).with_experts(experts).init(&device);
+            let layer = if skewed { biased_router(layer) } else { layer };
+            let x = if skewed { numbers([t, d], 3, &device).abs() } else { numbers([t, d], 3, &device) };
+            let valid = some_valid(t);
+            let case = format!("T {t} D {d} F {f} E {e} {capacity:?} bias {bias} skewed {skewed}");
+            assert_same(&on_gpu(&layer, &x, &valid), &on_cpu(&layer, &x, &valid), 1e-5, &case);
+        }
+    }
+}
+
+#[test]
+fn gated_and_shared_experts_and_expert_choice_are_those_of_the_cpu() {
+    let device = Device::flex().autodiff();
+    let config = MoeFeedForwardConfig::new(10, 24, 4);
+    for config in [
+        config.clone().with_experts(ExpertMlpConfig::swiglu()).with_shared_expert(Some(12)),
+        config.with_assignment(ExpertChoiceConfig::new().into()),
+    ] {
+        let layer = config.init(&device);
+        let (x, valid) = (numbers([50, 10], 3, &device), some_valid(50));
+        assert_same(&on_gpu(&layer, &x, &valid), &on_cpu(&layer, &x, &valid), 1e-5, &format!("{layer}"));
+    }
+}
+
+#[test]
+fn strided_input_is_read_in_its_own_order() {
+    let device = gpu().autodiff();
+    let layer = MoeFeedForwardConfig::new(6, 12, 3).init(&device);
+    let x = numbers([6, 20], 1, &device).transpose();
+    let copy = Tensor::<2>::from_data(x.to_data(), &device);
+    let [strided, contiguous] = [x, copy].map(|x| run_layer(&layer, &x, &[true; 20], Kernels::Fastest));
+    assert_same(&strided, &contiguous, 1e-6, "transposed input");
+}
+
+#[test]
+fn frozen_weights_get_no_gradient_and_the_input_still_does() {
+    let layer = MoeFeedForwardConfig::new(6, 12, 3).init(&Device::flex().autodiff()).freeze();
+    let x = numbers([20, 6], 1, &Device::flex().autodiff());
+    let outcome = on_gpu(&layer, &x, &[true; 20]);
+    assert_eq!(outcome.iter().map(|(name, _)| *name).collect::<Vec<_>>(), ["output", "x"]);
+    assert_same(&outcome, &on_cpu(&layer, &x, &[true; 20]), 1e-5, "frozen");
+}
+
+#[test]
+fn more_choices_than_cubes_on_one_axis_are_all_computed() {
+    let device = Device::flex().autodiff();
+    let router = RouterConfig::new().with_init_std(1.0);
+    let layer = MoeFeedForwardConfig::new(4, 4, 4).with_router(router).init(&device);
+    let (x, valid) = (numbers([40_000, 4], 3, &device), vec![true; 40_000]);
+    assert_same(&on_gpu(&layer, &x, &valid), &on_cpu(&layer, &x, &valid), 1e-4, "40,000 tokens");
+}
+
+#[test]
+fn results_are_the_same_to_the_bit_in_every_run() {
+    let device = Device::flex().autodiff();
+    let layer = MoeFeedForwardConfig::new(48, 96, 6).init(&device);
+    let (x, valid) = (numbers([300, 48], 3, &device), some_valid(300));
+    let first = on_gpu(&layer, &x, &valid);
+    for _ in 0..4 {
+        assert_eq!(on_gpu(&layer, &x, &valid), first);
+    }
+}
+
+struct Cast(DType);
+
+impl ModuleMapper for Cast {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|value| value.detach().cast(self.0).require_grad())
+    }
+}
+
+/// The layer in 16 bits on the GPU, and in 32 on the CPU from the same rounded numbers. Sums are in f32, so the two differ by the
+/// rounding of what passes from kernel to kernel.
+fn in_16_bits(dtype: DType, tolerance: f32) {
+    let cpu = Device::flex().autodiff();
+    let layer = MoeFeedForwardConfig::new(40, 72, 4).init(&cpu).map(&mut Cast(dtype)).map(&mut Cast(DType::F32));
+    let x = numbers([90, 40], 3, &cpu).cast(dtype).cast(DType::F32);
+    let valid = some_valid(90);
+    let gpu = gpu().autodiff();
+    let small = layer.clone().fork(&gpu).map(&mut Cast(dtype));
+    let found = run_layer(&small, &x.clone().to_device(&gpu).cast(dtype), &valid, Kernels::Fastest);
+    assert_same(&found, &on_cpu(&layer, &x, &valid), tolerance, &format!("{dtype:?}"));
+}
+
+#[test]
+fn half_precision_is_rounded_and_no_more() {
+    in_16_bits(DType::F16, 2e-3);
+}
+
+#[test]
+fn brain_floats_are_rounded_and_no_more() {
+    if !gpu().supports_dtype(DType::BF16) {
+        println!("untested: this device has no bf16");
+        return;
+    }
+    in_16_bits(DType::BF16, 2e-2);
+}
+
+#[test]
+fn reference_cases_pass() {
+    for entry in std::fs::read_dir(format!("{ROOT}/tests/fixtures")).unwrap() {
+        let case = entry.unwrap().path();
+        if !case.is_dir() {
+            continue;
+        }
+        let mut errors = verify::Errors::default();
+        verify::run(&case, &gpu(), &mut errors).unwrap();
+        assert!(errors.checked > 0 && errors.above == 0, "{}: {} of {} tensors are off", case.display(), errors.above, errors.checked);
+    }
+}
+
+#[test]
+fn a_sparse_clip_learns_the_same() {
+    let config = ClipConfig::tiny().sparse(SparseClipConfig::clip_up());
+    let cpu = Device::flex().autodiff();
+    let model = config.init(&cpu);
+    let run = |device: &Device| {
+        let model = model.clone().fork(device);
+        let images = numbers([4, 3, 32, 32], 5, device);
+        let ids: Vec<i32> = (0..4 * 24).map(|i| if i % 24 > 9 + i / 24 { 0 } else { 400 + i * 7 }).collect();
+        let ids: Vec<i32> = ids.chunks(24).enumerate().flat_map(|(b, row)| {
+            let mut row = row.to_vec();
+            row[10 + b] = 49407;
+            row
+        }).collect();
+        let texts = Tensor::<1, burn::tensor::Int>::from_ints(&ids[..], device).reshape([4, 24]);
+        let output = model.forward(images, texts);
+        let loss = contrastive_loss(output.logits_per_image.clone());
+        let grads = loss.backward();
+        let experts = model.vision.patch_embedding.weight.val().grad(&grads).unwrap();
+        vec![("loss", values(&loss)), ("patches", values(&experts)), ("tokens", values(&model.text.token_embedding.weight.val().grad(&grads).unwrap()))]
+    };
+    assert_same(&run(&gpu().autodiff()), &run(&cpu), 1e-4, "tiny CLIP");
+}

@@ -36,6 +36,7 @@ mod experts;
 mod files;
 mod finite;
 mod loss;
+mod mask;
 mod moe;
 mod ops;
 mod param;
@@ -68,6 +69,7 @@ pub use loss::{
     AuxiliaryLoss, AuxiliaryLossConfig, AuxiliaryLossOutput, LossTerm, global_entropy_loss, importance_loss, load_balancing_loss,
     load_loss, local_entropy_loss, router_z_loss,
 };
+pub use mask::TokenMask;
 pub use moe::{MoeFeedForward, MoeFeedForwardConfig};
 pub use ops::{Kernels, release_idle_memory, with_kernels};
 pub use phase::Phase;

@@ -2,17 +2,18 @@
 
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Flag, Module, ModuleDisplay, Param};
-use burn::tensor::{Bool, Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 
 use crate::{
-    assignment::{AssignmentConfig, AssignmentInput},
+    assignment::{AssignmentConfig, AssignmentInput, DeviceAssignmentInput},
     cost::Cost,
     dispatch::Dispatcher,
     error::{ConfigError, expect_valid},
     experts::{ExpertMlp, ExpertMlpConfig},
+    mask::TokenMask,
     phase::Phase,
     router::{BalancingBias, Router, RouterConfig, RouterOutput},
-    routing::{FlatTokens, MoeInput, MoeOutput, Routing, invalid_mask},
+    routing::{FlatTokens, MoeInput, MoeOutput, Routing},
 };
 
 /// Configuration of a [`MoeFeedForward`].
@@ -128,20 +129,30 @@ impl MoeFeedForward {
     fn route(
         &self,
         tokens: &Tensor<2>,
-        valid: Option<Vec<bool>>,
-        protected: Option<Vec<bool>>,
+        valid: Option<TokenMask>,
+        protected: Option<TokenMask>,
         tokens_per_sample: usize,
     ) -> Routing {
         let phase = self.phase(&tokens.device());
         let output = self.router.forward(tokens.clone(), phase);
-        let selection_bias = self.router.selection_bias();
-        let plan = self.assignment.assign(&AssignmentInput {
-            scores: output.scores,
-            selection_bias: selection_bias.as_deref(),
-            valid: valid.as_deref(),
-            protected: protected.as_deref(),
+        let on_device = DeviceAssignmentInput {
+            scores: &output.scores,
+            selection_bias: self.router.balancing_bias.as_ref().map(|bias| bias.val()),
+            valid: valid.as_ref(),
+            protected: protected.as_ref(),
             tokens_per_sample,
             phase,
+        };
+        let plan = self.assignment.assign_on_device(&on_device).unwrap_or_else(|| {
+            let selection_bias = self.router.selection_bias();
+            self.assignment.assign(&AssignmentInput {
+                scores: output.scores,
+                selection_bias: selection_bias.as_deref(),
+                valid: valid.as_ref().map(|valid| valid.as_slice()),
+                protected: protected.as_ref().map(|protected| protected.as_slice()),
+                tokens_per_sample,
+                phase,
+            })
         });
         let RouterOutput { logits, clean_probs, probs, noise, .. } = output;
         Routing { logits, clean_probs, probs, noise, score: self.router.score, valid, plan }
@@ -149,7 +160,7 @@ impl MoeFeedForward {
 
     fn compute(&self, tokens: Tensor<2>, routing: &Routing) -> Tensor<2> {
         let plan = &routing.plan;
-        let mut output = if plan.num_rows() == 0 {
+        let mut output = if plan.is_known_empty() {
             tokens.zeros_like()
         } else {
             let dispatcher = Dispatcher::new(plan, &tokens);
@@ -160,18 +171,15 @@ impl MoeFeedForward {
             let shared = shared.forward(tokens.unsqueeze_dim(0)).squeeze_dim(0);
             output = output
                 + match &routing.valid {
-                    Some(valid) => shared.clone().mask_fill(invalid_mask(valid, &shared.device()), 0.0),
+                    Some(valid) => shared.clone().mask_fill(valid.unset(&shared.device()), 0.0),
                     None => shared,
                 };
         }
-        if plan.unroutable().is_empty() {
-            return output;
-        }
         // A valid token whose scores are not finite has no seat; its output says so, instead of a zero that hides it.
-        let mut lost = vec![false; plan.num_tokens()];
-        plan.unroutable().iter().for_each(|&token| lost[token] = true);
-        let mask = Tensor::<2, Bool>::from_data(TensorData::new(lost, [plan.num_tokens(), 1]), &output.device());
-        output.mask_fill(mask, f32::NAN)
+        match plan.lost(&output.device()) {
+            Some(lost) => output.mask_fill(lost, f32::NAN),
+            None => output,
+        }
     }
 
     /// Moves the router's balancing bias by what one training step routed; see [`BalancingBias`](crate::BalancingBias). A router without
@@ -205,6 +213,8 @@ impl ModuleDisplay for MoeFeedForward {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use burn::tensor::Bool;
+
     use crate::{Capacity, TokenChoiceConfig};
 
     #[test]

@@ -1,8 +1,10 @@
 //! Who sits where, and with which gate: the one contract between routing and compute.
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use std::sync::{Arc, OnceLock};
 
-use crate::ops::{Offsets, PaddedIndex, RaggedIndex, RowIndex};
+use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData};
+
+use crate::ops::{DeviceSeats, Offsets, PaddedIndex, RaggedIndex, RowIndex};
 
 /// Marks a choice without a row and a slot without a token.
 const NONE: i32 = -1;
@@ -13,12 +15,32 @@ const NONE: i32 = -1;
 /// *row*; rows are sorted by expert, and inside an expert in the order in which slots were filled. Rows of expert `e` are
 /// `offsets[e]..offsets[e + 1]`, so nothing is padded. The inverse map, from choices to rows, makes combining a gather.
 ///
-/// Positions are data, not parameters: only [`gates`](Self::gates) carries a gradient.
+/// Positions are data, not parameters: only [`gates`](Self::gates) carries a gradient. Where seats were handed out on a device (token choice with a
+/// fixed capacity on a GPU), the host reads them once, when it first asks.
 #[derive(Debug, Clone)]
 pub struct DispatchPlan {
     num_tokens: usize,
     num_choices: usize,
+    num_experts: usize,
     gates: Tensor<2>,
+    seats: Seats,
+}
+
+/// Who handed out the seats.
+#[derive(Debug, Clone)]
+enum Seats {
+    Host(HostSeats),
+    Device {
+        seats: DeviceSeats,
+        /// `[T, 1]`, true for a valid token whose scores are not finite.
+        lost: Tensor<2, Bool>,
+        host: Arc<OnceLock<HostSeats>>,
+    },
+}
+
+/// The seats as the host sees them.
+#[derive(Debug, Clone)]
+struct HostSeats {
     asked: Vec<usize>,
     asked_per_choice: Vec<usize>,
     kept_per_choice: Vec<usize>,
@@ -43,6 +65,188 @@ impl DispatchPlan {
     /// A plan from one seat per choice (`[T · M]`, token-major), the gates `[T, M]`, and the tokens that could not ask.
     pub(crate) fn new(num_experts: usize, num_choices: usize, seats: &[Seat], gates: Tensor<2>, unroutable: Vec<usize>) -> Self {
         let num_tokens = seats.len().checked_div(num_choices).unwrap_or(0);
+        let seats = Seats::Host(HostSeats::new(num_experts, num_choices, seats, unroutable));
+        Self { num_tokens, num_choices, num_experts, gates, seats }
+    }
+
+    /// A plan whose seats were handed out on a device; `lost [T, 1]` marks valid tokens that could not ask.
+    pub(crate) fn on_device(num_experts: usize, seats: DeviceSeats, gates: Tensor<2>, lost: Tensor<2, Bool>) -> Self {
+        let [num_tokens, num_choices] = gates.dims();
+        Self { num_tokens, num_choices, num_experts, gates, seats: Seats::Device { seats, lost, host: Arc::default() } }
+    }
+
+    /// The seats as the host sees them; waits for the device if it handed them out.
+    fn host(&self) -> &HostSeats {
+        match &self.seats {
+            Seats::Host(host) => host,
+            Seats::Device { seats, lost, host } => host.get_or_init(|| {
+                let lost = lost.clone().into_data();
+                let unroutable = lost.iter::<bool>().enumerate().filter(|(_, lost)| *lost).map(|(token, _)| token).collect();
+                HostSeats::new(self.num_experts, self.num_choices, &read_seats(seats), unroutable)
+            }),
+        }
+    }
+
+    /// A plan in which nobody chooses: for layers without choices.
+    pub(crate) fn without_rows(num_experts: usize, num_tokens: usize, device: &Device) -> Self {
+        let seats = vec![Seat::Unasked; num_tokens];
+        Self::new(num_experts, 1, &seats, Tensor::zeros([num_tokens, 1], device), Vec::new())
+    }
+
+    /// Tokens, `T`, padding included.
+    pub fn num_tokens(&self) -> usize {
+        self.num_tokens
+    }
+
+    /// Experts, `E`.
+    pub fn num_experts(&self) -> usize {
+        self.num_experts
+    }
+
+    /// Choices per token, `M` (`K` for token choice, `E` for expert choice).
+    pub fn num_choices(&self) -> usize {
+        self.num_choices
+    }
+
+    /// Kept choices in all, `R`.
+    pub fn num_rows(&self) -> usize {
+        self.host().row_token.len()
+    }
+
+    /// Gate of each choice, `[T, M]`; exactly 0 where the choice has no slot. Carries the router's task gradient.
+    pub fn gates(&self) -> Tensor<2> {
+        self.gates.clone()
+    }
+
+    /// Choices that named each expert, before drops, `[E]`.
+    pub fn asked(&self) -> &[usize] {
+        &self.host().asked
+    }
+
+    /// First row of each expert, and the row count at the end, `[E + 1]`.
+    pub fn offsets(&self) -> &[usize] {
+        &self.host().offsets
+    }
+
+    /// Rows of each expert, `[E]`.
+    pub fn load(&self) -> Vec<usize> {
+        self.offsets().windows(2).map(|pair| pair[1] - pair[0]).collect()
+    }
+
+    /// Asked choices by rank, before drops, `[M]`.
+    pub fn asked_per_choice(&self) -> &[usize] {
+        &self.host().asked_per_choice
+    }
+
+    /// Kept choices by rank (first choices, second choices, …; by expert for expert choice), `[M]`.
+    pub fn kept_per_choice(&self) -> &[usize] {
+        &self.host().kept_per_choice
+    }
+
+    /// Share of asked choices without a slot, `1 − kept / asked`; 0 when nothing was asked.
+    pub fn dropped(&self) -> f64 {
+        match self.asked().iter().sum::<usize>() {
+            0 => 0.0,
+            asked => 1.0 - self.num_rows() as f64 / asked as f64,
+        }
+    }
+
+    /// Token of each row, `[R]`, sorted by expert.
+    pub fn row_token(&self) -> &[i32] {
+        &self.host().row_token
+    }
+
+    /// Row of each choice, `[T · M]`; -1 for a choice without a slot.
+    pub fn choice_row(&self) -> &[i32] {
+        &self.host().choice_row
+    }
+
+    /// Valid tokens whose scores are not finite, in order: they have no seat.
+    pub fn unroutable(&self) -> &[usize] {
+        &self.host().unroutable
+    }
+
+    /// Expert of each row, `[R]`.
+    pub fn row_expert(&self) -> Vec<usize> {
+        self.offsets().windows(2).enumerate().flat_map(|(expert, pair)| std::iter::repeat_n(expert, pair[1] - pair[0])).collect()
+    }
+
+    /// The plan as index tensors: ragged for kernels, a slot grid of the largest load for batched matrix products.
+    pub(crate) fn row_index(&self, device: &Device, kernels: bool) -> RowIndex {
+        match &self.seats {
+            Seats::Device { seats, .. } if kernels => RowIndex::Ragged(seats.index(self.num_experts, device)),
+            _ if kernels => RowIndex::Ragged(self.ragged_index(device)),
+            _ => RowIndex::Padded(self.padded_index(device)),
+        }
+    }
+
+    /// Whether no token has a row, as far as is known without waiting for a device.
+    pub(crate) fn is_known_empty(&self) -> bool {
+        matches!(&self.seats, Seats::Host(host) if host.row_token.is_empty())
+    }
+
+    /// `[T, 1]`, true for a valid token whose scores are not finite; none when there are none.
+    pub(crate) fn lost(&self, device: &Device) -> Option<Tensor<2, Bool>> {
+        match &self.seats {
+            Seats::Device { lost, .. } => Some(lost.clone()),
+            Seats::Host(host) if host.unroutable.is_empty() => None,
+            Seats::Host(host) => {
+                let mut lost = vec![false; self.num_tokens];
+                host.unroutable.iter().for_each(|&token| lost[token] = true);
+                Some(Tensor::from_data(TensorData::new(lost, [self.num_tokens, 1]), device))
+            }
+        }
+    }
+
+    /// Share of all asked choices, before drops, that name each expert, `[1, E]`, f32; zeros when nothing was asked.
+    pub(crate) fn asked_share(&self, device: &Device) -> Tensor<2> {
+        match &self.seats {
+            Seats::Device { seats, .. } => seats.asked_share(self.num_experts, device),
+            Seats::Host(host) => {
+                let total = host.asked.iter().sum::<usize>().max(1) as f32;
+                let share: Vec<f32> = host.asked.iter().map(|&asked| asked as f32 / total).collect();
+                Tensor::from_data(TensorData::new(share, [1, self.num_experts]), (device, DType::F32))
+            }
+        }
+    }
+
+    fn ragged_index(&self, device: &Device) -> RaggedIndex {
+        let mut row_choice = vec![0; self.num_rows()];
+        for (choice, &row) in self.choice_row().iter().enumerate().filter(|(_, row)| **row != NONE) {
+            row_choice[row as usize] = choice as i32;
+        }
+        RaggedIndex {
+            offsets: Offsets::new(self.offsets(), device),
+            row_choice: int_tensor(row_choice, device),
+            choice_row: int_tensor(self.choice_row().to_vec(), device),
+        }
+    }
+
+    fn padded_index(&self, device: &Device) -> PaddedIndex {
+        let slots = self.load().into_iter().max().unwrap_or(0);
+        let num_slots = slots * self.num_experts();
+        let mut slot_token = vec![self.num_tokens as i32; num_slots];
+        let mut row_slot = vec![0i32; self.num_rows()];
+        for (expert, pair) in self.offsets().windows(2).enumerate() {
+            let rows = pair[0]..pair[1];
+            let first_slot = expert * slots;
+            slot_token[first_slot..first_slot + rows.len()].copy_from_slice(&self.row_token()[rows.clone()]);
+            row_slot[rows].iter_mut().zip(first_slot..).for_each(|(seat, slot)| *seat = slot as i32);
+        }
+        let choice_slot: Vec<i32> =
+            self.choice_row().iter().map(|&row| if row == NONE { num_slots as i32 } else { row_slot[row as usize] }).collect();
+        PaddedIndex {
+            has_empty_slots: self.num_rows() < num_slots,
+            has_unseated_choices: self.num_rows() < self.choice_row().len(),
+            slot_token: int_tensor(slot_token, device),
+            choice_slot: int_tensor(choice_slot, device),
+        }
+    }
+}
+
+impl HostSeats {
+    /// From one seat per choice, token-major.
+    fn new(num_experts: usize, num_choices: usize, seats: &[Seat], unroutable: Vec<usize>) -> Self {
         let mut asked = vec![0; num_experts];
         let mut kept = vec![0; num_experts];
         let (mut asked_per_choice, mut kept_per_choice) = (vec![0; num_choices], vec![0; num_choices]);
@@ -74,141 +278,28 @@ impl DispatchPlan {
             })
             .collect();
         debug_assert!(row_token.iter().all(|&token| token != NONE), "every row has a token");
-        Self {
-            num_tokens,
-            num_choices,
-            gates,
-            asked,
-            asked_per_choice,
-            kept_per_choice,
-            offsets,
-            row_token,
-            choice_row,
-            unroutable,
+        Self { asked, asked_per_choice, kept_per_choice, offsets, row_token, choice_row, unroutable }
+    }
+}
+
+/// One seat per choice. Slots of an expert count all groups; rows have no gaps, so a row's position is its rank among those taken.
+fn read_seats(seats: &DeviceSeats) -> Vec<Seat> {
+    let read = |x: &Tensor<1, Int>| x.clone().try_into_vec_as::<i32>().expect("indices are integers");
+    let (chosen, choice_slot, slot_choice) = (read(&seats.chosen), read(&seats.choice_slot), read(&seats.slot_choice));
+    let mut position_of_slot = vec![0; slot_choice.len()];
+    for (slots, positions) in slot_choice.chunks(seats.slots.max(1)).zip(position_of_slot.chunks_mut(seats.slots.max(1))) {
+        let mut taken = 0;
+        for (choice, position) in slots.iter().zip(positions) {
+            *position = taken;
+            taken += usize::from(*choice != NONE);
         }
     }
-
-    /// A plan in which nobody chooses: for layers without choices.
-    pub(crate) fn without_rows(num_experts: usize, num_tokens: usize, device: &Device) -> Self {
-        let seats = vec![Seat::Unasked; num_tokens];
-        Self::new(num_experts, 1, &seats, Tensor::zeros([num_tokens, 1], device), Vec::new())
-    }
-
-    /// Tokens, `T`, padding included.
-    pub fn num_tokens(&self) -> usize {
-        self.num_tokens
-    }
-
-    /// Experts, `E`.
-    pub fn num_experts(&self) -> usize {
-        self.asked.len()
-    }
-
-    /// Choices per token, `M` (`K` for token choice, `E` for expert choice).
-    pub fn num_choices(&self) -> usize {
-        self.num_choices
-    }
-
-    /// Kept choices in all, `R`.
-    pub fn num_rows(&self) -> usize {
-        self.row_token.len()
-    }
-
-    /// Gate of each choice, `[T, M]`; exactly 0 where the choice has no slot. Carries the router's task gradient.
-    pub fn gates(&self) -> Tensor<2> {
-        self.gates.clone()
-    }
-
-    /// Choices that named each expert, before drops, `[E]`.
-    pub fn asked(&self) -> &[usize] {
-        &self.asked
-    }
-
-    /// First row of each expert, and the row count at the end, `[E + 1]`.
-    pub fn offsets(&self) -> &[usize] {
-        &self.offsets
-    }
-
-    /// Rows of each expert, `[E]`.
-    pub fn load(&self) -> Vec<usize> {
-        self.offsets.windows(2).map(|pair| pair[1] - pair[0]).collect()
-    }
-
-    /// Asked choices by rank, before drops, `[M]`.
-    pub fn asked_per_choice(&self) -> &[usize] {
-        &self.asked_per_choice
-    }
-
-    /// Kept choices by rank (first choices, second choices, …; by expert for expert choice), `[M]`.
-    pub fn kept_per_choice(&self) -> &[usize] {
-        &self.kept_per_choice
-    }
-
-    /// Share of asked choices without a slot, `1 − kept / asked`; 0 when nothing was asked.
-    pub fn dropped(&self) -> f64 {
-        match self.asked.iter().sum::<usize>() {
-            0 => 0.0,
-            asked => 1.0 - self.num_rows() as f64 / asked as f64,
-        }
-    }
-
-    /// Token of each row, `[R]`, sorted by expert.
-    pub fn row_token(&self) -> &[i32] {
-        &self.row_token
-    }
-
-    /// Row of each choice, `[T · M]`; -1 for a choice without a slot.
-    pub fn choice_row(&self) -> &[i32] {
-        &self.choice_row
-    }
-
-    /// Valid tokens whose scores are not finite, in order: they have no seat.
-    pub fn unroutable(&self) -> &[usize] {
-        &self.unroutable
-    }
-
-    /// Expert of each row, `[R]`.
-    pub fn row_expert(&self) -> Vec<usize> {
-        self.offsets.windows(2).enumerate().flat_map(|(expert, pair)| std::iter::repeat_n(expert, pair[1] - pair[0])).collect()
-    }
-
-    /// The plan as index tensors: ragged for kernels, a slot grid of the largest load for batched matrix products.
-    pub(crate) fn row_index(&self, device: &Device, kernels: bool) -> RowIndex {
-        if kernels { RowIndex::Ragged(self.ragged_index(device)) } else { RowIndex::Padded(self.padded_index(device)) }
-    }
-
-    fn ragged_index(&self, device: &Device) -> RaggedIndex {
-        let mut row_choice = vec![0; self.num_rows()];
-        for (choice, &row) in self.choice_row.iter().enumerate().filter(|(_, row)| **row != NONE) {
-            row_choice[row as usize] = choice as i32;
-        }
-        RaggedIndex {
-            offsets: Offsets::new(self.offsets.clone(), device),
-            row_choice: int_tensor(row_choice, device),
-            choice_row: int_tensor(self.choice_row.clone(), device),
-        }
-    }
-
-    fn padded_index(&self, device: &Device) -> PaddedIndex {
-        let slots = self.load().into_iter().max().unwrap_or(0);
-        let num_slots = slots * self.num_experts();
-        let mut slot_token = vec![self.num_tokens as i32; num_slots];
-        let mut row_slot = vec![0i32; self.num_rows()];
-        for (expert, pair) in self.offsets.windows(2).enumerate() {
-            let rows = pair[0]..pair[1];
-            let first_slot = expert * slots;
-            slot_token[first_slot..first_slot + rows.len()].copy_from_slice(&self.row_token[rows.clone()]);
-            row_slot[rows].iter_mut().zip(first_slot..).for_each(|(seat, slot)| *seat = slot as i32);
-        }
-        let choice_slot: Vec<i32> =
-            self.choice_row.iter().map(|&row| if row == NONE { num_slots as i32 } else { row_slot[row as usize] }).collect();
-        PaddedIndex {
-            has_empty_slots: self.num_rows() < num_slots,
-            has_unseated_choices: self.num_rows() < self.choice_row.len(),
-            slot_token: int_tensor(slot_token, device),
-            choice_slot: int_tensor(choice_slot, device),
-        }
-    }
+    let seat = |(&chosen, &slot): (&i32, &i32)| match (usize::try_from(chosen), usize::try_from(slot)) {
+        (Err(_), _) => Seat::Unasked,
+        (Ok(expert), Err(_)) => Seat::Dropped { expert },
+        (Ok(expert), Ok(slot)) => Seat::Kept { expert, position: position_of_slot[slot] },
+    };
+    chosen.iter().zip(&choice_slot).map(seat).collect()
 }
 
 fn int_tensor(values: Vec<i32>, device: &Device) -> Tensor<1, Int> {

@@ -11,7 +11,7 @@ use crate::{
     experts::{ExpertMlp, ExpertMlpConfig},
     plan::DispatchPlan,
     router::RouterScore,
-    routing::{MoeInput, MoeOutput, Routing, invalid_mask},
+    routing::{MoeInput, MoeOutput, Routing},
 };
 
 /// Configuration of a [`SoftMoeFeedForward`].
@@ -113,7 +113,7 @@ impl SoftMoeFeedForward {
         let device = tokens.x.device();
 
         let logits = tokens.x.clone().cast(FloatDType::F32).matmul(self.slots.val().cast(FloatDType::F32));
-        let invalid = tokens.valid.as_deref().map(|valid| invalid_mask(valid, &device));
+        let invalid = tokens.valid.as_ref().map(|valid| valid.unset(&device));
         let over_tokens = match &invalid {
             // Far below any logit, and finite: a sample without a valid token must not divide zero by zero.
             Some(invalid) => logits.clone().mask_fill(invalid.clone(), -1e30),

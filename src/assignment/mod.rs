@@ -14,7 +14,7 @@ pub use token_choice::{FillOrder, GateNormalization, TokenChoiceConfig};
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::{capacity::Capacity, error::ConfigError, phase::Phase, plan::DispatchPlan};
+use crate::{capacity::Capacity, error::ConfigError, mask::TokenMask, phase::Phase, plan::DispatchPlan};
 
 /// Who chooses whom.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -58,6 +58,18 @@ pub struct AssignmentInput<'a> {
     /// Tokens of one sample, for [`TokenGroups::PerSample`].
     pub tokens_per_sample: usize,
     /// Training or inference.
+    pub phase: Phase,
+}
+
+/// The same, where the device that has the scores hands out the seats.
+pub(crate) struct DeviceAssignmentInput<'a> {
+    /// `[T, E]`, f32.
+    pub scores: &'a Tensor<2>,
+    /// `[E]`
+    pub selection_bias: Option<Tensor<1>>,
+    pub valid: Option<&'a TokenMask>,
+    pub protected: Option<&'a TokenMask>,
+    pub tokens_per_sample: usize,
     pub phase: Phase,
 }
 
@@ -116,6 +128,18 @@ impl AssignmentConfig {
             (Self::TokenChoice(config), Phase::Training) => config.training_capacity,
             (Self::TokenChoice(config), Phase::Inference) => config.inference_capacity,
             (Self::ExpertChoice(config), _) => config.capacity,
+        }
+    }
+
+    /// As [`assign`](Self::assign), without a wait for the device; nothing where that cannot be: expert choice, a capacity or an order that
+    /// depends on the scores, a device without kernels, no tokens.
+    ///
+    /// # Panics
+    /// As [`assign`](Self::assign).
+    pub(crate) fn assign_on_device(&self, input: &DeviceAssignmentInput) -> Option<DispatchPlan> {
+        match self {
+            Self::TokenChoice(config) => config.assign_on_device(input, self.capacity(input.phase)),
+            Self::ExpertChoice(_) => None,
         }
     }
 

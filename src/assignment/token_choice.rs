@@ -1,13 +1,15 @@
 //! Each token chooses its experts.
 
 use burn::config::Config;
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::{Bool, FloatDType, Int, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::{AssignmentInput, TokenGroups};
+use super::{AssignmentInput, DeviceAssignmentInput, TokenGroups};
 use crate::{
     capacity::Capacity,
     error::ConfigError,
+    mask::TokenMask,
+    ops::{self, SeatRules},
     plan::{DispatchPlan, Seat},
 };
 
@@ -93,9 +95,41 @@ impl TokenChoiceConfig {
         let index: Vec<i32> = chosen.iter().map(|expert| expert.unwrap_or(0) as i32).collect();
         let index = Tensor::<2, Int>::from_data(TensorData::new(index, [num_tokens, top_k]), &device);
         let raw = input.scores.clone().gather(1, index);
-        let kept: Vec<bool> = seats.iter().map(|seat| matches!(seat, Seat::Kept { .. })).collect();
-        let gates = self.gates(raw, &kept);
+        let unseated: Vec<bool> = seats.iter().map(|seat| !matches!(seat, Seat::Kept { .. })).collect();
+        let unseated = unseated.contains(&true).then(|| Tensor::from_data(TensorData::new(unseated, [num_tokens, top_k]), &device));
+        let gates = self.gates(raw, unseated);
         DispatchPlan::new(num_experts, top_k, &seats, gates, input.unroutable(&routable))
+    }
+
+    pub(super) fn assign_on_device(&self, input: &DeviceAssignmentInput, capacity: Capacity) -> Option<DispatchPlan> {
+        let [num_tokens, num_experts] = input.scores.dims();
+        let device = input.scores.device();
+        if num_tokens == 0 || self.fill_order == FillOrder::BatchPriority || !ops::can_seat(&device) {
+            return None;
+        }
+        let group_size = self.groups.size(num_tokens, input.tokens_per_sample);
+        // More slots than tokens are never taken.
+        let slots = capacity.slots(group_size, self.top_k, num_experts)?.min(group_size);
+        // Empty slots are computed too: from twice as many slots as choices on, waiting for the host costs less.
+        if num_experts * slots > 2 * self.top_k * group_size {
+            return None;
+        }
+        let rules =
+            SeatRules { top_k: self.top_k, group_size, slots, token_major: self.fill_order == FillOrder::TokenMajor };
+        let flags = |mask: Option<&TokenMask>| mask.map(|mask| mask.tensor(&device).int());
+        let bias = input.selection_bias.clone().map(|bias| bias.cast(FloatDType::F32));
+        let seats = ops::seat_on_device(input.scores.clone(), bias, flags(input.valid), flags(input.protected), rules);
+
+        let shape = [num_tokens, self.top_k];
+        // A token that asks for nothing still needs an index to gather; its gate is masked to zero below.
+        let raw = input.scores.clone().gather(1, seats.chosen.clone().clamp_min(0).reshape(shape));
+        let gates = self.gates(raw, Some(seats.choice_slot.clone().lower_elem(0).reshape(shape)));
+        let asks_nothing = seats.chosen.clone().reshape(shape).slice([0..num_tokens, 0..1]).lower_elem(0);
+        let lost = match input.valid {
+            Some(valid) => asks_nothing.bool_and(valid.tensor(&device).unsqueeze_dim(1)),
+            None => asks_nothing,
+        };
+        Some(DispatchPlan::on_device(num_experts, seats, gates, lost))
     }
 
     /// One seat per choice, in token-major order, whatever the fill order.
@@ -137,18 +171,14 @@ impl TokenChoiceConfig {
         seats
     }
 
-    /// Gates from the chosen probabilities, zero for a choice without a slot.
-    fn gates(&self, raw: Tensor<2>, kept: &[bool]) -> Tensor<2> {
-        if kept.iter().all(|&kept| kept) {
+    /// Gates from the chosen probabilities, zero for a choice without a slot; `unseated [T, K]` marks those, if there are any.
+    fn gates(&self, raw: Tensor<2>, unseated: Option<Tensor<2, Bool>>) -> Tensor<2> {
+        let Some(unseated) = unseated else {
             return match self.gate_normalization {
                 GateNormalization::None => raw,
                 GateNormalization::BeforeDrop | GateNormalization::AfterDrop => share(raw),
             };
-        }
-        let device = raw.device();
-        let shape = raw.dims();
-        let unseated = kept.iter().map(|&kept| !kept).collect::<Vec<_>>();
-        let unseated = Tensor::from_data(TensorData::new(unseated, shape), &device);
+        };
         match self.gate_normalization {
             GateNormalization::None => raw.mask_fill(unseated, 0.0),
             GateNormalization::BeforeDrop => share(raw).mask_fill(unseated, 0.0),

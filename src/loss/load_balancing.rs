@@ -1,6 +1,6 @@
 //! Keeps the experts evenly loaded.
 
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::Tensor;
 
 use crate::routing::Routing;
 
@@ -10,11 +10,7 @@ use crate::routing::Routing;
 /// probability of `e` over valid tokens. 1 at perfect balance, `E` when every choice and all probability is on one expert
 /// (`K = 1`). Zero, with a zero gradient, when no token is valid. Output: `[1]`.
 pub fn load_balancing_loss(routing: &Routing) -> Tensor<1> {
-    let num_experts = routing.plan.num_experts();
-    let asked = routing.plan.asked();
-    let total = asked.iter().sum::<usize>().max(1) as f32;
-    let share: Vec<f32> = asked.iter().map(|&asked| asked as f32 / total).collect();
-    let share = Tensor::<2>::from_data(TensorData::new(share, [1, num_experts]), &routing.probs.device());
+    let share = routing.plan.asked_share(&routing.probs.device());
     let mean_probs = routing.mean_over_valid(routing.probs.clone());
-    (share * mean_probs).sum() * num_experts as f64
+    (share * mean_probs).sum() * routing.plan.num_experts() as f64
 }

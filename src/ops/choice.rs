@@ -47,7 +47,7 @@ pub fn with_kernels<R>(kernels: Kernels, body: impl FnOnce() -> R) -> R {
 enum Has {
     /// Nothing: plain tensor operations.
     Nothing,
-    /// Everything that experts need.
+    /// Everything that experts need, seats included.
     Experts,
     /// That, and maps and activations faster than the backend's own.
     ExpertsAndDense,
@@ -77,6 +77,11 @@ pub(crate) fn has_kernels(device: &Device, dtype: DType) -> bool {
 /// Whether it also has some for one map and activation.
 pub(super) fn has_dense_kernels(device: &Device, dtype: DType) -> bool {
     has(device, dtype) == Has::ExpertsAndDense
+}
+
+/// Whether seats can be handed out on `device` itself.
+pub(crate) fn can_seat(device: &Device) -> bool {
+    has(device, DType::F32) == Has::Experts
 }
 
 /// Gives back to the system what the CPU kernels keep for their next call: at most a quarter more than they ever had in use at once. For a

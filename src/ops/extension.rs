@@ -8,11 +8,13 @@ use burn::backend::{Backend, backend_extension};
 use burn::{backend::fusion::custom::TensorSpec, tensor::Shape};
 
 use super::Activation;
+#[cfg(feature = "cube")]
+use super::SeatRules;
 
 /// Shapes of outputs, which fusion needs before a kernel runs.
 #[cfg(all(feature = "fusion", feature = "cube"))]
 mod shape {
-    use super::{Activation, Arc, Shape, TensorSpec};
+    use super::{Activation, Arc, SeatRules, Shape, TensorSpec};
 
     /// A row for each index, as wide as `x`.
     pub(super) fn rows(index: &Shape, x: &Shape) -> Shape {
@@ -36,6 +38,20 @@ mod shape {
         [offsets[0] - 1, grad[1]].into()
     }
 
+    pub(super) fn seats(
+        scores: &TensorSpec,
+        _bias: &TensorSpec,
+        valid: &TensorSpec,
+        _protected: &TensorSpec,
+        rules: &SeatRules,
+        _given: &[bool; 3],
+    ) -> (TensorSpec, TensorSpec, TensorSpec) {
+        let [num_tokens, num_experts] = [scores.shape[0], scores.shape[1]];
+        let choices = TensorSpec::new([num_tokens * rules.top_k].into(), valid.dtype);
+        let slots = num_experts * rules.slots * num_tokens / rules.group_size;
+        (choices.clone(), choices, TensorSpec::new([slots].into(), valid.dtype))
+    }
+
     pub(super) fn linear(
         x: &TensorSpec,
         weight: &TensorSpec,
@@ -52,8 +68,8 @@ mod shape {
 
 /// Kernels and the helpers of their backwards; first order only.
 ///
-/// `R` rows are sorted by expert, `offsets [E + 1]` says where each expert's begin, on the device and on the host; `row_choice [R]` names the choice `t · M + m` of a
-/// row, `choice_row [T · M]` the row of a choice, −1 for none.
+/// `R` rows are sorted by expert, `offsets [E + 1]` says where each expert's begin, on the device and on the host; `row_choice [R]` names the choice
+/// `t · M + m` of a row, `choice_row [T · M]` the row of a choice; −1 is none in both.
 #[backend_extension(
     Cube: cfg(feature = "cube"),
     Flex: cfg(feature = "flex"),
@@ -140,4 +156,21 @@ pub(crate) trait MoeOps: Backend {
         offsets: IntTensor<Self>,
         host_offsets: Arc<[usize]>,
     ) -> FloatTensor<Self>;
+}
+
+/// Handing out seats; no gradient passes through it.
+#[cfg(feature = "cube")]
+#[backend_extension(Cube: cfg(feature = "cube"), Fusion: cfg(all(feature = "fusion", feature = "cube")))]
+pub(crate) trait SeatOps: Backend {
+    /// `[T, E], [E], [T], [T] -> [T · K], [T · K], [E · S]`: the expert and the slot of each choice, and the choice of each slot.
+    /// `given` says whether the bias and the two flags count.
+    #[fusion(meta = shape::seats)]
+    fn moe_seat(
+        scores: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        valid: IntTensor<Self>,
+        protected: IntTensor<Self>,
+        rules: SeatRules,
+        given: [bool; 3],
+    ) -> (IntTensor<Self>, IntTensor<Self>, IntTensor<Self>);
 }

@@ -18,11 +18,11 @@ mod flex;
 
 use std::sync::Arc;
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 pub use activation::Activation;
 use choice::has_dense_kernels;
-pub(crate) use choice::has_kernels;
+pub(crate) use choice::{can_seat, has_kernels};
 pub use choice::{Kernels, release_idle_memory, with_kernels};
 
 /// Which token each row of the experts' input comes from, and the way back.
@@ -64,7 +64,7 @@ impl Offsets {
 pub(crate) struct RaggedIndex {
     /// Where each expert's rows begin.
     pub offsets: Offsets,
-    /// Choice of each row, `t · M + m`, `[R]`.
+    /// Choice of each row, `t · M + m`, `[R]`; −1 for a row without one, which holds zeros.
     pub row_choice: Tensor<1, Int>,
     /// Row of each choice, `[T · M]`; −1 for a choice without one.
     pub choice_row: Tensor<1, Int>,
@@ -81,6 +81,101 @@ pub(crate) struct PaddedIndex {
     pub slot_token: Tensor<1, Int>,
     /// Row of each choice, `[T · M]`; `E · S` for a choice without one.
     pub choice_slot: Tensor<1, Int>,
+}
+
+/// Seats that were handed out on a device, in slots of equal number for all experts.
+#[derive(Clone, Debug)]
+pub(crate) struct DeviceSeats {
+    /// Expert of each choice, `[T · K]`; −1 for a token that may not ask.
+    pub chosen: Tensor<1, Int>,
+    /// Slot of each choice, `[T · K]`; −1 for a choice without one.
+    pub choice_slot: Tensor<1, Int>,
+    /// Choice of each slot, `[E · S]`; −1 for an empty one.
+    pub slot_choice: Tensor<1, Int>,
+    /// Slots of each expert, `S`, all groups together.
+    pub slots: usize,
+}
+
+impl DeviceSeats {
+    /// Slots as rows.
+    pub(crate) fn index(&self, num_experts: usize, device: &Device) -> RaggedIndex {
+        let offsets: Vec<usize> = (0..=num_experts).map(|expert| expert * self.slots).collect();
+        RaggedIndex {
+            offsets: Offsets::new(offsets, device),
+            row_choice: self.slot_choice.clone(),
+            choice_row: self.choice_slot.clone(),
+        }
+    }
+
+    /// Share of all asked choices that name each expert, `[1, E]`, f32.
+    pub(crate) fn asked_share(&self, num_experts: usize, device: &Device) -> Tensor<2> {
+        let experts = Tensor::<1, Int>::arange(0..num_experts as i64, device).unsqueeze_dim::<2>(0);
+        let named = self.chosen.clone().unsqueeze_dim::<2>(1).equal(experts).float().cast(DType::F32).sum_dim(0);
+        named.clone() / named.sum().clamp_min(1.0).unsqueeze_dim(1)
+    }
+}
+
+/// How seats are handed out.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SeatRules {
+    /// Choices per token, `K`.
+    pub top_k: usize,
+    /// Tokens that compete with each other, in order.
+    pub group_size: usize,
+    /// Slots of each expert in each group.
+    pub slots: usize,
+    /// All choices of a token before the next one; otherwise all first choices, then all second ones, ….
+    pub token_major: bool,
+}
+
+/// Hands out seats on the device: the experts of highest score for each token, ties to the lower one, in the order of the rules.
+///
+/// # Shapes
+/// - scores: `[T, E]`, f32
+/// - bias: `[E]`, f32, added to scores
+/// - valid, protected: `[T]`, 0 or 1
+#[cfg(feature = "cube")]
+pub(crate) fn seat_on_device(
+    scores: Tensor<2>,
+    bias: Option<Tensor<1>>,
+    valid: Option<Tensor<1, Int>>,
+    protected: Option<Tensor<1, Int>>,
+    rules: SeatRules,
+) -> DeviceSeats {
+    use burn::backend::Dispatch;
+    use extension::SeatOps;
+
+    let [num_tokens, num_experts] = scores.dims();
+    // No gradient passes through seats.
+    let (scores, bias) = (scores.inner(), bias.map(|bias| bias.inner()));
+    let (valid, protected) = (valid.map(|flags| flags.inner()), protected.map(|flags| flags.inner()));
+    let device = scores.device();
+    // Flags that are not there are never read.
+    let none = || Tensor::<1, Int>::zeros([1], &device);
+    let (has_bias, has_valid, has_protected) = (bias.is_some(), valid.is_some(), protected.is_some());
+    let (chosen, choice_slot, slot_choice) = Dispatch::moe_seat(
+        scores.into_dispatch(),
+        bias.unwrap_or_else(|| Tensor::zeros([1], (&device, DType::F32))).into_dispatch(),
+        valid.unwrap_or_else(none).into_dispatch(),
+        protected.unwrap_or_else(none).into_dispatch(),
+        rules,
+        [has_bias, has_valid, has_protected],
+    );
+    let [chosen, choice_slot, slot_choice] = [chosen, choice_slot, slot_choice].map(Tensor::from_dispatch);
+    let slots = rules.slots * num_tokens / rules.group_size;
+    debug_assert_eq!(slot_choice.dims(), [num_experts * slots]);
+    DeviceSeats { chosen, choice_slot, slot_choice, slots }
+}
+
+#[cfg(not(feature = "cube"))]
+pub(crate) fn seat_on_device(
+    _: Tensor<2>,
+    _: Option<Tensor<1>>,
+    _: Option<Tensor<1, Int>>,
+    _: Option<Tensor<1, Int>>,
+    _: SeatRules,
+) -> DeviceSeats {
+    unreachable!("no backend that hands out seats is built in")
 }
 
 /// Gathers the token of each row; a padded row holds zeros.

@@ -2,7 +2,8 @@
 
 use burn::tensor::{Bool, Shape, Tensor};
 
-use super::{Routing, invalid_mask};
+use super::Routing;
+use crate::mask::TokenMask;
 
 /// Tokens with what is known about them.
 ///
@@ -20,30 +21,6 @@ pub struct MoeInput<const R: usize> {
     x: Tensor<R>,
     valid: Option<TokenMask>,
     protected: Option<TokenMask>,
-}
-
-/// A flag per token, and the shape it came in.
-#[derive(Debug, Clone)]
-struct TokenMask {
-    flags: Tensor<1, Bool>,
-    shape: Vec<usize>,
-}
-
-impl TokenMask {
-    fn new<const M: usize>(mask: Tensor<M, Bool>) -> Self {
-        Self { shape: mask.dims().to_vec(), flags: mask.flatten(0, M as i32 - 1) }
-    }
-
-    /// The flags on the host, if the mask fits tokens of `shape`.
-    fn read(self, shape: &Shape, num_tokens: usize) -> Vec<bool> {
-        let leading = &shape[..shape.num_dims() - 1];
-        assert!(
-            self.shape == leading || self.shape == [num_tokens],
-            "a mask of shape {:?} does not fit tokens of shape {shape:?}: expected {leading:?} or [{num_tokens}]",
-            self.shape
-        );
-        self.flags.into_data().iter::<bool>().collect()
-    }
 }
 
 /// What a sparse layer returns.
@@ -84,8 +61,8 @@ pub(crate) struct FlatTokens {
     pub shape: Shape,
     /// Tokens of one index of the first axis; all of them for `[T, D]`.
     pub per_sample: usize,
-    pub valid: Option<Vec<bool>>,
-    pub protected: Option<Vec<bool>>,
+    pub valid: Option<TokenMask>,
+    pub protected: Option<TokenMask>,
 }
 
 impl<const R: usize> MoeInput<R> {
@@ -97,12 +74,12 @@ impl<const R: usize> MoeInput<R> {
             "tokens of shape {shape:?} do not fit a layer of width {d_model}: expected [.., {d_model}]"
         );
         let num_tokens = shape.num_elements() / d_model;
-        let valid = self.valid.map(|mask| mask.read(&shape, num_tokens));
-        let protected = self.protected.map(|mask| mask.read(&shape, num_tokens));
+        let (valid, protected) = (self.valid, self.protected);
+        [&valid, &protected].into_iter().flatten().for_each(|mask| mask.expect_fits(&shape, num_tokens));
         let x = self.x.reshape([num_tokens, d_model]);
         let x = match &valid {
             // Whatever padding holds, NaN included, stops here.
-            Some(valid) => x.clone().mask_fill(invalid_mask(valid, &x.device()), 0.0),
+            Some(valid) => x.clone().mask_fill(valid.unset(&x.device()), 0.0),
             None => x,
         };
         let per_sample = if R == 2 { num_tokens } else { num_tokens / shape[0].max(1) };

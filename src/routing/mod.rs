@@ -5,9 +5,10 @@ mod input;
 pub(crate) use input::FlatTokens;
 pub use input::{MoeInput, MoeOutput};
 
-use burn::tensor::{Bool, Device, Tensor, TensorData};
+use burn::tensor::Tensor;
 
 use crate::{
+    mask::TokenMask,
     plan::DispatchPlan,
     router::{RouterNoise, RouterScore},
 };
@@ -25,8 +26,8 @@ pub struct Routing {
     pub noise: Option<RouterNoise>,
     /// How logits became scores.
     pub score: RouterScore,
-    /// Which tokens are not padding, `T` flags; `None`: all.
-    pub valid: Option<Vec<bool>>,
+    /// Which tokens are not padding; `None`: all.
+    pub valid: Option<TokenMask>,
     /// Who sits where, and with which gate.
     pub plan: DispatchPlan,
 }
@@ -35,31 +36,31 @@ impl Routing {
     /// Tokens that count: all but padding.
     pub fn num_valid(&self) -> usize {
         match &self.valid {
-            Some(valid) => valid.iter().filter(|&&valid| valid).count(),
+            Some(valid) => valid.as_slice().iter().filter(|&&valid| valid).count(),
             None => self.plan.num_tokens(),
         }
     }
 
     /// Mean over valid tokens of a value per token, `[T, N] -> [1, N]`; zeros when no token is valid.
     pub(crate) fn mean_over_valid(&self, per_token: Tensor<2>) -> Tensor<2> {
-        self.sum_over_valid(per_token) / self.num_valid().max(1) as f64
+        let (device, dtype) = (per_token.device(), per_token.dtype());
+        let sum = self.sum_over_valid(per_token);
+        match &self.valid {
+            // Counted where the sum is, which does not wait for the host.
+            Some(valid) => sum / valid.tensor(&device).float().cast(dtype).sum().clamp_min(1.0).unsqueeze_dim(1),
+            None => sum / self.plan.num_tokens().max(1) as f64,
+        }
     }
 
     /// Sum over valid tokens of a value per token, `[T, N] -> [1, N]`.
     pub(crate) fn sum_over_valid(&self, per_token: Tensor<2>) -> Tensor<2> {
         let counted = match &self.valid {
             // A fill, not a product: what padding holds may not be finite.
-            Some(valid) => per_token.clone().mask_fill(invalid_mask(valid, &per_token.device()), 0.0),
+            Some(valid) => per_token.clone().mask_fill(valid.unset(&per_token.device()), 0.0),
             None => per_token,
         };
         counted.sum_dim(0)
     }
-}
-
-/// `[T, 1]`, true for padding.
-pub(crate) fn invalid_mask(valid: &[bool], device: &Device) -> Tensor<2, Bool> {
-    let invalid: Vec<bool> = valid.iter().map(|valid| !valid).collect();
-    Tensor::from_data(TensorData::new(invalid, [valid.len(), 1]), device)
 }
 
 /// `H(p) = −Σ p ln p` of each row, `[N, E] -> [N, 1]`.

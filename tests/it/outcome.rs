@@ -23,7 +23,7 @@ pub(crate) fn run_layer(layer: &MoeFeedForward, x: &Tensor<2>, valid: &[bool], k
     with_kernels(kernels, || {
         let x = x.clone().require_grad();
         let output = layer.forward(MoeInput::new(x.clone()).valid(mask(valid, &x.device()))).output;
-        let grads = (output.clone() * numbers(output.dims(), 9, &output.device())).sum().backward();
+        let grads = (output.clone() * numbers(output.dims(), 9, &output.device()).cast(output.dtype())).sum().backward();
         let gradient = |name, gradient: Option<Vec<f32>>| gradient.map(|values| (name, values));
         let of2 = |p: &Param<Tensor<2>>| p.val().grad(&grads).map(|g| values(&g));
         let of3 = |p: &Param<Tensor<3>>| p.val().grad(&grads).map(|g| values(&g));

@@ -7,7 +7,7 @@ use super::support::ROOT;
 /// A module may use modules of lower levels, and itself (docs/architecture.md).
 const LEVELS: [(u8, &[&str]); 10] = [
     (0, &["ops", "error", "files", "finite", "param", "device"]),
-    (1, &["capacity", "cost", "phase", "plan"]),
+    (1, &["capacity", "cost", "mask", "phase", "plan"]),
     (2, &["router", "assignment"]),
     (3, &["dispatch", "experts"]),
     (4, &["routing"]),

@@ -7,13 +7,17 @@ mod grouped;
 mod launch;
 mod pointwise;
 mod rows;
+mod seats;
 
 use std::sync::Arc;
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
-use super::{Activation, extension::MoeOps};
+use super::{
+    Activation, SeatRules,
+    extension::{MoeOps, SeatOps},
+};
 use grouped::Maps;
 
 impl MoeOps for CubeBackend {
@@ -117,6 +121,20 @@ impl MoeOps for CubeBackend {
         _host_offsets: Arc<[usize]>,
     ) -> FloatTensor<Self> {
         grouped::bias_gradient(into_contiguous(grad), into_contiguous(offsets))
+    }
+}
+
+impl SeatOps for CubeBackend {
+    fn moe_seat(
+        scores: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        valid: IntTensor<Self>,
+        protected: IntTensor<Self>,
+        rules: SeatRules,
+        given: [bool; 3],
+    ) -> (IntTensor<Self>, IntTensor<Self>, IntTensor<Self>) {
+        let [scores, bias, valid, protected] = [scores, bias, valid, protected].map(into_contiguous);
+        seats::seat(scores, bias, valid, protected, rules, given)
     }
 }
 

@@ -10,7 +10,7 @@ use super::launch::{Elementwise, cubes, elem_pair, empty, vector_size};
 /// Units that share one dot product.
 const DOT_UNITS: u32 = 64;
 
-/// `out[r] = x[t(r)]`, times `gates[choice of r]` if weighted.
+/// `out[r] = x[t(r)]`, times `gates[choice of r]` if weighted; zeros in a row without a choice.
 #[cube(launch)]
 fn gather_kernel<F: Float, N: Size, I: Int>(
     x: &Tensor<Vector<F, N>>,
@@ -26,14 +26,17 @@ fn gather_kernel<F: Float, N: Size, I: Int>(
     if ABSOLUTE_POS >= total {
         terminate!();
     }
-    let choice = usize::cast_from(row_choice[ABSOLUTE_POS / width]);
-    let value = x[choice / num_choices * width + ABSOLUTE_POS % width];
-    if weighted {
-        let gate = Vector::<f32, N>::new(f32::cast_from(gates[choice]));
-        out[ABSOLUTE_POS] = Vector::cast_from(Vector::<f32, N>::cast_from(value) * gate);
-    } else {
-        out[ABSOLUTE_POS] = value;
+    let choice = i32::cast_from(row_choice[ABSOLUTE_POS / width]);
+    let mut value = Vector::<F, N>::new(F::new(0.0_f32));
+    if choice >= 0 {
+        let choice = usize::cast_from(choice);
+        value = x[choice / num_choices * width + ABSOLUTE_POS % width];
+        if weighted {
+            let gate = Vector::<f32, N>::new(f32::cast_from(gates[choice]));
+            value = Vector::cast_from(Vector::<f32, N>::cast_from(value) * gate);
+        }
     }
+    out[ABSOLUTE_POS] = value;
 }
 
 /// `out[t] = Σ_m rows[row of (t, m)]`, each row times `gates[t, m]` if weighted.

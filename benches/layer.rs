@@ -15,7 +15,9 @@ use burn::nn::{Gelu, Linear, LinearConfig};
 use burn::tensor::{Device, Tensor};
 use burn_moe::{Capacity, MlpConfig};
 use criterion::{Criterion, criterion_group, criterion_main};
-use support::{EXPERTS, Load, Shape, TOP_K, assert_load, backward, device, finish, paired, print_peak, shapes, sparse_layer, tokens};
+use support::{
+    EXPERTS, Load, Shape, TOP_K, assert_load, backward, device, finish, paired, print_peak, shapes, sparse_layer, tokens,
+};
 
 /// burn's dense network.
 #[derive(Module, Debug)]

@@ -39,7 +39,8 @@ fn memory_of(target: &Target, bytes: &[u8], what: &str) -> usize {
 fn bomb(width: u32, height: u32, colour: image::ExtendedColorType) -> Vec<u8> {
     let row = usize::from(colour.bits_per_pixel()) / 8 * width as usize;
     let mut png = Cursor::new(Vec::new());
-    image::write_buffer_with_format(&mut png, &vec![0; row * height as usize], width, height, colour, image::ImageFormat::Png).unwrap();
+    image::write_buffer_with_format(&mut png, &vec![0; row * height as usize], width, height, colour, image::ImageFormat::Png)
+        .unwrap();
     png.into_inner()
 }
 
@@ -118,7 +119,9 @@ fn seeds() {
     write("index", "elsewhere", &[index.replacen("\"a\"", "\"../a\"", 1).as_bytes()]);
     write("index", "missing", &[index.replacen("\"a\"", "\"c\"", 1).as_bytes()]);
 
-    for (way, name) in ["burn_moe_config.json", "open_clip_config.json", "config.json", "preprocessor_config.json"].iter().enumerate() {
+    for (way, name) in
+        ["burn_moe_config.json", "open_clip_config.json", "config.json", "preprocessor_config.json"].iter().enumerate()
+    {
         write("config", name, &[&[way as u8], &read(name)]);
     }
     let coco = r#"{"images": [{"id": 7, "file_name": "b.jpg"}], "annotations": [{"image_id": 7, "caption": "one"}]}"#;

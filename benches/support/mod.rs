@@ -40,9 +40,8 @@ pub(crate) fn device() -> Device {
 /// The shapes of a layer for `BURN_MOE_BATCH` samples, or for as many as a CPU has patience for.
 pub(crate) fn shapes() -> [Shape; 3] {
     let batch = std::env::var("BURN_MOE_BATCH").ok().map(|batch| batch.parse().expect("BURN_MOE_BATCH is a number"));
-    let of = |name, length, usual: usize, d_model| {
-        Shape { name, tokens: length * batch.unwrap_or(usual), d_model, d_ff: 4 * d_model }
-    };
+    let of =
+        |name, length, usual: usize, d_model| Shape { name, tokens: length * batch.unwrap_or(usual), d_model, d_ff: 4 * d_model };
     [of("b16-image", 197, 16, 768), of("b16-text", 77, 16, 512), of("l14", 257, 8, 1024)]
 }
 

@@ -114,8 +114,7 @@ impl TokenChoiceConfig {
         if num_experts * slots > 2 * self.top_k * group_size {
             return None;
         }
-        let rules =
-            SeatRules { top_k: self.top_k, group_size, slots, token_major: self.fill_order == FillOrder::TokenMajor };
+        let rules = SeatRules { top_k: self.top_k, group_size, slots, token_major: self.fill_order == FillOrder::TokenMajor };
         let flags = |mask: Option<&TokenMask>| mask.map(|mask| mask.tensor(&device).int());
         let bias = input.selection_bias.clone().map(|bias| bias.cast(FloatDType::F32));
         let seats = ops::seat_on_device(input.scores.clone(), bias, flags(input.valid), flags(input.protected), rules);

@@ -22,8 +22,8 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 pub use activation::Activation;
 use choice::has_dense_kernels;
-pub(crate) use choice::{can_seat, has_kernels};
 pub use choice::{Kernels, release_idle_memory, with_kernels};
+pub(crate) use choice::{can_seat, has_kernels};
 
 /// Which token each row of the experts' input comes from, and the way back.
 #[derive(Clone, Debug)]
@@ -330,13 +330,7 @@ mod kernel {
         unreachable!("{NONE}")
     }
 
-    pub(super) fn grouped_linear(
-        _: Tensor<2>,
-        _: Tensor<3>,
-        _: Option<Tensor<2>>,
-        _: Option<Activation>,
-        _: Offsets,
-    ) -> Tensor<2> {
+    pub(super) fn grouped_linear(_: Tensor<2>, _: Tensor<3>, _: Option<Tensor<2>>, _: Option<Activation>, _: Offsets) -> Tensor<2> {
         unreachable!("{NONE}")
     }
 

@@ -225,8 +225,18 @@ fn images_as_others_prepare_them_are_read_or_refused() {
     let half = plain.with_mean([0.5; 3]).with_std([0.5; 3]);
     // As OpenAI's files have it, as newer ones do, and the one that a processor of both texts and images writes.
     let hugging_face = |fields: &str| read("preprocessor_config.json", format!("{{{fields}}}"));
-    assert_eq!(hugging_face(r#""crop_size": 224, "do_center_crop": true, "resample": 3, "size": 224, "feature_extractor_type": "CLIPFeatureExtractor""#), Ok(plain));
-    assert_eq!(hugging_face(r#""image_mean": 0.5, "image_std": [0.5, 0.5, 0.5], "size": {"shortest_edge": 224}, "data_format": "channels_first""#), Ok(half));
+    assert_eq!(
+        hugging_face(
+            r#""crop_size": 224, "do_center_crop": true, "resample": 3, "size": 224, "feature_extractor_type": "CLIPFeatureExtractor""#
+        ),
+        Ok(plain)
+    );
+    assert_eq!(
+        hugging_face(
+            r#""image_mean": 0.5, "image_std": [0.5, 0.5, 0.5], "size": {"shortest_edge": 224}, "data_format": "channels_first""#
+        ),
+        Ok(half)
+    );
     let squash = plain.with_resize_mode(ResizeMode::Squash).with_interpolation(Interpolation::Bilinear);
     assert_eq!(hugging_face(r#""size": {"height": 224, "width": 224}, "do_center_crop": false, "resample": 2"#), Ok(squash));
     assert_eq!(hugging_face(r#""do_normalize": false"#), Ok(plain.with_mean([0.0; 3]).with_std([1.0; 3])));
@@ -250,7 +260,8 @@ fn images_as_others_prepare_them_are_read_or_refused() {
     assert_eq!(read("processor_config.json", r#"{"image_processor": {"image_mean": 0.5, "image_std": 0.5}}"#.into()), Ok(half));
 
     let model = r#""embed_dim": 8, "vision_cfg": {"layers": 1, "width": 64, "patch_size": 16, "image_size": 224}, "text_cfg": {"width": 64, "heads": 1, "layers": 1}"#;
-    let open_clip = |fields: &str| read("open_clip_config.json", format!(r#"{{"model_cfg": {{{model}}}, "preprocess_cfg": {{{fields}}}}}"#));
+    let open_clip =
+        |fields: &str| read("open_clip_config.json", format!(r#"{{"model_cfg": {{{model}}}, "preprocess_cfg": {{{fields}}}}}"#));
     fs::remove_file(folder.path().join("config.json")).unwrap();
     assert_eq!(open_clip(r#""mean": [0.5, 0.5, 0.5], "std": 0.5, "size": 512, "fill_color": 0"#), Ok(half));
     assert_eq!(open_clip(r#""interpolation": "bilinear", "resize_mode": "squash", "mode": "RGB""#), Ok(squash));

@@ -4,7 +4,8 @@ use std::{collections::BTreeMap, fs, path::PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_moe::clip::{
-    Clip, ClipConfig, Embedder, ImagePreprocessing, Interpolation, ResizeMode, RetrievalMetrics, TextConfig, VisionConfig, ZeroShotClassifier,
+    Clip, ClipConfig, Embedder, ImagePreprocessing, Interpolation, ResizeMode, RetrievalMetrics, TextConfig, VisionConfig,
+    ZeroShotClassifier,
     preprocess::{ImagePreprocessor, Orientation},
     tokenizer::ClipTokenizer,
 };

@@ -115,7 +115,11 @@ impl Size {
             Self::Side(side) | Self::Shortest { shortest_edge: side } => (side, side),
             Self::Both { height, width } => (height, width),
         };
-        if (height, width) == (side, side) { Ok(()) } else { refuse(setting, format!("{height} x {width} with an image size of {side}")) }
+        if (height, width) == (side, side) {
+            Ok(())
+        } else {
+            refuse(setting, format!("{height} x {width} with an image size of {side}"))
+        }
     }
 }
 

@@ -226,7 +226,8 @@ fn found_in(folder: &Path) -> Result<(ClipConfig, PathBuf, Layout), CheckpointEr
     };
     let mut config = config.and_then(config::of_possible_size).map_err(|error| error.at(&config_path))?;
     if layout == Layout::HuggingFace
-        && let Some(path) = ["preprocessor_config.json", "processor_config.json"].map(|name| folder.join(name)).into_iter().find(|p| p.is_file())
+        && let Some(path) =
+            ["preprocessor_config.json", "processor_config.json"].map(|name| folder.join(name)).into_iter().find(|p| p.is_file())
     {
         let text = tensors::read_text(&path, LONGEST_CONFIG)?;
         let read = images::from_hugging_face(&text, config.vision.image_size);

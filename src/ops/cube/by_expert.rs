@@ -23,7 +23,8 @@ const ALIGNMENT: usize = 256;
 /// Whether products expert by expert are possible and worth it, for rows of these widths.
 pub(super) fn is_worth_it(like: &CubeTensor, widths: [usize; 2], offsets: &[usize]) -> bool {
     let num_experts = offsets.len() - 1;
-    offsets[num_experts] >= MIN_ROWS * num_experts && widths.iter().all(|width| (width * like.dtype.size()).is_multiple_of(ALIGNMENT))
+    offsets[num_experts] >= MIN_ROWS * num_experts
+        && widths.iter().all(|width| (width * like.dtype.size()).is_multiple_of(ALIGNMENT))
 }
 
 /// Experts with rows, and their rows.

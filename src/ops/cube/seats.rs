@@ -76,11 +76,7 @@ fn choose_kernel<F: Float, I: Int>(
 #[cube]
 fn choice_at(index: usize, group: usize, group_size: usize, #[comptime] top_k: usize, #[comptime] token_major: bool) -> usize {
     let first = group * group_size * top_k;
-    if token_major {
-        first + index
-    } else {
-        first + index % group_size * top_k + index / group_size
-    }
+    if token_major { first + index } else { first + index % group_size * top_k + index / group_size }
 }
 
 /// Whether a choice names this cube's expert, in this round: protected tokens have the first one for themselves.
@@ -196,9 +192,8 @@ pub(super) fn seat(
 ) -> (CubeTensor, CubeTensor, CubeTensor) {
     let [num_tokens, num_experts] = scores.meta.shape().dims();
     let groups = num_tokens / rules.group_size;
-    let indices = |count: usize| {
-        empty_device_contiguous_dtype(valid.client.clone(), valid.device.clone(), [count].into(), valid.dtype)
-    };
+    let indices =
+        |count: usize| empty_device_contiguous_dtype(valid.client.clone(), valid.device.clone(), [count].into(), valid.dtype);
     let (chosen, choice_slot) = (indices(num_tokens * rules.top_k), indices(num_tokens * rules.top_k));
     let slot_choice = indices(num_experts * groups * rules.slots);
     let dtypes = elem_pair(&scores, &valid);

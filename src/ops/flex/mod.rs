@@ -119,7 +119,10 @@ impl MoeOps for Flex {
     ) -> FloatTensor<Self> {
         let (x, grad) = (x.to_contiguous(), grad.to_contiguous());
         let ([_, d_in], [_, d_out]) = (x.layout().shape().dims(), grad.layout().shape().dims());
-        tensor(grouped::backward_weight(floats(&x), floats(&grad), [d_in, d_out], &host_offsets), &[host_offsets.len() - 1, d_in, d_out])
+        tensor(
+            grouped::backward_weight(floats(&x), floats(&grad), [d_in, d_out], &host_offsets),
+            &[host_offsets.len() - 1, d_in, d_out],
+        )
     }
 
     fn moe_grouped_linear_backward_bias(

@@ -117,6 +117,7 @@ impl DeviceSeats {
 
 /// How seats are handed out.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(feature = "cube"), allow(dead_code))]
 pub(crate) struct SeatRules {
     /// Choices per token, `K`.
     pub top_k: usize,

@@ -3,8 +3,8 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use burn_moe::{
-    Activation, Capacity, ExpertChoiceConfig, ExpertMlpConfig, Kernels, Mlp, MlpConfig, MoeFeedForward, MoeFeedForwardConfig,
-    MoeInput, TokenChoiceConfig, with_kernels,
+    Activation, Capacity, ExpertChoiceConfig, ExpertMlpConfig, Kernels, Mlp, MlpConfig, MoeFeedForwardConfig, MoeInput,
+    TokenChoiceConfig, with_kernels,
 };
 
 use super::{

@@ -3,8 +3,8 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_moe::{
     AssignmentConfig, AssignmentInput, AuxiliaryLossConfig, GateNormalization, MoeFeedForwardConfig, MoeInput, Phase, RouterConfig,
-    RouterNoise, RouterScore, Routing, TokenChoiceConfig, clip::ClipAuxiliaryLossConfig, global_entropy_loss, importance_loss,
-    load_balancing_loss, load_loss, local_entropy_loss, router_z_loss,
+    RouterNoise, RouterScore, Routing, TokenChoiceConfig, TokenMask, clip::ClipAuxiliaryLossConfig, global_entropy_loss,
+    importance_loss, load_balancing_loss, load_loss, local_entropy_loss, router_z_loss,
 };
 
 use super::support::{mask, numbers, values};
@@ -178,6 +178,7 @@ fn routing_of(logits: Tensor<2>, noise: Tensor<2>, chosen_by: Tensor<2>, valid: 
     let input = AssignmentInput { valid: valid.as_deref(), ..AssignmentInput::new(softmax(chosen_by), Phase::Training) };
     let plan = assignment.assign(&input);
     let noise = Some(RouterNoise { logits: noisy, std: 0.25 });
+    let valid = valid.map(|valid| TokenMask::new(mask(&valid, &logits.device())));
     Routing { logits, clean_probs, probs, noise, score: RouterScore::Softmax, valid, plan }
 }
 

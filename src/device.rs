@@ -7,7 +7,7 @@ use burn::tensor::Device;
 #[non_exhaustive]
 pub enum DeviceError {
     /// The name means nothing.
-    #[error("`{name}` is no device: expected one of cpu, wgpu, vulkan, metal, cuda")]
+    #[error("`{name}` is no device: expected one of cpu, wgpu, vulkan, metal, cuda, webgpu")]
     Unknown {
         /// The name that was given.
         name: String,
@@ -22,7 +22,7 @@ pub enum DeviceError {
     },
 }
 
-/// `cpu`, `wgpu`, `vulkan`, `metal` or `cuda`; each but `cpu` needs the cargo feature of its name, `cpu` needs `flex`.
+/// `cpu`, `wgpu`, `vulkan`, `metal`, `cuda` or `webgpu`; each but `cpu` needs the cargo feature of its name, `cpu` needs `flex`.
 ///
 /// # Errors
 /// When the name means nothing, or the feature is off.
@@ -48,6 +48,10 @@ pub fn device_by_name(name: &str) -> Result<Device, DeviceError> {
         "cuda" => return Ok(Device::cuda(0)),
         #[cfg(not(feature = "cuda"))]
         "cuda" => "cuda",
+        #[cfg(feature = "webgpu")]
+        "webgpu" => return Ok(Device::webgpu(burn::tensor::DeviceKind::DefaultDevice)),
+        #[cfg(not(feature = "webgpu"))]
+        "webgpu" => "webgpu",
         _ => return Err(DeviceError::Unknown { name: name.to_string() }),
     };
     Err(DeviceError::NotBuilt { name: name.to_string(), feature })

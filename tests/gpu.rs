@@ -6,8 +6,8 @@
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor};
 use burn_moe::{
-    Activation, BalancingBias, Capacity, ExpertChoiceConfig, ExpertMlpConfig, FillOrder, GateNormalization, Kernels,
-    MoeFeedForward, MoeFeedForwardConfig, MoeInput, RouterConfig, TokenChoiceConfig, TokenGroups,
+    Activation, AuxiliaryLossConfig, BalancingBias, Capacity, ExpertChoiceConfig, ExpertMlpConfig, FillOrder, GateNormalization,
+    Kernels, MoeFeedForward, MoeFeedForwardConfig, MoeInput, RouterConfig, Routing, TokenChoiceConfig, TokenGroups,
     clip::{ClipConfig, SparseClipConfig, contrastive_loss},
     device_by_name, load_balancing_loss,
 };
@@ -195,6 +195,24 @@ fn seats_are_handed_out_as_on_the_host() {
             assert!(same(&loss, &host_loss), "{name}: {loss:?}, {host_loss:?}");
         }
     }
+}
+
+/// Both passes and the losses leave seats and masks where they are; the host has them once it asks.
+#[test]
+fn the_host_reads_no_seats_where_a_capacity_is_fixed() {
+    let device = gpu().autodiff();
+    let router = RouterConfig::new().with_balancing_bias(BalancingBias::Sign { rate: 0.1 });
+    let assignment = TokenChoiceConfig::new().with_training_capacity(Capacity::OfTokens(4.0));
+    let layer = init(&MoeFeedForwardConfig::new(8, 16, 4).with_router(router).with_assignment(assignment.into()), &device);
+    let input =
+        MoeInput::new(numbers([30, 8], 1, &device)).valid(mask(&some_valid(30), &device)).protected(mask(&[true; 30], &device));
+    let output = layer.forward(input);
+    let unread = |routing: &Routing| format!("{:?} {:?}", routing.plan, routing.valid).matches("<uninit>").count();
+    let losses = AuxiliaryLossConfig::new().init().forward(&[output.routing.clone()]);
+    drop((output.output.sum() + losses.total).backward());
+    assert_eq!(unread(&output.routing), 2, "{:?}", output.routing.plan);
+    assert_eq!((output.routing.plan.num_rows(), output.routing.num_valid()), (48, 24));
+    assert_eq!(unread(&output.routing), 0);
 }
 
 struct Cast(DType);

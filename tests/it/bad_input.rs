@@ -152,7 +152,7 @@ fn devices_that_cannot_be_had_are_named() {
     assert!(device_by_name("cpu").is_ok());
     assert_eq!(
         device_by_name("gpu").unwrap_err().to_string(),
-        "`gpu` is no device: expected one of cpu, wgpu, vulkan, metal, cuda"
+        "`gpu` is no device: expected one of cpu, wgpu, vulkan, metal, cuda, webgpu"
     );
     if !cfg!(feature = "cuda") {
         let error = device_by_name("cuda").unwrap_err().to_string();

@@ -10,7 +10,7 @@
 
 mod support;
 
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::tensor::{Distribution, Tensor};
 use burn_moe::{AssignmentConfig, AssignmentInput, Capacity, Dispatcher, Phase, TokenChoiceConfig};
 use criterion::{Criterion, criterion_group, criterion_main};
 use support::{EXPERTS, Load, TOP_K, backward, device, finish, median_seconds, shapes, sparse_layer, tokens};
@@ -60,7 +60,7 @@ fn kernels(criterion: &mut Criterion) {
         println!("teraflops {} {:.2}", name("matmul"), product_rate / 1e12);
         let layer = sparse_layer(shape.d_model, shape.d_ff, EXPERTS, Capacity::Dropless, &inner);
         let slots = rows.clone().reshape([EXPERTS, TOP_K * shape.tokens / EXPERTS, shape.d_model]);
-        let mut experts = || finish(layer.experts.forward(slots.clone()), &inner);
+        let mut experts = || finish(layer.experts.forward(slots.clone()).flatten::<2>(0, 1), &inner);
         if let Some(seconds) = median_seconds(criterion, &name("experts"), &mut experts) {
             println!("teraflops {} {:.2}", name("experts"), shape.flops() / seconds / 1e12);
             println!("share {} {:.3}", name("experts"), shape.flops() / seconds / product_rate);

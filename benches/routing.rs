@@ -10,7 +10,6 @@
 mod support;
 
 use burn::module::Module;
-use burn::tensor::Device;
 use burn_moe::Capacity;
 use criterion::{Criterion, criterion_group, criterion_main};
 use support::{EXPERTS, Load, assert_load, backward, device, finish, paired, shapes, sparse_layer, tokens};

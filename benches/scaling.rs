@@ -10,7 +10,7 @@
 mod support;
 
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 use burn_moe::{Capacity, MoeFeedForward};
 use criterion::{Criterion, criterion_group, criterion_main};
 use support::{EXPERTS, Load, assert_load, backward, device, finish, paired, sparse_layer, tokens};

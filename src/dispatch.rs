@@ -34,7 +34,7 @@ use crate::{
 pub struct Dispatcher {
     index: RowIndex,
     gates: Tensor<2>,
-    ranges: Vec<Range<usize>>,
+    num_experts: usize,
 }
 
 impl Dispatcher {
@@ -42,21 +42,18 @@ impl Dispatcher {
     pub fn new(plan: &DispatchPlan, tokens: &Tensor<2>) -> Self {
         let device = tokens.device();
         let index = plan.row_index(&device, ops::has_kernels(&device, tokens.dtype()));
-        let slots = match &index {
-            RowIndex::Ragged(_) => None,
-            RowIndex::Padded(index) => Some(index.slot_token.dims()[0] / plan.num_experts().max(1)),
-        };
-        let loads = plan.offsets().windows(2).enumerate();
-        let ranges = loads.map(|(expert, pair)| {
-            let first = slots.map_or(pair[0], |slots| expert * slots);
-            first..first + pair[1] - pair[0]
-        });
-        Self { index, gates: plan.gates().cast(tokens.dtype()), ranges: ranges.collect() }
+        Self { index, gates: plan.gates().cast(tokens.dtype()), num_experts: plan.num_experts() }
     }
 
-    /// Which rows are each expert's, `[E]`. What lies between two ranges is padding, and computing it does no harm.
+    /// Which rows are each expert's, `[E]`. Some may be padding, which nobody reads: computing them does no harm.
     pub fn ranges(&self) -> Vec<Range<usize>> {
-        self.ranges.clone()
+        match &self.index {
+            RowIndex::Ragged(index) => index.offsets.host.windows(2).map(|pair| pair[0]..pair[1]).collect(),
+            RowIndex::Padded(index) => {
+                let slots = index.slot_token.dims()[0] / self.num_experts.max(1);
+                (0..self.num_experts).map(|expert| expert * slots..(expert + 1) * slots).collect()
+            }
+        }
     }
 
     /// Where each expert's rows begin; none when every expert has the same number.

@@ -30,12 +30,17 @@ pub struct DispatchPlan {
 #[derive(Debug, Clone)]
 enum Seats {
     Host(HostSeats),
-    Device {
-        seats: DeviceSeats,
-        /// `[T, 1]`, true for a valid token whose scores are not finite.
-        lost: Tensor<2, Bool>,
-        host: Arc<OnceLock<HostSeats>>,
-    },
+    Device(Box<SeatsOfDevice>),
+}
+
+/// Seats that a device handed out.
+#[derive(Debug, Clone)]
+struct SeatsOfDevice {
+    seats: DeviceSeats,
+    /// `[T, 1]`, true for a valid token whose scores are not finite.
+    lost: Tensor<2, Bool>,
+    /// What the host has read of them.
+    host: Arc<OnceLock<HostSeats>>,
 }
 
 /// The seats as the host sees them.
@@ -72,17 +77,23 @@ impl DispatchPlan {
     /// A plan whose seats were handed out on a device; `lost [T, 1]` marks valid tokens that could not ask.
     pub(crate) fn on_device(num_experts: usize, seats: DeviceSeats, gates: Tensor<2>, lost: Tensor<2, Bool>) -> Self {
         let [num_tokens, num_choices] = gates.dims();
-        Self { num_tokens, num_choices, num_experts, gates, seats: Seats::Device { seats, lost, host: Arc::default() } }
+        Self {
+            num_tokens,
+            num_choices,
+            num_experts,
+            gates,
+            seats: Seats::Device(Box::new(SeatsOfDevice { seats, lost, host: Arc::default() })),
+        }
     }
 
     /// The seats as the host sees them; waits for the device if it handed them out.
     fn host(&self) -> &HostSeats {
         match &self.seats {
             Seats::Host(host) => host,
-            Seats::Device { seats, lost, host } => host.get_or_init(|| {
-                let lost = lost.clone().into_data();
+            Seats::Device(device_seats) => device_seats.host.get_or_init(|| {
+                let lost = device_seats.lost.clone().into_data();
                 let unroutable = lost.iter::<bool>().enumerate().filter(|(_, lost)| *lost).map(|(token, _)| token).collect();
-                HostSeats::new(self.num_experts, self.num_choices, &read_seats(seats), unroutable)
+                HostSeats::new(self.num_experts, self.num_choices, &read_seats(&device_seats.seats), unroutable)
             }),
         }
     }
@@ -174,7 +185,7 @@ impl DispatchPlan {
     /// The plan as index tensors: ragged for kernels, a slot grid of the largest load for batched matrix products.
     pub(crate) fn row_index(&self, device: &Device, kernels: bool) -> RowIndex {
         match &self.seats {
-            Seats::Device { seats, .. } if kernels => RowIndex::Ragged(seats.index(self.num_experts, device)),
+            Seats::Device(device_seats) if kernels => RowIndex::Ragged(device_seats.seats.index(self.num_experts, device)),
             _ if kernels => RowIndex::Ragged(self.ragged_index(device)),
             _ => RowIndex::Padded(self.padded_index(device)),
         }
@@ -188,7 +199,7 @@ impl DispatchPlan {
     /// `[T, 1]`, true for a valid token whose scores are not finite; none when there are none.
     pub(crate) fn lost(&self, device: &Device) -> Option<Tensor<2, Bool>> {
         match &self.seats {
-            Seats::Device { lost, .. } => Some(lost.clone()),
+            Seats::Device(device_seats) => Some(device_seats.lost.clone()),
             Seats::Host(host) if host.unroutable.is_empty() => None,
             Seats::Host(host) => {
                 let mut lost = vec![false; self.num_tokens];
@@ -201,7 +212,7 @@ impl DispatchPlan {
     /// Share of all asked choices, before drops, that name each expert, `[1, E]`, f32; zeros when nothing was asked.
     pub(crate) fn asked_share(&self, device: &Device) -> Tensor<2> {
         match &self.seats {
-            Seats::Device { seats, .. } => seats.asked_share(self.num_experts, device),
+            Seats::Device(device_seats) => device_seats.seats.asked_share(self.num_experts, device),
             Seats::Host(host) => {
                 let total = host.asked.iter().sum::<usize>().max(1) as f32;
                 let share: Vec<f32> = host.asked.iter().map(|&asked| asked as f32 / total).collect();

@@ -27,6 +27,7 @@ pub(crate) use choice::{can_seat, has_kernels};
 
 /// Which token each row of the experts' input comes from, and the way back.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one for each call of a layer")]
 pub(crate) enum RowIndex {
     /// `N = R` rows sorted by expert, without padding: what kernels take.
     Ragged(RaggedIndex),

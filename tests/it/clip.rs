@@ -200,14 +200,13 @@ fn how_images_are_prepared_is_read_and_written() {
     let mut checkpoint = dense(&device);
     for preprocessing in [plain, own] {
         checkpoint.config.vision.preprocessing = preprocessing;
-        let save: [&dyn Fn(&Path) -> Result<(), CheckpointError>; 3] = [
-            &|folder| checkpoint.save_open_clip(folder, Precision::F32),
-            &|folder| checkpoint.save_hugging_face(folder, Precision::F32),
-            &|folder| checkpoint.save_sparse(folder, Precision::F32),
-        ];
-        for save in save {
+        for layout in ["open_clip", "Hugging Face", "sparse"] {
             let folder = tempfile::tempdir().unwrap();
-            save(folder.path()).unwrap();
+            match layout {
+                "open_clip" => checkpoint.save_open_clip(folder.path(), Precision::F32).unwrap(),
+                "sparse" => checkpoint.save_sparse(folder.path(), Precision::F32).unwrap(),
+                _ => checkpoint.save_hugging_face(folder.path(), Precision::F32).unwrap(),
+            }
             assert_eq!(ClipCheckpoint::read_config(folder.path()).unwrap().vision.preprocessing, preprocessing);
         }
     }

@@ -28,8 +28,10 @@ fn kernels(criterion: &mut Criterion) {
         // As many bytes as a dispatch moves.
         let rows = Tensor::<2>::random([TOP_K * shape.tokens, shape.d_model], Distribution::Default, &inner);
         let copied = median_seconds(criterion, &name("copy"), &mut || finish(rows.clone() + 1.0, &inner));
-        let copy_rate = 2.0 * row_bytes / copied.unwrap_or(f64::NAN);
-        println!("gigabytes {} {:.1}", name("copy"), copy_rate / 1e9);
+        let copy_rate = copied.map(|seconds| 2.0 * row_bytes / seconds);
+        if let Some(rate) = copy_rate {
+            println!("gigabytes {} {:.1}", name("copy"), rate / 1e9);
+        }
 
         let scores = x.clone().slice([0..shape.tokens, 0..EXPERTS]).cast(burn::tensor::DType::F32);
         let config = TokenChoiceConfig::new().with_inference_capacity(Capacity::Dropless);
@@ -39,7 +41,9 @@ fn kernels(criterion: &mut Criterion) {
         let report = |operation: &str, bytes: f64, seconds: Option<f64>| {
             let Some(seconds) = seconds else { return };
             println!("gigabytes {} {:.1}", name(operation), bytes / seconds / 1e9);
-            println!("share {} {:.3}", name(operation), bytes / seconds / copy_rate);
+            if let Some(rate) = copy_rate {
+                println!("share {} {:.3}", name(operation), bytes / seconds / rate);
+            }
         };
         let seconds = median_seconds(criterion, &name("dispatch"), &mut || finish(dispatcher.dispatch(x.clone()), &inner));
         report("dispatch", token_bytes + row_bytes, seconds);
@@ -56,14 +60,18 @@ fn kernels(criterion: &mut Criterion) {
         let [lhs, rhs] = [[TOP_K * shape.tokens, shape.d_model], [shape.d_model, shape.d_ff]]
             .map(|dims| Tensor::<2>::random(dims, Distribution::Default, &inner));
         let product = median_seconds(criterion, &name("matmul"), &mut || finish(lhs.clone().matmul(rhs.clone()), &inner));
-        let product_rate = shape.flops() / 2.0 / product.unwrap_or(f64::NAN);
-        println!("teraflops {} {:.2}", name("matmul"), product_rate / 1e12);
+        let product_rate = product.map(|seconds| shape.flops() / 2.0 / seconds);
+        if let Some(rate) = product_rate {
+            println!("teraflops {} {:.2}", name("matmul"), rate / 1e12);
+        }
         let layer = sparse_layer(shape.d_model, shape.d_ff, EXPERTS, Capacity::Dropless, &inner);
         let slots = rows.clone().reshape([EXPERTS, TOP_K * shape.tokens / EXPERTS, shape.d_model]);
         let mut experts = || finish(layer.experts.forward(slots.clone()).flatten::<2>(0, 1), &inner);
         if let Some(seconds) = median_seconds(criterion, &name("experts"), &mut experts) {
             println!("teraflops {} {:.2}", name("experts"), shape.flops() / seconds / 1e12);
-            println!("share {} {:.3}", name("experts"), shape.flops() / seconds / product_rate);
+            if let Some(rate) = product_rate {
+                println!("share {} {:.3}", name("experts"), shape.flops() / seconds / rate);
+            }
         }
     }
 }

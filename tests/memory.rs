@@ -58,3 +58,24 @@ fn peak_memory_is_the_rows_their_hidden_activations_and_the_plan() {
     println!("forward and backward: {:.1} MB, bound {:.1} MB", training / 1e6, bound / 1e6);
     assert!(training < bound, "forward and backward took {training}, more than {bound}");
 }
+
+/// Evaluation at the size of a large data set: a matrix of all similarities would take 40 GB. By itself, as it takes minutes:
+/// `cargo test --release --test memory -- --ignored --nocapture`.
+#[cfg(feature = "clip")]
+#[test]
+#[ignore = "takes minutes"]
+fn retrieval_among_100_000_images_stays_in_memory() {
+    const COUNT: usize = 100_000;
+    let device = Device::default();
+    let random = || Tensor::<2>::random([COUNT, 512], Distribution::Normal(0.0, 1.0), &device);
+    let images = random();
+    // A text is its image and about twice as much noise.
+    let texts = images.clone() + random() * 2.0;
+    let own: Vec<usize> = (0..COUNT).collect();
+    let start = std::time::Instant::now();
+    let (peak, metrics) = peak_of(|| burn_moe::clip::RetrievalMetrics::new(images, texts, &own).unwrap());
+    println!("{:.0} MB, {:.0} s, T2I R@1 {:.4}", peak / 1e6, start.elapsed().as_secs_f64(), metrics.text_to_image.r1);
+    // Both sets of embeddings once more, normalised, and a block of similarities.
+    assert!(peak < 2.5 * bytes(COUNT * 512), "{peak} bytes");
+    assert!(metrics.text_to_image.r1 > 0.9);
+}

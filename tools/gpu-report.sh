@@ -4,7 +4,7 @@
 #   tools/gpu-report.sh cuda    > report.txt     # or vulkan, metal, wgpu
 #   tools/gpu-report.sh build cuda               # only build: for a machine with a network and no GPU
 #
-# Under ten minutes on one card once everything is built. BATCH (64) is the batch of the benches; PYTHON (python3) needs the packages of
+# Meant to take under ten minutes on one card once everything is built (not timed: no card was at hand). BATCH (64) is the batch of the benches; PYTHON (python3) needs the packages of
 # benches/peers/requirements.txt for PyTorch's part, which is left out on other devices than CUDA or without them.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -212,7 +212,12 @@ impl DispatchPlan {
     /// Share of all asked choices, before drops, that name each expert, `[1, E]`, f32; zeros when nothing was asked.
     pub(crate) fn asked_share(&self, device: &Device) -> Tensor<2> {
         match &self.seats {
-            Seats::Device(device_seats) => device_seats.seats.asked_share(self.num_experts, device),
+            Seats::Device(device_seats) => {
+                let experts = Tensor::<1, Int>::arange(0..self.num_experts as i64, device).unsqueeze_dim::<2>(0);
+                let chosen = device_seats.seats.chosen.clone().unsqueeze_dim::<2>(1);
+                let asked = chosen.equal(experts).float().cast(DType::F32).sum_dim(0);
+                asked.clone() / asked.sum().clamp_min(1.0).unsqueeze_dim(1)
+            }
             Seats::Host(host) => {
                 let total = host.asked.iter().sum::<usize>().max(1) as f32;
                 let share: Vec<f32> = host.asked.iter().map(|&asked| asked as f32 / total).collect();

@@ -125,14 +125,17 @@ pub(crate) fn assert_load(layer: &MoeFeedForward, x: &Tensor<2>, load: Load) {
 
 /// Forward and backward of `Σ y`, and the wait for both.
 pub(crate) fn backward(y: Tensor<2>, device: &Device) {
-    black_box(y.sum().backward());
+    let gradients = y.sum().backward();
     device.sync().expect("the device is there");
+    black_box(gradients);
 }
 
 /// Forward alone, and the wait for it.
+///
+/// The result lives until then: a device that works lazily may leave out what nobody holds.
 pub(crate) fn finish(y: Tensor<2>, device: &Device) {
-    black_box(y);
     device.sync().expect("the device is there");
+    black_box(y);
 }
 
 fn timed(body: &mut dyn FnMut()) -> Duration {

@@ -104,7 +104,7 @@ impl TokenChoiceConfig {
     pub(super) fn assign_on_device(&self, input: &DeviceAssignmentInput, capacity: Capacity) -> Option<DispatchPlan> {
         let [num_tokens, num_experts] = input.scores.dims();
         let device = input.scores.device();
-        if num_tokens == 0 || self.fill_order == FillOrder::BatchPriority || !ops::can_seat(&device) {
+        if num_tokens == 0 || self.fill_order == FillOrder::BatchPriority || !ops::can_seat(&device, self.top_k) {
             return None;
         }
         let group_size = self.groups.size(num_tokens, input.tokens_per_sample);

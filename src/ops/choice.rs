@@ -79,9 +79,12 @@ pub(super) fn has_dense_kernels(device: &Device, dtype: DType) -> bool {
     has(device, dtype) == Has::ExpertsAndDense
 }
 
-/// Whether seats can be handed out on `device` itself.
-pub(crate) fn can_seat(device: &Device) -> bool {
-    has(device, DType::F32) == Has::Experts
+/// The most choices per token that a device hands out seats for: it goes through them in code without loops.
+const MAX_SEATED_CHOICES: usize = 8;
+
+/// Whether seats for `top_k` choices per token can be handed out on `device` itself.
+pub(crate) fn can_seat(device: &Device, top_k: usize) -> bool {
+    top_k <= MAX_SEATED_CHOICES && has(device, DType::F32) == Has::Experts
 }
 
 /// Gives back to the system what the CPU kernels keep for their next call: at most a quarter more than they ever had in use at once. For a

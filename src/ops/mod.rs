@@ -107,13 +107,6 @@ impl DeviceSeats {
             choice_row: self.choice_slot.clone(),
         }
     }
-
-    /// Share of all asked choices that name each expert, `[1, E]`, f32.
-    pub(crate) fn asked_share(&self, num_experts: usize, device: &Device) -> Tensor<2> {
-        let experts = Tensor::<1, Int>::arange(0..num_experts as i64, device).unsqueeze_dim::<2>(0);
-        let named = self.chosen.clone().unsqueeze_dim::<2>(1).equal(experts).float().cast(DType::F32).sum_dim(0);
-        named.clone() / named.sum().clamp_min(1.0).unsqueeze_dim(1)
-    }
 }
 
 /// How seats are handed out.

@@ -61,7 +61,7 @@ fn multiply(lhs: CubeTensor, rhs: CubeTensor, out: CubeTensor) {
 }
 
 /// As [`grouped::linear`](super::grouped::linear).
-pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor, host_offsets: &[usize]) -> CubeTensor {
+pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor, host_offsets: &[usize]) -> (CubeTensor, CubeTensor) {
     let out = empty(&x, [x.meta.shape()[0], maps.columns()]);
     for (expert, rows) in loads(host_offsets) {
         let weight = matrix_of(&maps.weight, expert);
@@ -69,8 +69,8 @@ pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor, host_offset
         multiply(rows_of(&x, rows.clone()), weight, rows_of(&out, rows));
     }
     match maps.bias {
-        Some(bias) => pointwise::add_bias(out, bias, offsets, maps.activation),
-        None => out,
+        Some(bias) => pointwise::add_bias(out, bias, offsets, maps.activation, maps.keep_pre),
+        None => (out.clone(), out),
     }
 }
 

@@ -8,7 +8,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::{
-    launch::{Elementwise, elem_pair, empty},
+    launch::{elem_pair, empty},
     pointwise::finish,
 };
 use crate::ops::Activation;
@@ -27,11 +27,17 @@ const UNITS: usize = TILE / BLOCK;
 struct Epilogue {
     bias: bool,
     activation: Option<Activation>,
+    keep_pre: bool,
 }
 
-/// The expert of this cube's tile, and which rows it has: `(expert, first row, rows)`; no rows for a cube too many.
+/// The expert of a tile of rows, and which it has: `(expert, first row, rows)`; no rows for a tile too many.
 #[cube]
-fn row_tile<I: Int>(offsets: &Tensor<I>, tile: usize, num_experts: usize) -> (usize, usize, usize) {
+pub(super) fn row_tile<I: Int>(
+    offsets: &Tensor<I>,
+    tile: usize,
+    num_experts: usize,
+    #[comptime] tile_rows: usize,
+) -> (usize, usize, usize) {
     let mut expert = 0usize;
     let mut first = 0usize;
     let mut rows = 0usize;
@@ -39,11 +45,11 @@ fn row_tile<I: Int>(offsets: &Tensor<I>, tile: usize, num_experts: usize) -> (us
     for e in 0..num_experts {
         let start = usize::cast_from(offsets[e]);
         let end = usize::cast_from(offsets[e + 1]);
-        let tiles = (end - start).div_ceil(TILE);
+        let tiles = (end - start).div_ceil(tile_rows);
         if tile >= tiles_before && tile < tiles_before + tiles {
             expert = e;
-            first = start + (tile - tiles_before) * TILE;
-            rows = (end - first).min(TILE);
+            first = start + (tile - tiles_before) * tile_rows;
+            rows = (end - first).min(tile_rows);
         }
         tiles_before += tiles;
     }
@@ -71,7 +77,8 @@ fn multiply(left: &Shared<[f32]>, right: &Shared<[f32]>, sums: &mut Array<f32>, 
     }
 }
 
-/// `out[r] = act(x[r] · w[e(r)] + bias[e(r)])`: `[R, K], [E, K, N] -> [R, N]`; with `transposed`, weights are `[E, N, K]`.
+/// `pre[r] = x[r] · w[e(r)] + bias[e(r)]`, if it is kept, and `out = act(pre)`: `[R, K], [E, K, N] -> [R, N]`; with `transposed`, weights are
+/// `[E, N, K]`.
 #[cube(launch)]
 fn linear_kernel<F: Float, I: Int>(
     x: &Tensor<F>,
@@ -79,6 +86,7 @@ fn linear_kernel<F: Float, I: Int>(
     bias: &Tensor<F>,
     offsets: &Tensor<I>,
     out: &mut Tensor<F>,
+    pre: &mut Tensor<F>,
     inner: usize,
     columns: usize,
     num_experts: usize,
@@ -94,7 +102,7 @@ fn linear_kernel<F: Float, I: Int>(
         sums[i] = 0.0f32;
     }
     let unit = UNIT_POS as usize;
-    let (expert, first_row, rows) = row_tile::<I>(offsets, CUBE_POS_Y as usize, num_experts);
+    let (expert, first_row, rows) = row_tile::<I>(offsets, CUBE_POS_Y as usize, num_experts, TILE);
     let first_column = CUBE_POS_X as usize * TILE;
     let weights = expert * inner * columns;
     for piece in 0..inner.div_ceil(DEPTH) {
@@ -141,8 +149,12 @@ fn linear_kernel<F: Float, I: Int>(
                 if epilogue.bias {
                     value += f32::cast_from(bias[expert * columns + column]);
                 }
+                let at = (first_row + row) * columns + column;
+                if epilogue.keep_pre {
+                    pre[at] = F::cast_from(value);
+                }
                 let value = finish::<Const<1>>(Vector::new(value), epilogue.activation);
-                out[(first_row + row) * columns + column] = F::cast_from(value.extract(0usize));
+                out[at] = F::cast_from(value.extract(0usize));
             }
         }
     }
@@ -172,7 +184,13 @@ fn weight_gradient_kernel<F: Float, I: Int>(
     let first_out = CUBE_POS_X as usize * TILE;
     let start = usize::cast_from(offsets[expert]);
     let end = usize::cast_from(offsets[expert + 1]);
-    for piece in 0..(end - start).div_ceil(DEPTH) {
+    // WebGPU wants it said that every unit goes through the barriers below equally often.
+    let mut pieces = Shared::<[u32]>::new_slice(1usize);
+    if unit == 0 {
+        pieces[0] = u32::cast_from((end - start).div_ceil(DEPTH));
+    }
+    let pieces = workgroup_uniform_load(&pieces[0]);
+    for piece in 0..usize::cast_from(pieces) {
         let first_row = start + piece * DEPTH;
         #[unroll]
         for step in 0..BLOCK {
@@ -207,30 +225,6 @@ fn weight_gradient_kernel<F: Float, I: Int>(
     }
 }
 
-/// `out[e] = Σ_{r of e} grad[r]`: `[R, F] -> [E, F]`.
-#[cube(launch)]
-fn bias_gradient_kernel<F: Float, I: Int>(
-    grad: &Tensor<F>,
-    offsets: &Tensor<I>,
-    out: &mut Tensor<F>,
-    columns: usize,
-    total: usize,
-    #[define(F, I)] _dtypes: [ElemType; 2],
-) {
-    if ABSOLUTE_POS >= total {
-        terminate!();
-    }
-    let expert = ABSOLUTE_POS / columns;
-    let column = ABSOLUTE_POS % columns;
-    let start = usize::cast_from(offsets[expert]);
-    let end = usize::cast_from(offsets[expert + 1]);
-    let mut sum = 0.0f32;
-    for row in start..end {
-        sum += f32::cast_from(grad[row * columns + column]);
-    }
-    out[ABSOLUTE_POS] = F::cast_from(sum);
-}
-
 fn cube_dim() -> CubeDim {
     CubeDim::new_1d((UNITS * UNITS) as u32)
 }
@@ -243,6 +237,8 @@ pub(super) struct Maps {
     /// `[E, N]`
     pub(super) bias: Option<CubeTensor>,
     pub(super) activation: Option<Activation>,
+    /// Whether what the activation is applied to is wanted too.
+    pub(super) keep_pre: bool,
 }
 
 impl Maps {
@@ -252,8 +248,8 @@ impl Maps {
     }
 }
 
-/// `[R, K] -> [R, N]`.
-pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor) -> CubeTensor {
+/// `[R, K] -> [R, N], [R, N]`: the output, and what the activation was applied to if that is kept.
+pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor) -> (CubeTensor, CubeTensor) {
     let [num_rows, inner] = x.meta.shape().dims();
     let [num_experts, _, _] = maps.weight.meta.shape().dims();
     let columns = maps.columns();
@@ -261,8 +257,10 @@ pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor) -> CubeTens
     // Every expert may leave one tile unfilled.
     let row_tiles = num_rows / TILE + num_experts;
     let dtypes = elem_pair(&x, &offsets);
-    let epilogue = Epilogue { bias: maps.bias.is_some(), activation: maps.activation };
+    let epilogue = Epilogue { bias: maps.bias.is_some(), activation: maps.activation, keep_pre: maps.keep_pre };
     let bias = maps.bias.unwrap_or_else(|| x.clone());
+    // Not written if it is not kept; a buffer may not be bound for writing twice.
+    let pre = if maps.keep_pre { empty(&x, [num_rows, columns]) } else { x.clone() };
     linear_kernel::launch(
         &out.client,
         CubeCount::Static(columns.div_ceil(TILE) as u32, row_tiles as u32, 1),
@@ -272,6 +270,7 @@ pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor) -> CubeTens
         bias.into_tensor_arg(),
         offsets.into_tensor_arg(),
         out.clone().into_tensor_arg(),
+        pre.clone().into_tensor_arg(),
         inner,
         columns,
         num_experts,
@@ -279,7 +278,8 @@ pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor) -> CubeTens
         epilogue,
         dtypes,
     );
-    out
+    let pre = if maps.keep_pre { pre } else { out.clone() };
+    (out, pre)
 }
 
 /// `[R, D], [R, F] -> [E, D, F]`.
@@ -298,27 +298,6 @@ pub(super) fn weight_gradient(x: CubeTensor, grad: CubeTensor, offsets: CubeTens
         out.clone().into_tensor_arg(),
         d_in,
         d_out,
-        dtypes,
-    );
-    out
-}
-
-/// `[R, F] -> [E, F]`.
-pub(super) fn bias_gradient(grad: CubeTensor, offsets: CubeTensor) -> CubeTensor {
-    let [_, columns] = grad.meta.shape().dims();
-    let num_experts = offsets.meta.num_elements() - 1;
-    let out = empty(&grad, [num_experts, columns]);
-    let grid = Elementwise::new(&out, num_experts * columns);
-    let dtypes = elem_pair(&grad, &offsets);
-    bias_gradient_kernel::launch(
-        &out.client,
-        grid.count,
-        grid.dim,
-        grad.into_tensor_arg(),
-        offsets.into_tensor_arg(),
-        out.clone().into_tensor_arg(),
-        columns,
-        grid.total,
         dtypes,
     );
     out

@@ -8,6 +8,7 @@ mod launch;
 mod pointwise;
 mod rows;
 mod seats;
+mod sums;
 
 use std::sync::Arc;
 
@@ -75,20 +76,10 @@ impl MoeOps for CubeBackend {
         activation: Option<Activation>,
         keep_pre: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let mapped = |activation| {
-            let maps = Maps { weight: into_contiguous(weight), transposed: false, bias: Some(into_contiguous(bias)), activation };
-            linear(x, maps, offsets, &host_offsets)
-        };
-        match activation {
-            Some(activation) if keep_pre => {
-                let pre = mapped(None);
-                (pointwise::activation(pre.clone(), activation), pre)
-            }
-            activation => {
-                let out = mapped(activation);
-                (out.clone(), out)
-            }
-        }
+        let weight = into_contiguous(weight);
+        let keep_pre = keep_pre && activation.is_some();
+        let maps = Maps { weight, transposed: false, bias: Some(into_contiguous(bias)), activation, keep_pre };
+        linear(x, maps, offsets, &host_offsets)
     }
 
     fn moe_grouped_linear_backward_x(
@@ -97,8 +88,8 @@ impl MoeOps for CubeBackend {
         offsets: IntTensor<Self>,
         host_offsets: Arc<[usize]>,
     ) -> FloatTensor<Self> {
-        let maps = Maps { weight: into_contiguous(weight), transposed: true, bias: None, activation: None };
-        linear(grad, maps, offsets, &host_offsets)
+        let maps = Maps { weight: into_contiguous(weight), transposed: true, bias: None, activation: None, keep_pre: false };
+        linear(grad, maps, offsets, &host_offsets).0
     }
 
     fn moe_grouped_linear_backward_weight(
@@ -120,7 +111,7 @@ impl MoeOps for CubeBackend {
         offsets: IntTensor<Self>,
         _host_offsets: Arc<[usize]>,
     ) -> FloatTensor<Self> {
-        grouped::bias_gradient(into_contiguous(grad), into_contiguous(offsets))
+        sums::by_expert(into_contiguous(grad), into_contiguous(offsets))
     }
 }
 
@@ -138,8 +129,8 @@ impl SeatOps for CubeBackend {
     }
 }
 
-/// `[R, K] -> [R, N]` by each row's expert.
-fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor, host_offsets: &[usize]) -> CubeTensor {
+/// `[R, K] -> [R, N], [R, N]` by each row's expert: the output, and what the activation was applied to if that is kept.
+fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor, host_offsets: &[usize]) -> (CubeTensor, CubeTensor) {
     let (x, offsets) = (into_contiguous(x), into_contiguous(offsets));
     if by_expert::is_worth_it(&x, [x.meta.shape()[1], maps.columns()], host_offsets) {
         by_expert::linear(x, maps, offsets, host_offsets)

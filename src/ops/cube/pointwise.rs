@@ -83,9 +83,10 @@ fn activation_backward_kernel<F: Float, N: Size>(
     }
 }
 
-/// `out[r] = act(out[r] + bias[e(r)])`, in place.
+/// `rows[r] += bias[e(r)]` in place, then `act` of it in place too, or to `out` if both are to be kept.
 #[cube(launch)]
 fn add_bias_kernel<F: Float, N: Size, I: Int>(
+    rows: &mut Tensor<Vector<F, N>>,
     out: &mut Tensor<Vector<F, N>>,
     bias: &Tensor<Vector<F, N>>,
     offsets: &Tensor<I>,
@@ -93,6 +94,7 @@ fn add_bias_kernel<F: Float, N: Size, I: Int>(
     num_experts: usize,
     total: usize,
     #[comptime] activation: Option<Activation>,
+    #[comptime] keep_pre: bool,
     #[define(F, I)] _dtypes: [ElemType; 2],
 ) {
     if ABSOLUTE_POS < total {
@@ -104,8 +106,14 @@ fn add_bias_kernel<F: Float, N: Size, I: Int>(
             }
         }
         let bias = Vector::<f32, N>::cast_from(bias[expert * width + ABSOLUTE_POS % width]);
-        let value = Vector::<f32, N>::cast_from(out[ABSOLUTE_POS]) + bias;
-        out[ABSOLUTE_POS] = Vector::cast_from(finish::<N>(value, activation));
+        let value = Vector::<f32, N>::cast_from(rows[ABSOLUTE_POS]) + bias;
+        let finished = Vector::cast_from(finish::<N>(value, activation));
+        if keep_pre {
+            rows[ABSOLUTE_POS] = Vector::cast_from(value);
+            out[ABSOLUTE_POS] = finished;
+        } else {
+            rows[ABSOLUTE_POS] = finished;
+        }
     }
 }
 
@@ -118,28 +126,39 @@ pub(super) fn finish<N: Size>(value: Vector<f32, N>, #[comptime] activation: Opt
     }
 }
 
-/// `[R, F], [E, F] -> [R, F]`, written over `out`.
-pub(super) fn add_bias(out: CubeTensor, bias: CubeTensor, offsets: CubeTensor, activation: Option<Activation>) -> CubeTensor {
-    let [num_rows, width] = out.meta.shape().dims();
+/// `[R, F], [E, F] -> [R, F], [R, F]`: the output, and what the activation was applied to if that is kept. `rows` is written over.
+pub(super) fn add_bias(
+    rows: CubeTensor,
+    bias: CubeTensor,
+    offsets: CubeTensor,
+    activation: Option<Activation>,
+    keep_pre: bool,
+) -> (CubeTensor, CubeTensor) {
+    let [num_rows, width] = rows.meta.shape().dims();
     let [num_experts, _] = bias.meta.shape().dims();
-    let lanes = vector_size(&out, width);
-    let grid = Elementwise::new(&out, num_rows * width / lanes);
-    let dtypes = elem_pair(&out, &offsets);
+    let out = if keep_pre { empty(&rows, [num_rows, width]) } else { rows.clone() };
+    let lanes = vector_size(&rows, width);
+    let grid = Elementwise::new(&rows, num_rows * width / lanes);
+    let dtypes = elem_pair(&rows, &offsets);
+    // Not written if there is nothing to keep; a buffer may not be bound for writing twice.
+    let other = if keep_pre { out.clone() } else { bias.clone() };
     add_bias_kernel::launch(
-        &out.client,
+        &rows.client,
         grid.count,
         grid.dim,
         lanes,
-        out.clone().into_tensor_arg(),
+        rows.clone().into_tensor_arg(),
+        other.into_tensor_arg(),
         bias.into_tensor_arg(),
         offsets.into_tensor_arg(),
         width / lanes,
         num_experts,
         grid.total,
         activation,
+        keep_pre,
         dtypes,
     );
-    out
+    (out, rows)
 }
 
 /// Any shape.

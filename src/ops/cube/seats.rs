@@ -1,57 +1,134 @@
 //! Handing out seats where the scores are.
+//!
+//! Tokens are handled in blocks of a group, a cube each. First every block chooses and counts the choices of each expert; then the counts of
+//! the blocks before are added up; then every choice finds its place among those of its block that come before it. No atomics.
 
 use burn_cubecl::{ops::numeric::empty_device_contiguous_dtype, tensor::CubeTensor};
-use cubecl::{calculate_cube_count_elemwise, prelude::*};
+use cubecl::prelude::*;
 
-use super::launch::{Elementwise, elem_pair};
+use super::launch::{Elementwise, cubes, elem_pair};
 use crate::ops::SeatRules;
 
-/// Units that count together.
-const UNITS: usize = 256;
-/// log₂ of that.
-const STEPS: usize = 8;
+/// The most tokens of a block.
+const MAX_BLOCK: usize = 256;
 
 /// All bits of the exponent: set in what is not finite. A comparison would not do, as a compiler may take every number for finite.
 const EXPONENT: u32 = 0x7f80_0000;
 
-/// The `top_k` experts of each token by descending score, ties to the lower one; −1 for a token that may not ask.
+/// What decides the order in which slots are filled: by round (protected tokens first, where there are any), by class (the first choices of
+/// all tokens, then the second; or one class for all), by block, by token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Order {
+    top_k: usize,
+    token_major: bool,
+    rounds: usize,
+    /// Tokens of a block, one for each unit.
+    block: usize,
+}
+
+impl Order {
+    fn classes(&self) -> usize {
+        if self.token_major { 1 } else { self.top_k }
+    }
+}
+
+/// Which tokens a cube has.
+#[derive(CubeType)]
+struct Block {
+    group: usize,
+    /// In its group.
+    index: usize,
+    /// The token of this unit, if `is_token`.
+    token: usize,
+    is_token: bool,
+}
+
+#[cube]
+fn this_block(group_size: usize, blocks: usize, num_tokens: usize, #[comptime] order: Order) -> Block {
+    let group = CUBE_POS / blocks;
+    let index = CUBE_POS % blocks;
+    let place = index * order.block + UNIT_POS as usize;
+    let token = group * group_size + place;
+    Block { group, index, token, is_token: place < group_size && token < num_tokens }
+}
+
+/// How many choices of this class a token of the block has for this expert, in this round.
+#[cube]
+fn asking(
+    choices: &Shared<[i32]>,
+    rounds: &Shared<[u32]>,
+    unit: usize,
+    expert: i32,
+    round: u32,
+    #[comptime] class: usize,
+    #[comptime] order: Order,
+) -> u32 {
+    let mut count = 0u32;
+    #[unroll]
+    for k in 0..order.top_k {
+        let is_of_class = comptime!(order.token_major || k == class);
+        if is_of_class && choices[k * order.block + unit] == expert {
+            count += 1u32;
+        }
+    }
+    if order.rounds == 2 && rounds[unit] != round {
+        count = 0u32;
+    }
+    count
+}
+
+/// The round in which a token is seated.
+#[cube]
+fn round_of<I: Int>(protected: &Tensor<I>, block: &Block, #[comptime] order: Order) -> u32 {
+    let mut round = 0u32;
+    if order.rounds == 2 && block.is_token && i32::cast_from(protected[block.token]) == 0 {
+        round = 1u32;
+    }
+    round
+}
+
+/// The `top_k` experts of each token by descending score, ties to the lower one, and −1 for a token that may not ask: `chosen [T, K]`; and how
+/// many choices each block has for each expert: `counts [groups, rounds, classes, blocks, E]`.
 #[cube(launch)]
 fn choose_kernel<F: Float, I: Int>(
     scores: &Tensor<F>,
     bias: &Tensor<F>,
     valid: &Tensor<I>,
+    protected: &Tensor<I>,
     chosen: &mut Tensor<I>,
-    choice_slot: &mut Tensor<I>,
+    counts: &mut Tensor<I>,
     num_experts: usize,
+    group_size: usize,
+    blocks: usize,
     num_tokens: usize,
-    #[comptime] top_k: usize,
+    #[comptime] order: Order,
     #[comptime] has_bias: bool,
     #[comptime] has_valid: bool,
     #[define(F, I)] _dtypes: [ElemType; 2],
 ) {
-    if ABSOLUTE_POS >= num_tokens {
-        terminate!();
-    }
-    let token = ABSOLUTE_POS;
-    let mut asks = true;
-    if has_valid {
-        asks = i32::cast_from(valid[token]) != 0;
+    let mut choices = Shared::<[i32]>::new_slice(order.top_k * order.block);
+    let mut rounds = Shared::<[u32]>::new_slice(order.block);
+    let unit = UNIT_POS as usize;
+    let block = this_block(group_size, blocks, num_tokens, order);
+    let mut asks = block.is_token;
+    let first = block.token.min(num_tokens - 1) * num_experts;
+    if has_valid && block.is_token {
+        asks = i32::cast_from(valid[block.token]) != 0;
     }
     for e in 0..num_experts {
-        let bits = u32::reinterpret(f32::cast_from(scores[token * num_experts + e]));
+        let bits = u32::reinterpret(f32::cast_from(scores[first + e]));
         if bits & EXPONENT == EXPONENT {
             asks = false;
         }
     }
-    let none = i32::new(-1);
     let mut last_score = 0.0f32;
     let mut last_expert = i32::new(-1);
     #[unroll]
-    for k in 0..top_k {
+    for k in 0..order.top_k {
         let mut best_score = 0.0f32;
         let mut best_expert = i32::new(-1);
         for e in 0..num_experts {
-            let mut score = f32::cast_from(scores[token * num_experts + e]);
+            let mut score = f32::cast_from(scores[first + e]);
             if has_bias {
                 score += f32::cast_from(bias[e]);
             }
@@ -65,119 +142,131 @@ fn choose_kernel<F: Float, I: Int>(
         last_score = best_score;
         last_expert = best_expert;
         if !asks {
-            best_expert = none;
+            best_expert = i32::new(-1);
         }
-        chosen[token * top_k + k] = I::cast_from(best_expert);
-        choice_slot[token * top_k + k] = I::cast_from(i32::new(-1));
-    }
-}
-
-/// The `index`-th choice of a group in the order in which slots are filled.
-#[cube]
-fn choice_at(index: usize, group: usize, group_size: usize, #[comptime] top_k: usize, #[comptime] token_major: bool) -> usize {
-    let first = group * group_size * top_k;
-    if token_major { first + index } else { first + index % group_size * top_k + index / group_size }
-}
-
-/// Whether a choice names this cube's expert, in this round: protected tokens have the first one for themselves.
-#[cube]
-fn counts<I: Int>(
-    chosen: &Tensor<I>,
-    protected: &Tensor<I>,
-    choice: usize,
-    expert: i32,
-    #[comptime] top_k: usize,
-    #[comptime] round: usize,
-    #[comptime] rounds: usize,
-) -> bool {
-    let mut counts = i32::cast_from(chosen[choice]) == expert;
-    if rounds == 2 {
-        let is_protected = i32::cast_from(protected[choice / top_k]) != 0;
-        if round == 0 {
-            counts = counts && is_protected;
-        } else {
-            counts = counts && !is_protected;
+        choices[k * order.block + unit] = best_expert;
+        if block.is_token {
+            chosen[block.token * order.top_k + k] = I::cast_from(best_expert);
         }
     }
-    counts
+    rounds[unit] = round_of::<I>(protected, &block, order);
+    sync_cube();
+
+    let classes = comptime!(order.classes());
+    for round in 0..order.rounds as u32 {
+        #[unroll]
+        for class in 0..classes {
+            let row = (block.group * order.rounds + round as usize) * classes + class;
+            let at = (row * blocks + block.index) * num_experts;
+            let mut e = unit;
+            while e < num_experts {
+                let expert = i32::cast_from(e);
+                let mut count = 0u32;
+                for other in 0..order.block {
+                    count += asking(&choices, &rounds, other, expert, round, class, order);
+                }
+                if block.group * group_size < num_tokens {
+                    counts[at + e] = I::cast_from(count);
+                }
+                e += order.block;
+            }
+        }
+    }
 }
 
-/// A cube hands out the slots of one expert in one group. Its units count the choices in their stretches of the order, add up what is
-/// before them, and go through their stretches again.
+/// In place of each count, the sum of those before it, and in `asked [groups, E]` the sum of all. A unit for each expert of each group.
+#[cube(launch)]
+fn sum_kernel<I: Int>(
+    counts: &mut Tensor<I>,
+    asked: &mut Tensor<I>,
+    num_experts: usize,
+    counts_each: usize,
+    total: usize,
+    #[define(I)] _dtype: ElemType,
+) {
+    if ABSOLUTE_POS >= total {
+        terminate!();
+    }
+    let first = ABSOLUTE_POS / num_experts * counts_each * num_experts + ABSOLUTE_POS % num_experts;
+    let mut sum = i32::new(0);
+    for i in 0..counts_each {
+        let at = first + i * num_experts;
+        let count = i32::cast_from(counts[at]);
+        counts[at] = I::cast_from(sum);
+        sum += count;
+    }
+    asked[ABSOLUTE_POS] = I::cast_from(sum);
+}
+
+/// `choice_slot [T, K]` and `slot_choice [E, groups, slots]`, −1 where there is none.
 #[cube(launch)]
 fn seat_kernel<I: Int>(
     chosen: &Tensor<I>,
     protected: &Tensor<I>,
+    before: &Tensor<I>,
+    asked: &Tensor<I>,
     choice_slot: &mut Tensor<I>,
     slot_choice: &mut Tensor<I>,
+    num_experts: usize,
     group_size: usize,
+    blocks: usize,
     slots: usize,
-    groups: usize,
-    total: usize,
-    #[comptime] top_k: usize,
-    #[comptime] token_major: bool,
-    #[comptime] rounds: usize,
+    num_tokens: usize,
+    #[comptime] order: Order,
     #[define(I)] _dtype: ElemType,
 ) {
-    let mut sums = Shared::<[u32]>::new_slice(2 * UNITS);
-    // No early end: every unit must come to the barriers below.
-    let cube = CUBE_POS.min(total - 1);
-    let is_real = CUBE_POS < total;
-    let expert = i32::cast_from(cube / groups);
-    let group = cube % groups;
-    let first_slot = cube * slots;
+    let mut choices = Shared::<[i32]>::new_slice(order.top_k * order.block);
+    let mut rounds = Shared::<[u32]>::new_slice(order.block);
     let unit = UNIT_POS as usize;
-    let choices = group_size * top_k;
-    let stretch = choices.div_ceil(UNITS);
-    let start = (unit * stretch).min(choices);
-    let end = (start + stretch).min(choices);
-
-    let mut seated = 0usize;
+    let block = this_block(group_size, blocks, num_tokens, order);
+    let groups = num_tokens / group_size;
     #[unroll]
-    for round in 0..rounds {
-        let mut count = 0u32;
-        for index in start..end {
-            let choice = choice_at(index, group, group_size, top_k, token_major);
-            if counts::<I>(chosen, protected, choice, expert, top_k, round, rounds) {
-                count += 1u32;
-            }
+    for k in 0..order.top_k {
+        let mut choice = i32::new(-1);
+        if block.is_token {
+            choice = i32::cast_from(chosen[block.token * order.top_k + k]);
         }
-        // Inclusive sums, in two halves of the memory by turns.
-        sums[unit] = count;
-        sync_cube();
-        #[unroll]
-        for step in 0..STEPS {
-            let from = comptime!((step % 2) * UNITS);
-            let to = comptime!(((step + 1) % 2) * UNITS);
-            let distance = comptime!(1usize << step);
-            let mut sum = sums[from + unit];
-            if unit >= distance {
-                sum += sums[from + unit - distance];
-            }
-            sums[to + unit] = sum;
-            sync_cube();
-        }
-        // An even number of steps: the sums are where they began.
-        let mut position = seated + usize::cast_from(sums[unit] - count);
-        seated += usize::cast_from(sums[UNITS - 1]);
-        for index in start..end {
-            let choice = choice_at(index, group, group_size, top_k, token_major);
-            if counts::<I>(chosen, protected, choice, expert, top_k, round, rounds) {
-                if position < slots && is_real {
-                    choice_slot[choice] = I::cast_from(first_slot + position);
-                    slot_choice[first_slot + position] = I::cast_from(choice);
-                }
-                position += 1;
-            }
-        }
-        sync_cube();
+        choices[k * order.block + unit] = choice;
     }
-    let mut empty = seated + unit;
-    while empty < slots {
-        if is_real {
-            slot_choice[first_slot + empty] = I::cast_from(i32::new(-1));
+    let round = round_of::<I>(protected, &block, order);
+    rounds[unit] = round;
+    sync_cube();
+
+    let classes = comptime!(order.classes());
+    if block.is_token {
+        #[unroll]
+        for k in 0..order.top_k {
+            let class = comptime!(if order.token_major { 0 } else { k });
+            let expert = choices[k * order.block + unit];
+            let choice = block.token * order.top_k + k;
+            let mut slot = i32::new(-1);
+            if expert >= 0 {
+                let e = usize::cast_from(expert);
+                let row = (block.group * order.rounds + round as usize) * classes + class;
+                let mut position = usize::cast_from(before[(row * blocks + block.index) * num_experts + e]);
+                for other in 0..unit {
+                    position += asking(&choices, &rounds, other, expert, round, class, order) as usize;
+                }
+                if position < slots {
+                    let at = (e * groups + block.group) * slots + position;
+                    slot = i32::cast_from(at);
+                    slot_choice[at] = I::cast_from(choice);
+                }
+            }
+            choice_slot[choice] = I::cast_from(slot);
         }
-        empty += UNITS;
+    }
+    // The blocks of a group share the work of marking what stays empty.
+    if block.group < groups {
+        let mut at = block.index * order.block + unit;
+        while at < num_experts * slots {
+            let e = at / slots;
+            let position = at % slots;
+            if position >= usize::cast_from(asked[block.group * num_experts + e]) {
+                slot_choice[(e * groups + block.group) * slots + position] = I::cast_from(i32::new(-1));
+            }
+            at += blocks * order.block;
+        }
     }
 }
 
@@ -191,46 +280,72 @@ pub(super) fn seat(
     [has_bias, has_valid, has_protected]: [bool; 3],
 ) -> (CubeTensor, CubeTensor, CubeTensor) {
     let [num_tokens, num_experts] = scores.meta.shape().dims();
-    let groups = num_tokens / rules.group_size;
+    let SeatRules { top_k, group_size, slots, token_major } = rules;
+    let groups = num_tokens / group_size;
+    let order = Order {
+        top_k,
+        token_major,
+        rounds: if has_protected { 2 } else { 1 },
+        block: group_size.next_power_of_two().clamp(32, MAX_BLOCK),
+    };
+    let blocks = group_size.div_ceil(order.block);
+    let counts_each = order.rounds * order.classes() * blocks;
     let indices =
         |count: usize| empty_device_contiguous_dtype(valid.client.clone(), valid.device.clone(), [count].into(), valid.dtype);
-    let (chosen, choice_slot) = (indices(num_tokens * rules.top_k), indices(num_tokens * rules.top_k));
-    let slot_choice = indices(num_experts * groups * rules.slots);
+    let (chosen, choice_slot) = (indices(num_tokens * top_k), indices(num_tokens * top_k));
+    let slot_choice = indices(num_experts * groups * slots);
+    let (counts, asked) = (indices(groups * counts_each * num_experts), indices(groups * num_experts));
     let dtypes = elem_pair(&scores, &valid);
-    let grid = Elementwise::new(&chosen, num_tokens);
+    let dim = CubeDim::new_1d(order.block as u32);
+    let client = chosen.client.clone();
+    let count = || cubes(&chosen, groups * blocks, dim);
     choose_kernel::launch(
-        &chosen.client,
-        grid.count,
-        grid.dim,
+        &client,
+        count(),
+        dim,
         scores.into_tensor_arg(),
         bias.into_tensor_arg(),
         valid.into_tensor_arg(),
+        protected.clone().into_tensor_arg(),
         chosen.clone().into_tensor_arg(),
-        choice_slot.clone().into_tensor_arg(),
+        counts.clone().into_tensor_arg(),
         num_experts,
+        group_size,
+        blocks,
         num_tokens,
-        rules.top_k,
+        order,
         has_bias,
         has_valid,
         dtypes,
     );
-    let total = num_experts * groups;
-    let dim = CubeDim::new_1d(UNITS as u32);
+    let grid = Elementwise::new(&asked, groups * num_experts);
+    sum_kernel::launch(
+        &client,
+        grid.count,
+        grid.dim,
+        counts.clone().into_tensor_arg(),
+        asked.clone().into_tensor_arg(),
+        num_experts,
+        counts_each,
+        grid.total,
+        dtypes[1],
+    );
     seat_kernel::launch(
-        &chosen.client,
-        calculate_cube_count_elemwise(&chosen.client, total * UNITS, dim),
+        &client,
+        count(),
         dim,
         chosen.clone().into_tensor_arg(),
         protected.into_tensor_arg(),
+        counts.into_tensor_arg(),
+        asked.into_tensor_arg(),
         choice_slot.clone().into_tensor_arg(),
         slot_choice.clone().into_tensor_arg(),
-        rules.group_size,
-        rules.slots,
-        groups,
-        total,
-        rules.top_k,
-        rules.token_major,
-        if has_protected { 2 } else { 1 },
+        num_experts,
+        group_size,
+        blocks,
+        slots,
+        num_tokens,
+        order,
         dtypes[1],
     );
     (chosen, choice_slot, slot_choice)

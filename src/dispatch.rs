@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use burn::tensor::Tensor;
+use burn::tensor::{Bool, Tensor};
 
 use crate::{
     ops::{self, Offsets, RowIndex},
@@ -35,14 +35,16 @@ pub struct Dispatcher {
     index: RowIndex,
     gates: Tensor<2>,
     num_experts: usize,
+    /// `[T, 1]`: tokens whose scores were not finite, where the index does not say so.
+    lost: Option<Tensor<2, Bool>>,
 }
 
 impl Dispatcher {
     /// For tokens of the device and number type of `tokens` that go by `plan`.
     pub fn new(plan: &DispatchPlan, tokens: &Tensor<2>) -> Self {
         let device = tokens.device();
-        let index = plan.row_index(&device, ops::has_kernels(&device, tokens.dtype()));
-        Self { index, gates: plan.gates().cast(tokens.dtype()), num_experts: plan.num_experts() }
+        let (index, lost) = plan.row_index(&device, ops::has_kernels(&device, tokens.dtype()));
+        Self { index, gates: plan.gates().cast(tokens.dtype()), num_experts: plan.num_experts(), lost }
     }
 
     /// Which rows are each expert's, `[E]`. Some may be padding, which nobody reads: computing them does no harm.
@@ -66,8 +68,13 @@ impl Dispatcher {
         ops::dispatch(tokens, &self.index)
     }
 
-    /// The gate-weighted sum of each token's rows, `[N, D] -> [T, D]`; exactly 0 for a token without one.
+    /// The gate-weighted sum of each token's rows, `[N, D] -> [T, D]`; exactly 0 for a token without one, but NaN for a valid token whose scores
+    /// are not finite: a zero would hide it.
     pub fn combine(&self, rows: Tensor<2>) -> Tensor<2> {
-        ops::combine(rows, self.gates.clone(), &self.index)
+        let output = ops::combine(rows, self.gates.clone(), &self.index);
+        match &self.lost {
+            Some(lost) => output.mask_fill(lost.clone(), f32::NAN),
+            None => output,
+        }
     }
 }

@@ -161,7 +161,11 @@ impl MoeFeedForward {
     fn compute(&self, tokens: Tensor<2>, routing: &Routing) -> Tensor<2> {
         let plan = &routing.plan;
         let mut output = if plan.is_known_empty() {
-            tokens.zeros_like()
+            let output = tokens.zeros_like();
+            match plan.lost(&output.device()) {
+                Some(lost) => output.mask_fill(lost, f32::NAN),
+                None => output,
+            }
         } else {
             let dispatcher = Dispatcher::new(plan, &tokens);
             let rows = dispatcher.dispatch(tokens.clone());
@@ -175,11 +179,7 @@ impl MoeFeedForward {
                     None => shared,
                 };
         }
-        // A valid token whose scores are not finite has no seat; its output says so, instead of a zero that hides it.
-        match plan.lost(&output.device()) {
-            Some(lost) => output.mask_fill(lost, f32::NAN),
-            None => output,
-        }
+        output
     }
 
     /// Moves the router's balancing bias by what one training step routed; see [`BalancingBias`](crate::BalancingBias). A router without

@@ -8,6 +8,8 @@ use crate::ops::{DeviceSeats, Offsets, PaddedIndex, RaggedIndex, RowIndex};
 
 /// Marks a choice without a row and a slot without a token.
 const NONE: i32 = -1;
+/// Marks, where a device hands out seats, the choices of a valid token whose scores are not finite.
+pub(crate) const LOST: i32 = -2;
 
 /// The seats that a router handed out, as a value.
 ///
@@ -37,8 +39,6 @@ enum Seats {
 #[derive(Debug, Clone)]
 struct SeatsOfDevice {
     seats: DeviceSeats,
-    /// `[T, 1]`, true for a valid token whose scores are not finite.
-    lost: Tensor<2, Bool>,
     /// What the host has read of them.
     host: Arc<OnceLock<HostSeats>>,
 }
@@ -74,16 +74,11 @@ impl DispatchPlan {
         Self { num_tokens, num_choices, num_experts, gates, seats }
     }
 
-    /// A plan whose seats were handed out on a device; `lost [T, 1]` marks valid tokens that could not ask.
-    pub(crate) fn on_device(num_experts: usize, seats: DeviceSeats, gates: Tensor<2>, lost: Tensor<2, Bool>) -> Self {
+    /// A plan whose seats were handed out on a device.
+    pub(crate) fn on_device(num_experts: usize, seats: DeviceSeats, gates: Tensor<2>) -> Self {
         let [num_tokens, num_choices] = gates.dims();
-        Self {
-            num_tokens,
-            num_choices,
-            num_experts,
-            gates,
-            seats: Seats::Device(Box::new(SeatsOfDevice { seats, lost, host: Arc::default() })),
-        }
+        let seats = Seats::Device(Box::new(SeatsOfDevice { seats, host: Arc::default() }));
+        Self { num_tokens, num_choices, num_experts, gates, seats }
     }
 
     /// The seats as the host sees them; waits for the device if it handed them out.
@@ -91,9 +86,8 @@ impl DispatchPlan {
         match &self.seats {
             Seats::Host(host) => host,
             Seats::Device(device_seats) => device_seats.host.get_or_init(|| {
-                let lost = device_seats.lost.clone().into_data();
-                let unroutable = lost.iter::<bool>().enumerate().filter(|(_, lost)| *lost).map(|(token, _)| token).collect();
-                HostSeats::new(self.num_experts, self.num_choices, &read_seats(&device_seats.seats), unroutable)
+                let (seats, unroutable) = read_seats(&device_seats.seats, self.num_choices);
+                HostSeats::new(self.num_experts, self.num_choices, &seats, unroutable)
             }),
         }
     }
@@ -182,12 +176,13 @@ impl DispatchPlan {
         self.offsets().windows(2).enumerate().flat_map(|(expert, pair)| std::iter::repeat_n(expert, pair[1] - pair[0])).collect()
     }
 
-    /// The plan as index tensors: ragged for kernels, a slot grid of the largest load for batched matrix products.
-    pub(crate) fn row_index(&self, device: &Device, kernels: bool) -> RowIndex {
+    /// The plan as index tensors: ragged for kernels, a slot grid of the largest load for batched matrix products. And those of
+    /// [`lost`](Self::lost), unless the index says it itself.
+    pub(crate) fn row_index(&self, device: &Device, kernels: bool) -> (RowIndex, Option<Tensor<2, Bool>>) {
         match &self.seats {
-            Seats::Device(device_seats) if kernels => RowIndex::Ragged(device_seats.seats.index(self.num_experts, device)),
-            _ if kernels => RowIndex::Ragged(self.ragged_index(device)),
-            _ => RowIndex::Padded(self.padded_index(device)),
+            Seats::Device(device_seats) if kernels => (RowIndex::Ragged(device_seats.seats.index(self.num_experts, device)), None),
+            _ if kernels => (RowIndex::Ragged(self.ragged_index(device)), self.lost(device)),
+            _ => (RowIndex::Padded(self.padded_index(device)), self.lost(device)),
         }
     }
 
@@ -198,15 +193,12 @@ impl DispatchPlan {
 
     /// `[T, 1]`, true for a valid token whose scores are not finite; none when there are none.
     pub(crate) fn lost(&self, device: &Device) -> Option<Tensor<2, Bool>> {
-        match &self.seats {
-            Seats::Device(device_seats) => Some(device_seats.lost.clone()),
-            Seats::Host(host) if host.unroutable.is_empty() => None,
-            Seats::Host(host) => {
-                let mut lost = vec![false; self.num_tokens];
-                host.unroutable.iter().for_each(|&token| lost[token] = true);
-                Some(Tensor::from_data(TensorData::new(lost, [self.num_tokens, 1]), device))
-            }
-        }
+        let unroutable = self.unroutable();
+        (!unroutable.is_empty()).then(|| {
+            let mut lost = vec![false; self.num_tokens];
+            unroutable.iter().for_each(|&token| lost[token] = true);
+            Tensor::from_data(TensorData::new(lost, [self.num_tokens, 1]), device)
+        })
     }
 
     /// Share of all asked choices, before drops, that name each expert, `[1, E]`, f32; zeros when nothing was asked.
@@ -298,8 +290,9 @@ impl HostSeats {
     }
 }
 
-/// One seat per choice. Slots of an expert count all groups; rows have no gaps, so a row's position is its rank among those taken.
-fn read_seats(seats: &DeviceSeats) -> Vec<Seat> {
+/// One seat per choice, and the tokens that could not ask. Slots of an expert count all groups; rows have no gaps, so a row's position is its
+/// rank among those taken.
+fn read_seats(seats: &DeviceSeats, num_choices: usize) -> (Vec<Seat>, Vec<usize>) {
     let read = |x: &Tensor<1, Int>| x.clone().try_into_vec_as::<i32>().expect("indices are integers");
     let (chosen, choice_slot, slot_choice) = (read(&seats.chosen), read(&seats.choice_slot), read(&seats.slot_choice));
     let mut position_of_slot = vec![0; slot_choice.len()];
@@ -315,7 +308,8 @@ fn read_seats(seats: &DeviceSeats) -> Vec<Seat> {
         (Ok(expert), Err(_)) => Seat::Dropped { expert },
         (Ok(expert), Ok(slot)) => Seat::Kept { expert, position: position_of_slot[slot] },
     };
-    chosen.iter().zip(&choice_slot).map(seat).collect()
+    let unroutable = chosen.chunks(num_choices).enumerate().filter(|(_, choices)| choices[0] == LOST).map(|(token, _)| token);
+    (chosen.iter().zip(&choice_slot).map(seat).collect(), unroutable.collect())
 }
 
 fn int_tensor(values: Vec<i32>, device: &Device) -> Tensor<1, Int> {

@@ -208,7 +208,7 @@ fn the_host_reads_no_seats_where_a_capacity_is_fixed() {
         MoeInput::new(numbers([30, 8], 1, &device)).valid(mask(&some_valid(30), &device)).protected(mask(&[true; 30], &device));
     let output = layer.forward(input);
     let unread = |routing: &Routing| format!("{:?} {:?}", routing.plan, routing.valid).matches("<uninit>").count();
-    let losses = AuxiliaryLossConfig::new().init().forward(&[output.routing.clone()]);
+    let losses = AuxiliaryLossConfig::new().init().forward(std::slice::from_ref(&output.routing));
     drop((output.output.sum() + losses.total).backward());
     assert_eq!(unread(&output.routing), 2, "{:?}", output.routing.plan);
     assert_eq!((output.routing.plan.num_rows(), output.routing.num_valid()), (48, 24));

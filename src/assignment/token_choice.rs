@@ -123,12 +123,7 @@ impl TokenChoiceConfig {
         // A token that asks for nothing still needs an index to gather; its gate is masked to zero below.
         let raw = input.scores.clone().gather(1, seats.chosen.clone().clamp_min(0).reshape(shape));
         let gates = self.gates(raw, Some(seats.choice_slot.clone().lower_elem(0).reshape(shape)));
-        let asks_nothing = seats.chosen.clone().reshape(shape).slice([0..num_tokens, 0..1]).lower_elem(0);
-        let lost = match input.valid {
-            Some(valid) => asks_nothing.bool_and(valid.tensor(&device).unsqueeze_dim(1)),
-            None => asks_nothing,
-        };
-        Some(DispatchPlan::on_device(num_experts, seats, gates, lost))
+        Some(DispatchPlan::on_device(num_experts, seats, gates))
     }
 
     /// One seat per choice, in token-major order, whatever the fill order.

@@ -6,6 +6,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::launch::{Elementwise, cubes, elem_pair, empty, vector_size};
+use crate::plan::LOST;
 
 /// Units that share one dot product.
 const DOT_UNITS: u32 = 64;
@@ -39,13 +40,14 @@ fn gather_kernel<F: Float, N: Size, I: Int>(
     out[ABSOLUTE_POS] = value;
 }
 
-/// `out[t] = Σ_m rows[row of (t, m)]`, each row times `gates[t, m]` if weighted.
+/// `out[t] = Σ_m rows[row of (t, m)]`; if weighted, each row times `gates[t, m]`, and `lost` for a token with a choice that is [`LOST`].
 #[cube(launch)]
 fn sum_kernel<F: Float, N: Size, I: Int>(
     rows: &Tensor<Vector<F, N>>,
     gates: &Tensor<F>,
     choice_row: &Tensor<I>,
     out: &mut Tensor<Vector<F, N>>,
+    lost: f32,
     width: usize,
     num_choices: usize,
     total: usize,
@@ -68,6 +70,8 @@ fn sum_kernel<F: Float, N: Size, I: Int>(
             } else {
                 sum += value;
             }
+        } else if weighted && row == i32::new(comptime!(LOST as i64)) {
+            sum = Vector::new(lost);
         }
     }
     out[ABSOLUTE_POS] = Vector::cast_from(sum);
@@ -169,6 +173,7 @@ pub(super) fn sum(rows: CubeTensor, gates: Option<CubeTensor>, choice_row: CubeT
         gates.into_tensor_arg(),
         choice_row.into_tensor_arg(),
         out.clone().into_tensor_arg(),
+        f32::NAN,
         width / lanes,
         num_choices_in_all / num_tokens,
         grid.total,

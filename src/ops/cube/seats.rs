@@ -7,7 +7,7 @@ use burn_cubecl::{ops::numeric::empty_device_contiguous_dtype, tensor::CubeTenso
 use cubecl::prelude::*;
 
 use super::launch::{Elementwise, cubes, elem_pair};
-use crate::ops::SeatRules;
+use crate::{ops::SeatRules, plan::LOST};
 
 /// The most tokens of a block.
 const MAX_BLOCK: usize = 256;
@@ -38,7 +38,7 @@ struct Block {
     group: usize,
     /// In its group.
     index: usize,
-    /// The token of this unit, if `is_token`.
+    /// The token of this unit; some other one unless `is_token`.
     token: usize,
     is_token: bool,
 }
@@ -49,7 +49,7 @@ fn this_block(group_size: usize, blocks: usize, num_tokens: usize, #[comptime] o
     let index = CUBE_POS % blocks;
     let place = index * order.block + UNIT_POS as usize;
     let token = group * group_size + place;
-    Block { group, index, token, is_token: place < group_size && token < num_tokens }
+    Block { group, index, token: token.min(num_tokens - 1), is_token: place < group_size && token < num_tokens }
 }
 
 /// How many choices of this class a token of the block has for this expert, in this round.
@@ -81,14 +81,14 @@ fn asking(
 #[cube]
 fn round_of<I: Int>(protected: &Tensor<I>, block: &Block, #[comptime] order: Order) -> u32 {
     let mut round = 0u32;
-    if order.rounds == 2 && block.is_token && i32::cast_from(protected[block.token]) == 0 {
-        round = 1u32;
+    if order.rounds == 2 {
+        round = u32::cast_from(i32::cast_from(protected[block.token]) == 0);
     }
     round
 }
 
-/// The `top_k` experts of each token by descending score, ties to the lower one, and −1 for a token that may not ask: `chosen [T, K]`; and how
-/// many choices each block has for each expert: `counts [groups, rounds, classes, blocks, E]`.
+/// The `top_k` experts of each token by descending score, ties to the lower one, −1 for padding and `LOST` for other tokens that cannot ask:
+/// `chosen [T, K]`; and how many choices each block has for each expert: `counts [groups, rounds, classes, blocks, E]`.
 #[cube(launch)]
 fn choose_kernel<F: Float, I: Int>(
     scores: &Tensor<F>,
@@ -110,16 +110,21 @@ fn choose_kernel<F: Float, I: Int>(
     let mut rounds = Shared::<[u32]>::new_slice(order.block);
     let unit = UNIT_POS as usize;
     let block = this_block(group_size, blocks, num_tokens, order);
-    let mut asks = block.is_token;
-    let first = block.token.min(num_tokens - 1) * num_experts;
-    if has_valid && block.is_token {
-        asks = i32::cast_from(valid[block.token]) != 0;
-    }
+    let first = block.token * num_experts;
+    // What stands in place of all choices, if not 0.
+    let mut instead = i32::new(0);
     for e in 0..num_experts {
         let bits = u32::reinterpret(f32::cast_from(scores[first + e]));
         if bits & EXPONENT == EXPONENT {
-            asks = false;
+            instead = i32::new(comptime!(LOST as i64));
         }
+    }
+    let mut is_valid = block.is_token;
+    if has_valid {
+        is_valid = is_valid && i32::cast_from(valid[block.token]) != 0;
+    }
+    if !is_valid {
+        instead = i32::new(-1);
     }
     let mut last_score = 0.0f32;
     let mut last_expert = i32::new(-1);
@@ -141,8 +146,8 @@ fn choose_kernel<F: Float, I: Int>(
         }
         last_score = best_score;
         last_expert = best_expert;
-        if !asks {
-            best_expert = i32::new(-1);
+        if instead < 0 {
+            best_expert = instead;
         }
         choices[k * order.block + unit] = best_expert;
         if block.is_token {
@@ -198,7 +203,7 @@ fn sum_kernel<I: Int>(
     asked[ABSOLUTE_POS] = I::cast_from(sum);
 }
 
-/// `choice_slot [T, K]` and `slot_choice [E, groups, slots]`, −1 where there is none.
+/// `choice_slot [T, K]` and `slot_choice [E, groups, slots]`, −1 where there is none; `LOST` stays.
 #[cube(launch)]
 fn seat_kernel<I: Int>(
     chosen: &Tensor<I>,
@@ -239,8 +244,9 @@ fn seat_kernel<I: Int>(
             let class = comptime!(if order.token_major { 0 } else { k });
             let expert = choices[k * order.block + unit];
             let choice = block.token * order.top_k + k;
-            let mut slot = i32::new(-1);
+            let mut slot = expert;
             if expert >= 0 {
+                slot = i32::new(-1);
                 let e = usize::cast_from(expert);
                 let row = (block.group * order.rounds + round as usize) * classes + class;
                 let mut position = usize::cast_from(before[(row * blocks + block.index) * num_experts + e]);

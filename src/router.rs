@@ -6,7 +6,7 @@ use burn::nn::Initializer;
 use burn::tensor::{Device, Distribution, FloatDType, Tensor, TensorData, activation, assert_shape};
 use serde::{Deserialize, Serialize};
 
-use crate::{cost::Cost, error::ConfigError, param::with_value, phase::Phase};
+use crate::{cost::Cost, error::ConfigError, ops, param::with_value, phase::Phase};
 
 /// Configuration of a [`Router`].
 #[derive(Config, Debug, PartialEq)]
@@ -172,8 +172,7 @@ impl Router {
         let weight = self.weight.val();
         let [d_model, num_experts] = weight.dims();
         assert_shape!(x, [_, d_model]);
-        let (x, weight) = (x.cast(FloatDType::F32), weight.cast(FloatDType::F32));
-        let logits = x.clone().matmul(weight.clone());
+        let logits = ops::router_logits(x.clone(), weight.clone());
         let is_clean = phase == Phase::Inference || (self.noise == 0.0 && self.jitter == 0.0);
         if is_clean {
             let (scores, probs) = self.score.of(logits.clone());
@@ -182,8 +181,9 @@ impl Router {
         let (_, clean_probs) = self.score.of(logits.clone());
         let mut routed = logits.clone();
         if self.jitter > 0.0 {
+            let x = x.cast(FloatDType::F32);
             let factor = x.random_like(Distribution::Uniform(1.0 - self.jitter, 1.0 + self.jitter));
-            routed = (x * factor).matmul(weight);
+            routed = ops::router_logits(x * factor, weight);
         }
         let mut noise = None;
         if self.noise > 0.0 {

@@ -11,6 +11,8 @@ use burn::backend::autodiff::{
 };
 use burn::backend::tensor::{FloatTensor, IntTensor};
 
+#[cfg(feature = "cube")]
+use super::extension::RouterOps;
 use super::{Activation, extension::MoeOps};
 
 /// Backward passes call the helpers on the backend below. They are required of autodiff all the same, because a default body would let a
@@ -99,6 +101,47 @@ impl<B: MoeOps> Backward<B, 3> for GroupedLinearStep {
         if let Some(node) = x_node {
             grads.register::<B>(node.id, B::moe_grouped_linear_backward_x(grad, state.weight, offsets, host_offsets));
         }
+    }
+}
+
+#[cfg(feature = "cube")]
+#[derive(Debug)]
+struct RouterStep;
+
+#[cfg(feature = "cube")]
+impl<B: RouterOps> Backward<B, 2> for RouterStep {
+    type State = (FloatTensor<B>, FloatTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let ([x_node, weight_node], (x, weight)) = (ops.parents, ops.state);
+        let grad = grads.consume::<B>(&ops.node);
+        if let Some(node) = weight_node {
+            grads.register::<B>(node.id, B::moe_router_logits_backward_weight(grad.clone(), x.clone()));
+        }
+        if let Some(node) = x_node {
+            grads.register::<B>(node.id, B::moe_router_logits_backward_x(grad, weight, x));
+        }
+    }
+}
+
+#[cfg(feature = "cube")]
+impl<B: RouterOps, C: CheckpointStrategy> RouterOps for Autodiff<B, C> {
+    fn moe_router_logits(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        let step = RouterStep.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful();
+        let (x, weight) = (x.into_primitive(), weight.into_primitive());
+        let out = B::moe_router_logits(x.clone(), weight.clone());
+        match step {
+            OpsKind::Tracked(prep) => prep.finish((x, weight), out),
+            OpsKind::UnTracked(prep) => prep.finish(out),
+        }
+    }
+
+    fn moe_router_logits_backward_x(_: FloatTensor<Self>, _: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
+        unreachable!("{BELOW_AUTODIFF}")
+    }
+
+    fn moe_router_logits_backward_weight(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
+        unreachable!("{BELOW_AUTODIFF}")
     }
 }
 

@@ -79,6 +79,12 @@ pub(super) fn has_dense_kernels(device: &Device, dtype: DType) -> bool {
     has(device, dtype) == Has::ExpertsAndDense
 }
 
+/// Whether the router's product has a kernel.
+#[cfg(feature = "cube")]
+pub(super) fn has_router_kernel(device: &Device, dtype: DType) -> bool {
+    has(device, dtype) == Has::Experts
+}
+
 /// The most choices per token that a device hands out seats for: it goes through them in code without loops.
 const MAX_SEATED_CHOICES: usize = 8;
 

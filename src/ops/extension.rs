@@ -158,6 +158,23 @@ pub(crate) trait MoeOps: Backend {
     ) -> FloatTensor<Self>;
 }
 
+/// The router's product in f32, and its gradients.
+#[cfg(feature = "cube")]
+#[backend_extension(Cube: cfg(feature = "cube"), Autodiff, Fusion: cfg(all(feature = "fusion", feature = "cube")))]
+pub(crate) trait RouterOps: Backend {
+    /// `logits[t, e] = Σ_d x[t, d] · weight[e, d]`: `[T, D], [E, D] -> [T, E]`; all but `x` are f32.
+    #[fusion(dtype = weight, shape = [x[0], weight[0]].into())]
+    fn moe_router_logits(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// `out[t, d] = Σ_e grad[t, e] · weight[e, d]`: `[T, E], [E, D] -> [T, D]`, with the numbers of `x`.
+    #[fusion(dtype = x, shape = x)]
+    fn moe_router_logits_backward_x(grad: FloatTensor<Self>, weight: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// `out[e, d] = Σ_t grad[t, e] · x[t, d]`: `[T, E], [T, D] -> [E, D]`, f32.
+    #[fusion(dtype = grad, shape = [grad[1], x[1]].into())]
+    fn moe_router_logits_backward_weight(grad: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self>;
+}
+
 /// Handing out seats; no gradient passes through it.
 #[cfg(feature = "cube")]
 #[backend_extension(Cube: cfg(feature = "cube"), Fusion: cfg(all(feature = "fusion", feature = "cube")))]

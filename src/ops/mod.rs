@@ -22,6 +22,8 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 pub use activation::Activation;
 use choice::has_dense_kernels;
+#[cfg(feature = "cube")]
+use choice::has_router_kernel;
 pub use choice::{Kernels, release_idle_memory, with_kernels};
 pub(crate) use choice::{can_seat, has_kernels};
 
@@ -107,6 +109,23 @@ impl DeviceSeats {
             choice_row: self.choice_slot.clone(),
         }
     }
+}
+
+/// What a router says of each expert, `x · weight` in f32.
+///
+/// # Shapes
+/// - x: `[T, D]`
+/// - weight: `[D, E]`
+/// - output: `[T, E]`, f32
+pub(crate) fn router_logits(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+    let weight = weight.cast(DType::F32);
+    #[cfg(feature = "cube")]
+    if has_router_kernel(&x.device(), x.dtype()) && x.dims()[0] > 0 {
+        use extension::RouterOps;
+        let logits = burn::backend::Dispatch::moe_router_logits(x.into_dispatch(), weight.transpose().into_dispatch());
+        return Tensor::from_dispatch(logits);
+    }
+    x.cast(DType::F32).matmul(weight)
 }
 
 /// How seats are handed out.

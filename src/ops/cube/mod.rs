@@ -6,6 +6,7 @@ mod by_expert;
 mod grouped;
 mod launch;
 mod pointwise;
+mod router;
 mod rows;
 mod seats;
 mod sums;
@@ -17,7 +18,7 @@ use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::{
     Activation, SeatRules,
-    extension::{MoeOps, SeatOps},
+    extension::{MoeOps, RouterOps, SeatOps},
 };
 use grouped::Maps;
 
@@ -112,6 +113,20 @@ impl MoeOps for CubeBackend {
         _host_offsets: Arc<[usize]>,
     ) -> FloatTensor<Self> {
         sums::by_expert(into_contiguous(grad), into_contiguous(offsets))
+    }
+}
+
+impl RouterOps for CubeBackend {
+    fn moe_router_logits(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        router::logits(into_contiguous(x), into_contiguous(weight))
+    }
+
+    fn moe_router_logits_backward_x(grad: FloatTensor<Self>, weight: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
+        router::tokens_gradient(into_contiguous(grad), into_contiguous(weight), &x)
+    }
+
+    fn moe_router_logits_backward_weight(grad: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
+        router::weight_gradient(into_contiguous(grad), into_contiguous(x))
     }
 }
 

@@ -25,9 +25,17 @@ use support::{ROOT, mask, numbers, values};
 
 const ACTIVATIONS: [Activation; 4] = [Activation::Gelu, Activation::QuickGelu, Activation::Relu, Activation::Silu];
 
+fn gpu_name() -> String {
+    std::env::var("BURN_MOE_DEVICE").unwrap_or("wgpu".into())
+}
+
 fn gpu() -> Device {
-    let name = std::env::var("BURN_MOE_DEVICE").unwrap_or("wgpu".into());
-    device_by_name(&name).unwrap_or_else(|error| panic!("{error}"))
+    device_by_name(&gpu_name()).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// For results that went through burn's own products of f32, which may be TF32 on NVIDIA's tensor cores.
+fn of_products(tolerance: f32) -> f32 {
+    if gpu_name() == "cuda" { tolerance.max(2e-2) } else { tolerance }
 }
 
 fn on_cpu(layer: &MoeFeedForward, x: &Tensor<2>, valid: &[bool]) -> Outcome {
@@ -84,7 +92,8 @@ fn experts_with_many_rows_are_computed_one_by_one() {
         let layer = if skewed { biased_router(layer) } else { layer };
         let x = if skewed { numbers([600, 64], 3, &device).abs() } else { numbers([600, 64], 3, &device) };
         let valid = some_valid(600);
-        assert_same(&on_gpu(&layer, &x, &valid), &on_cpu(&layer, &x, &valid), 1e-5, &format!("{capacity:?} skewed {skewed}"));
+        let case = format!("{capacity:?} skewed {skewed}");
+        assert_same(&on_gpu(&layer, &x, &valid), &on_cpu(&layer, &x, &valid), of_products(1e-5), &case);
     }
 }
 
@@ -98,7 +107,7 @@ fn gated_and_shared_experts_and_expert_choice_are_those_of_the_cpu() {
     ] {
         let layer = init(&config, &device);
         let (x, valid) = (numbers([50, 10], 3, &device), some_valid(50));
-        assert_same(&on_gpu(&layer, &x, &valid), &on_cpu(&layer, &x, &valid), 1e-5, &format!("{layer}"));
+        assert_same(&on_gpu(&layer, &x, &valid), &on_cpu(&layer, &x, &valid), of_products(1e-5), &format!("{layer}"));
     }
 }
 
@@ -257,7 +266,7 @@ fn reference_cases_pass() {
         if !case.is_dir() {
             continue;
         }
-        let mut errors = verify::Errors::default();
+        let mut errors = verify::Errors::new(verify::usual_slack(&gpu_name()));
         verify::run(&case, &gpu(), &mut errors).unwrap();
         assert!(
             errors.checked > 0 && errors.above == 0,
@@ -299,5 +308,5 @@ fn a_sparse_clip_learns_the_same() {
         ]
     };
     // New token embeddings are small, and the norm behind them makes much of every rounding: plain operations on the GPU are as far off.
-    assert_same(&run(&gpu().autodiff()), &run(&cpu), 1e-3, "tiny CLIP");
+    assert_same(&run(&gpu().autodiff()), &run(&cpu), of_products(1e-3), "tiny CLIP");
 }

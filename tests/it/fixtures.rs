@@ -15,7 +15,7 @@ fn case(name: &str) -> PathBuf {
 }
 
 fn passes(name: &str) {
-    let mut errors = verify::Errors::default();
+    let mut errors = verify::Errors::new(1.0);
     verify::run(&case(name), &Device::default(), &mut errors).unwrap();
     assert!(errors.checked > 0 && errors.above == 0, "{name}: {} of {} tensors are off", errors.above, errors.checked);
 }
@@ -44,6 +44,6 @@ fn a_case_beyond_what_exists_names_its_option() {
     let folder = tempfile::tempdir().unwrap();
     let text = std::fs::read_to_string(case("moe-top1").join("case.json")).unwrap();
     std::fs::write(folder.path().join("case.json"), text.replace("\"gelu\"", "\"mish\"")).unwrap();
-    let error = verify::run(folder.path(), &Device::default(), &mut verify::Errors::default()).unwrap_err().to_string();
+    let error = verify::run(folder.path(), &Device::default(), &mut verify::Errors::new(1.0)).unwrap_err().to_string();
     assert_eq!(error, "the case needs `activation` = mish, which does not exist yet");
 }

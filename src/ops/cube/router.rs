@@ -37,10 +37,10 @@ fn logits_kernel<F: Float, N: Size>(
     let (row, lane) = (unit / LANES, unit % LANES);
     let first_token = (CUBE_POS_X as usize * ROWS + row) * TOKENS;
     let first_expert = CUBE_POS_Y as usize * EXPERTS;
-    let mut sums = Array::<Vector<f32, N>>::new(TOKENS * EXPERTS);
+    let mut sums = Array::<f32>::new(TOKENS * EXPERTS);
     #[unroll]
     for i in 0..TOKENS * EXPERTS {
-        sums[i] = Vector::new(0.0f32);
+        sums[i] = 0.0f32;
     }
     let mut column = lane;
     while column < width {
@@ -57,7 +57,10 @@ fn logits_kernel<F: Float, N: Size>(
             let weights = weight[expert * width + column];
             #[unroll]
             for i in 0..TOKENS {
-                sums[i * EXPERTS + j] += values[i] * weights;
+                #[unroll]
+                for k in 0..vector_size {
+                    sums[i * EXPERTS + j] += values[i].extract(k) * weights.extract(k);
+                }
             }
         }
         column += LANES;
@@ -66,12 +69,7 @@ fn logits_kernel<F: Float, N: Size>(
     for i in 0..TOKENS {
         #[unroll]
         for j in 0..EXPERTS {
-            let mut part = 0.0f32;
-            #[unroll]
-            for k in 0..vector_size {
-                part += sums[i * EXPERTS + j].extract(k);
-            }
-            parts[(row * EXPERTS + j) * LANES + lane] = part;
+            parts[(row * EXPERTS + j) * LANES + lane] = sums[i * EXPERTS + j];
         }
         sync_cube();
         if unit < ROWS * EXPERTS {

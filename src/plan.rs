@@ -4,12 +4,10 @@ use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData};
 
-use crate::ops::{DeviceSeats, Offsets, PaddedIndex, RaggedIndex, RowIndex};
+use crate::ops::{DeviceSeats, LOST, Offsets, PaddedIndex, RaggedIndex, RowIndex};
 
 /// Marks a choice without a row and a slot without a token.
 const NONE: i32 = -1;
-/// Marks, where a device hands out seats, the choices of a valid token whose scores are not finite.
-pub(crate) const LOST: i32 = -2;
 
 /// The seats that a router handed out, as a value.
 ///

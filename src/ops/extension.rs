@@ -69,7 +69,7 @@ mod shape {
 /// Kernels and the helpers of their backwards; first order only.
 ///
 /// `R` rows are sorted by expert, `offsets [E + 1]` says where each expert's begin, on the device and on the host; `row_choice [R]` names the choice
-/// `t · M + m` of a row, `choice_row [T · M]` the row of a choice; −1 is none in both.
+/// `t · M + m` of a row, `choice_row [T · M]` the row of a choice; −1 is none in both, and a choice may be [`LOST`](super::LOST).
 #[backend_extension(
     Cube: cfg(feature = "cube"),
     Flex: cfg(feature = "flex"),

@@ -69,7 +69,7 @@ pub(crate) struct RaggedIndex {
     pub offsets: Offsets,
     /// Choice of each row, `t · M + m`, `[R]`; −1 for a row without one, which holds zeros.
     pub row_choice: Tensor<1, Int>,
-    /// Row of each choice, `[T · M]`; −1 for a choice without one.
+    /// Row of each choice, `[T · M]`; −1 for a choice without one, or [`LOST`].
     pub choice_row: Tensor<1, Int>,
 }
 
@@ -86,12 +86,15 @@ pub(crate) struct PaddedIndex {
     pub choice_slot: Tensor<1, Int>,
 }
 
+/// Marks all choices of a valid token whose scores are not finite, where a device hands out seats; combining makes NaN of it.
+pub(crate) const LOST: i32 = -2;
+
 /// Seats that were handed out on a device, in slots of equal number for all experts.
 #[derive(Clone, Debug)]
 pub(crate) struct DeviceSeats {
-    /// Expert of each choice, `[T · K]`; −1 for a token that may not ask.
+    /// Expert of each choice, `[T · K]`; −1 for padding, or [`LOST`].
     pub chosen: Tensor<1, Int>,
-    /// Slot of each choice, `[T · K]`; −1 for a choice without one.
+    /// Slot of each choice, `[T · K]`; −1 for a choice without one, or [`LOST`].
     pub choice_slot: Tensor<1, Int>,
     /// Choice of each slot, `[E · S]`; −1 for an empty one.
     pub slot_choice: Tensor<1, Int>,

@@ -6,7 +6,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::launch::{Elementwise, cubes, elem_pair, empty, vector_size};
-use crate::plan::LOST;
+use crate::ops::LOST;
 
 /// Units that share one dot product.
 const DOT_UNITS: u32 = 64;

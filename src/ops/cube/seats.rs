@@ -7,7 +7,7 @@ use burn_cubecl::{ops::numeric::empty_device_contiguous_dtype, tensor::CubeTenso
 use cubecl::prelude::*;
 
 use super::launch::{Elementwise, cubes, elem_pair};
-use crate::{ops::SeatRules, plan::LOST};
+use crate::ops::{LOST, SeatRules};
 
 /// The most tokens of a block.
 const MAX_BLOCK: usize = 256;

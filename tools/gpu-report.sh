@@ -54,12 +54,14 @@ export BURN_MOE_DEVICE=$device BURN_MOE_BATCH=${BATCH:-64}
 echo "# burn-moe on $device, batch $BURN_MOE_BATCH, $(git log -1 --format=%h 2>/dev/null || echo 'no commit'), $(date -u +%F)"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || true
 
+# Where it is not about speed, burn need not try as many products.
+quick=(env CUBECL_AUTOTUNE_LEVEL=minimal $limit)
 section "Tests"
 # shellcheck disable=SC2086 # several names
-$limit "$folder/gpu" --nocapture ${TESTS:-} 2>&1 | grep -E '^(test |untested|running)|test result|panicked| differs | are off'
+"${quick[@]}" "$folder/gpu" --nocapture ${TESTS:-} 2>&1 | grep -E '^(test |untested|running)|test result|panicked| differs | are off'
 
 section "Reference cases"
-$limit "$folder/verify" --device "$device" tests/fixtures/*/ 2>&1 | grep -E 'passed|FAILED|ABOVE'
+"${quick[@]}" "$folder/verify" --device "$device" tests/fixtures/*/ 2>&1 | grep -E 'passed|FAILED|ABOVE'
 
 for dtype in ${DTYPES:-bf16 f32}; do
   export BURN_MOE_DTYPE=$dtype
@@ -78,6 +80,6 @@ fi
 
 section "The main job"
 # shellcheck disable=SC2086 # several flags
-$limit "$folder/clip_up" --device "$device" ${MAIN_JOB:---quick} --out "$(mktemp -d)" 2>&1 | tail -n 20
+"${quick[@]}" "$folder/clip_up" --device "$device" ${MAIN_JOB:---quick} --out "$(mktemp -d)" 2>&1 | tail -n 20
 
 section "done"

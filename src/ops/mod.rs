@@ -167,17 +167,12 @@ pub(crate) fn seat_on_device(
     let (scores, bias) = (scores.inner(), bias.map(|bias| bias.inner()));
     let (valid, protected) = (valid.map(|flags| flags.inner()), protected.map(|flags| flags.inner()));
     let device = scores.device();
-    // Flags that are not there are never read.
-    let none = || Tensor::<1, Int>::zeros([1], &device);
-    let (has_bias, has_valid, has_protected) = (bias.is_some(), valid.is_some(), protected.is_some());
-    let (chosen, choice_slot, slot_choice) = Dispatch::moe_seat(
-        scores.into_dispatch(),
-        bias.unwrap_or_else(|| Tensor::zeros([1], (&device, DType::F32))).into_dispatch(),
-        valid.unwrap_or_else(none).into_dispatch(),
-        protected.unwrap_or_else(none).into_dispatch(),
-        rules,
-        [has_bias, has_valid, has_protected],
-    );
+    let given = [bias.is_some(), valid.is_some(), protected.is_some()];
+    // What stands for something that is not there is never read.
+    let bias = bias.map_or_else(|| scores.clone().into_dispatch(), |bias| bias.into_dispatch());
+    let flags = valid.clone().or(protected.clone()).unwrap_or_else(|| Tensor::zeros([1], &device));
+    let [valid, protected] = [valid, protected].map(|given| given.unwrap_or_else(|| flags.clone()).into_dispatch());
+    let (chosen, choice_slot, slot_choice) = Dispatch::moe_seat(scores.into_dispatch(), bias, valid, protected, rules, given);
     let [chosen, choice_slot, slot_choice] = [chosen, choice_slot, slot_choice].map(Tensor::from_dispatch);
     let slots = rules.slots * num_tokens / rules.group_size;
     debug_assert_eq!(slot_choice.dims(), [num_experts * slots]);

@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in one report: tests, reference cases, benches, the same layers in PyTorch, and the main job.
 #
 #   tools/gpu-report.sh build cuda             # or vulkan, metal, wgpu: builds and collects the programs in target/gpu-report-cuda
-#   tools/gpu-report.sh cuda > report.txt      # builds if need be, and runs them
+#   tools/gpu-report.sh cuda > report.txt      # builds if there are none, and runs them; the report says of which commit they are
 #
 # A machine with a GPU needs neither cargo nor a network: bring the repository and the folder of programs (stripped; packed together with
 # `tar cJ` a few dozen megabytes). CUDA programs need the driver and the toolkit's headers (CUDA_PATH) and NVRTC there. Where burn's build
@@ -18,8 +18,8 @@ build() {
   local args=(--locked --no-default-features --features "$features") programs
   mkdir -p "$folder"
   programs=$({
-    cargo test --release "${args[@]}" --test gpu --no-run
-    cargo bench "${args[@]}" --bench kernels --bench layer --no-run
+    cargo test --release "${args[@]}" --test gpu --no-run &&
+    cargo bench "${args[@]}" --bench kernels --bench layer --no-run &&
     cargo build --release "${args[@]}" --example verify --example clip_up
   } 2>&1 | tee /dev/stderr | sed -nE 's/^ *Executable .*\((.*)\)$/\1/p')
   for program in $programs target/release/examples/verify target/release/examples/clip_up; do
@@ -27,6 +27,7 @@ build() {
     name=$(basename "$program" | sed -E 's/-[0-9a-f]{16}$//')
     strip -o "$folder/$name" "$program" 2>/dev/null || cp "$program" "$folder/$name"
   done
+  git describe --always --dirty > "$folder/commit" 2>/dev/null || echo 'no commit' > "$folder/commit"
   pwd > "$folder/built-in"
 }
 
@@ -51,7 +52,7 @@ section() { printf '\n## %s (%d s)\n\n' "$1" "$SECONDS"; }
 lines() { grep -E '^(ratio|time|gflops|teraflops|gigabytes|share|skip) ' || echo "nothing was measured: see the messages above"; }
 
 export BURN_MOE_DEVICE=$device BURN_MOE_BATCH=${BATCH:-64}
-echo "# burn-moe on $device, batch $BURN_MOE_BATCH, $(git log -1 --format=%h 2>/dev/null || echo 'no commit'), $(date -u +%F)"
+echo "# burn-moe on $device, batch $BURN_MOE_BATCH, programs of $(cat "$folder/commit"), $(date -u +%F)"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || true
 
 # Where it is not about speed, burn need not try as many products.

@@ -6,7 +6,7 @@
 //!
 //! It takes the small CLIP of this repository (`data/clip-tiny`) and the emoji pack (`data/emoji`): five vendors' drawings to
 //! train on, Twemoji's to test on. Everything is written into `--out`: the sparse checkpoint, `report.json` and `clip_up.png`.
-//! With `--data pairs.csv` (or `.jsonl`; image path, caption) it takes your own images, of which every tenth is held out.
+//! With `--data pairs.csv` (or `.jsonl`; image path, caption) it takes your own images, of which every tenth is held out. Images are prepared as the dense checkpoint says.
 
 use std::{
     error::Error,
@@ -17,14 +17,15 @@ use std::{
 use burn_moe::{
     BlockSelection, Capacity, Cost, Probe, SparseEncoderConfig, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{
-        ClipAuxiliaryLossConfig, SparseClipConfig,
+        ClipAuxiliaryLossConfig, SparseClipConfig, VisionConfig,
         checkpoint::{ClipCheckpoint, Precision},
+        preprocess::{ImagePreprocessor, Orientation},
         tokenizer::ClipTokenizer,
     },
     device_by_name,
     recipe::{
         Arm, Evaluation, Observer, OptimizerConfig, PairedBootstrap, StepLosses, TrainConfig, TrainedArm, WarmupCosine,
-        data::{EmojiPack, EmojiVendor, ImageTextSet, load_folder},
+        data::{DataError, EmojiPack, EmojiVendor, ImageTextSet, load_folder},
         paired_bootstrap, train,
     },
     write_atomic,
@@ -99,7 +100,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let dense = ClipCheckpoint::load(&args.dense, &device).map_err(|error| {
         format!("{error}\n(the published package holds no data: `data/clip-tiny` is in the repository, and `--example pretrain` makes one)")
     })?;
-    let (set, test) = data(&args, dense.config.vision.image_size)?;
+    let (set, test) = data(&args, &dense.config.vision)?;
     println!("{} images to train on, {} to test on", set.len(), test.len());
 
     let capacity = args.capacity.map_or(Capacity::Dropless, Capacity::OfTokens);
@@ -181,9 +182,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn data(args: &Args, image_size: usize) -> Result<(ImageTextSet, ImageTextSet), Box<dyn Error>> {
+fn data(args: &Args, vision: &VisionConfig) -> Result<(ImageTextSet, ImageTextSet), Box<dyn Error>> {
     if let Some(list) = &args.data {
-        let all = load_folder(list, image_size)?;
+        let all = load_folder(list, &ImagePreprocessor::for_model(vision).with_orientation(Orientation::Exif))?;
         if all.len() < 10 {
             let (list, images) = (list.display(), all.len());
             return Err(format!("{list}: {images} images; at least 10 are needed, because every tenth is held out").into());
@@ -199,7 +200,9 @@ fn data(args: &Args, image_size: usize) -> Result<(ImageTextSet, ImageTextSet), 
         })?,
     };
     let vendors: Vec<_> = EmojiVendor::TRAINING.into_iter().filter(|vendor| *vendor != test).collect();
-    Ok((pack.load(&vendors, true)?, pack.load(&[test], false)?))
+    let load =
+        |vendors: &[EmojiVendor], tags| Ok::<_, DataError>(pack.load(vendors, tags)?.with_preprocessing(vision.preprocessing));
+    Ok((load(&vendors, true)?, load(&[test], false)?))
 }
 
 fn captions(set: &ImageTextSet, count: usize) -> Vec<String> {

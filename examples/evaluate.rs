@@ -7,7 +7,8 @@
 //! cargo run --release --example evaluate -- --model path/to/checkpoint classes --images imagenet/val --names names.txt
 //! ```
 //!
-//! Images are read as open_clip reads them (a camera's orientation is ignored), so that figures can be compared.
+//! Images are turned the way up that the camera wrote into them, as in the other examples; with `--as-stored` they are not, as in open_clip,
+//! whose figures can then be compared.
 
 use std::{error::Error, fs, path::PathBuf};
 
@@ -16,7 +17,7 @@ use burn_moe::{
         Embedder, RetrievalMetrics, ZeroShotClassifier,
         checkpoint::ClipCheckpoint,
         lists::{CaptionedImages, ClassifiedImages},
-        preprocess::ImagePreprocessor,
+        preprocess::{ImagePreprocessor, Orientation},
     },
     device_by_name,
 };
@@ -29,6 +30,9 @@ struct Args {
     /// Folder of the checkpoint: Hugging Face, open_clip or sparse
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-tiny"))]
     model: PathBuf,
+    /// Leave images as the camera stored them, as open_clip and CLIP_benchmark do, instead of turning them the right way up
+    #[arg(long)]
+    as_stored: bool,
     #[arg(long, default_value_t = 64)]
     batch: usize,
     /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
@@ -80,7 +84,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     let device = device_by_name(&args.device)?;
     let checkpoint = ClipCheckpoint::load(&args.model, &device)?;
-    let preprocessor = ImagePreprocessor::for_model(&checkpoint.config.vision);
+    let orientation = if args.as_stored { Orientation::AsStored } else { Orientation::Exif };
+    let preprocessor = ImagePreprocessor::for_model(&checkpoint.config.vision).with_orientation(orientation);
     let embedder = Embedder::new(&checkpoint.model, preprocessor, &device).with_batch_size(args.batch);
     match args.task {
         Task::Coco { list, images } => retrieval(&embedder, CaptionedImages::coco(list)?, images),

@@ -90,8 +90,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         })?),
     };
     let vendors: Vec<_> = EmojiVendor::TRAINING.into_iter().filter(|v| Some(*v) != held_out).collect();
-    let set = pack.load(&vendors, true)?;
-    let validation = pack.load(&[held_out.unwrap_or(vendors[0])], false)?;
+    let (mut set, mut validation) = (pack.load(&vendors, true)?, pack.load(&[held_out.unwrap_or(vendors[0])], false)?);
     println!("{} training images, {} to validate on", set.len(), validation.len());
 
     let start = match &args.init {
@@ -102,6 +101,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             ClipCheckpoint { model: config.init(&device), config }
         }
     };
+    let preprocessing = start.config.vision.preprocessing;
+    (set, validation) = (set.with_preprocessing(preprocessing), validation.with_preprocessing(preprocessing));
     println!("{:.5} GFLOPs per pair", start.config.cost().gflops());
 
     let optimizer = OptimizerConfig::new(WarmupCosine::new(args.learning_rate)).with_weight_decay(args.weight_decay);

@@ -1,5 +1,7 @@
 //! What a vision tower expects of its images.
 
+use std::hash::{Hash, Hasher};
+
 use burn::config::Config;
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +13,7 @@ pub const IMAGE_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
 pub const IMAGE_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
 /// How an image of any shape becomes a square.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum ResizeMode {
     /// The shorter side is resized, the longer one in proportion, and the middle is kept.
     #[default]
@@ -20,8 +22,8 @@ pub enum ResizeMode {
     Squash,
 }
 
-/// Between pixels; both smooth when they make an image smaller.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// The filter of a resize; both smooth when they make an image smaller.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Interpolation {
     /// Cubic, with a = -0.5 as in Pillow.
     #[default]
@@ -43,9 +45,17 @@ pub struct ImagePreprocessing {
     /// To a square. Default: [`ResizeMode::Shortest`]
     #[config(default = "ResizeMode::Shortest")]
     pub resize_mode: ResizeMode,
-    /// Between pixels. Default: [`Interpolation::Bicubic`]
+    /// The resize filter. Default: [`Interpolation::Bicubic`]
     #[config(default = "Interpolation::Bicubic")]
     pub interpolation: Interpolation,
+}
+
+/// By the bits of its numbers.
+impl Hash for ImagePreprocessing {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.mean.iter().chain(&self.std).for_each(|value| value.to_bits().hash(state));
+        (self.resize_mode, self.interpolation).hash(state);
+    }
 }
 
 impl Default for ImagePreprocessing {
@@ -55,6 +65,11 @@ impl Default for ImagePreprocessing {
 }
 
 impl ImagePreprocessing {
+    /// What a model takes for a pixel of `value` (0 to 255) in `channel`, red first: `(value / 255 − mean) / std`.
+    pub fn normalize(&self, value: f32, channel: usize) -> f32 {
+        (value / 255.0 - self.mean[channel]) / self.std[channel]
+    }
+
     /// Refuses numbers from which no pixel follows.
     ///
     /// # Errors

@@ -34,7 +34,7 @@ pub enum Orientation {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImageError {
-    /// The file system said no.
+    /// The file cannot be read or written.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file.
@@ -162,9 +162,8 @@ impl ImagePreprocessor {
         values.par_chunks_mut(3 * area).zip(images).for_each(|(planes, image)| {
             assert!(image.len() == 3 * area, "{} bytes are no image of side {}", image.len(), self.image_size);
             for (channel, plane) in planes.chunks_exact_mut(area).enumerate() {
-                let (mean, std) = (self.preprocessing.mean[channel], self.preprocessing.std[channel]);
                 for (value, pixel) in plane.iter_mut().zip(image.chunks_exact(3)) {
-                    *value = (f32::from(pixel[channel]) / 255.0 - mean) / std;
+                    *value = self.preprocessing.normalize(pixel[channel].into(), channel);
                 }
             }
         });

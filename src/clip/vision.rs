@@ -48,6 +48,9 @@ pub struct VisionTower {
     pub norm_post: LayerNorm,
     /// To the shared embedding space, `[D, P]`; no bias.
     pub projection: Linear,
+    /// How its images must be prepared.
+    #[module(skip)]
+    pub preprocessing: ImagePreprocessing,
     patch_size: usize,
 }
 
@@ -113,6 +116,7 @@ impl VisionConfig {
             encoder: self.encoder.init(device),
             norm_post: norm(),
             projection: LinearConfig::new(d_model, embed_dim).with_bias(false).with_initializer(normal.clone()).init(device),
+            preprocessing: self.preprocessing,
             patch_size: self.patch_size,
         }
     }

@@ -46,6 +46,9 @@ impl Evaluation {
 ///
 /// # Errors
 /// When the set is empty, or an embedding is not finite.
+///
+/// # Panics
+/// When the images were prepared in another way than the model expects.
 pub fn evaluate(
     model: &Clip,
     set: &ImageTextSet,
@@ -53,6 +56,8 @@ pub fn evaluate(
     vocabulary: Option<&CompactVocabulary>,
     device: &Device,
 ) -> Result<Evaluation, RetrievalError> {
+    let (found, expected) = (set.preprocessing(), &model.vision.preprocessing);
+    assert!(found == expected, "the images were prepared with {found:?}, but the model expects {expected:?}");
     let model = model.valid();
     let device = device.clone().inner();
     let mut collector = Collector::default();

@@ -22,7 +22,9 @@ use super::{
     evaluate,
 };
 use crate::{
-    clip::{Clip, ClipAuxiliaryLossConfig, EndOfText, RetrievalError, contrastive_loss, tokenizer::ClipTokenizer},
+    clip::{
+        Clip, ClipAuxiliaryLossConfig, EndOfText, ImagePreprocessing, RetrievalError, contrastive_loss, tokenizer::ClipTokenizer,
+    },
     error::ConfigError,
     finite::{NonFiniteError, check_finite, check_finite_module},
     router::RouterScore,
@@ -160,7 +162,7 @@ pub enum TrainError {
     /// A setting cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// A number is not one. The first tensor that is affected is named.
+    /// A value is NaN or infinite. The first tensor that is affected is named.
     #[error("{arm}, step {step}: {source}; a lower learning rate is the usual cure")]
     NonFinite {
         /// Name of the arm.
@@ -180,6 +182,18 @@ pub enum TrainError {
         /// What the data and CLIP's tokenizer need.
         expected: String,
         /// What the model has.
+        found: String,
+    },
+    /// The images were prepared in another way than the model expects.
+    #[error(
+        "{arm}: the model expects images prepared with {expected}; the data has {found}: load it with the model's own preprocessing"
+    )]
+    Preprocessing {
+        /// Name of the arm.
+        arm: String,
+        /// What the model expects.
+        expected: String,
+        /// How the data was prepared.
         found: String,
     },
     /// A checkpoint of the run cannot be read or written.
@@ -219,6 +233,8 @@ pub fn train(
     for arm in arms {
         arm.auxiliary.validate()?;
         check_model(&arm, set, config)?;
+        check_preprocessing(&arm, set)?;
+        check_preprocessing(&arm, test)?;
         check_losses(&arm)?;
         runs.push(Run::new(arm, &vocabulary, device)?);
     }
@@ -284,6 +300,18 @@ fn check_losses(arm: &Arm) -> Result<(), TrainError> {
         }
     }
     Ok(())
+}
+
+/// Refuses images that were prepared in another way than the model expects.
+fn check_preprocessing(arm: &Arm, set: &ImageTextSet) -> Result<(), TrainError> {
+    let (expected, found) = (&arm.model.vision.preprocessing, set.preprocessing());
+    if expected == found {
+        return Ok(());
+    }
+    let text = |p: &ImagePreprocessing| {
+        format!("mean {:?}, std {:?}, resize {:?}, interpolation {:?}", p.mean, p.std, p.resize_mode, p.interpolation)
+    };
+    Err(TrainError::Preprocessing { arm: arm.name.clone(), expected: text(expected), found: text(found) })
 }
 
 /// Refuses a model that would not understand the batches.

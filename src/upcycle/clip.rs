@@ -60,6 +60,7 @@ fn vision<'a>(target: &mut VisionTower, source: &'a VisionTower) -> Result<&'a c
     UpcycleError::shapes("patch_embedding", &weights.0.dims(), &weights.1.dims())?;
     UpcycleError::shapes("position_embedding", &source.position_embedding.dims(), &target.position_embedding.dims())?;
     UpcycleError::shapes("projection", &source.projection.weight.dims(), &target.projection.weight.dims())?;
+    UpcycleError::settings("preprocessing", source.preprocessing, target.preprocessing)?;
     target.patch_embedding = same_place(&source.patch_embedding, &target.patch_embedding);
     target.class_embedding = same_place(&source.class_embedding, &target.class_embedding);
     target.position_embedding = same_place(&source.position_embedding, &target.position_embedding);
@@ -84,6 +85,7 @@ fn text<'a>(target: &mut TextTower, source: &'a TextTower) -> Result<&'a crate::
 }
 
 fn compare(dense: &Clip, sparse: &Clip, images: Tensor<4>, tokens: Tensor<2, Int>) -> Result<f64, UpcycleError> {
+    let images = images.cast(dense.vision.class_embedding.val().dtype());
     let run = |model: &Clip| model.clone().freeze().forward(images.clone(), tokens.clone());
     let (dense, sparse) = (run(dense), run(sparse));
     let image = deviation("image embeddings on the probe batch", dense.image_embeds.detach(), sparse.image_embeds.detach())?;

@@ -159,7 +159,7 @@ fn pairs(bytes: &[u8]) {
     in_folder(|folder| {
         let path = folder.join(["list.csv", "list.jsonl"][way as usize]);
         fs::write(&path, rest).unwrap();
-        let _ = load_folder(path, 8);
+        let _ = load_folder(path, &ImagePreprocessor::new(8));
     });
 }
 

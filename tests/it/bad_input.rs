@@ -5,7 +5,7 @@ use std::fs;
 use burn::tensor::{Device, Tensor};
 use burn_moe::{
     EncoderConfig, check_finite, check_finite_module,
-    clip::{Clip, ClipAuxiliaryLossConfig, ClipConfig, EndOfText, TextConfig, VisionConfig},
+    clip::{Clip, ClipAuxiliaryLossConfig, ClipConfig, EndOfText, TextConfig, VisionConfig, preprocess::ImagePreprocessor},
     device_by_name,
     recipe::{
         Arm, OptimizerConfig, TrainConfig, TrainError, WarmupCosine,
@@ -27,7 +27,7 @@ fn folder_with(name: &str, list: &str) -> tempfile::TempDir {
 
 fn load(name: &str, list: &str) -> Result<ImageTextSet, String> {
     let folder = folder_with(name, list);
-    load_folder(folder.path().join(name), 8).map_err(|error| {
+    load_folder(folder.path().join(name), &ImagePreprocessor::new(8)).map_err(|error| {
         let folder = format!("{}/", folder.path().display());
         error.to_string().replace(&folder, "")
     })
@@ -55,7 +55,7 @@ fn what_is_wrong_in_a_users_list_is_named() {
     assert!(error("list.csv", "file,text\nred.png,x\n").starts_with("list.csv, line 2: "));
     assert!(error("list.jsonl", "{\"path\": \"red.png\"}\n").starts_with("list.jsonl, line 1: missing field `caption`"));
     assert!(error("list.txt", "").starts_with("list.txt: expected a `.csv`, `.jsonl` or `.ndjson` file"));
-    assert!(load_folder("nowhere.csv", 8).unwrap_err().to_string().starts_with("nowhere.csv: "));
+    assert!(load_folder("nowhere.csv", &ImagePreprocessor::new(8)).unwrap_err().to_string().starts_with("nowhere.csv: "));
 }
 
 #[test]

@@ -3,10 +3,13 @@
 use burn::tensor::Device;
 use burn_moe::{
     EncoderConfig, UpcycleFromDense, UpcycleOptions,
-    clip::{Clip, ClipAuxiliaryLossConfig, ClipConfig, SparseClipConfig, TextConfig, VisionConfig, tokenizer::ClipTokenizer},
+    clip::{
+        Clip, ClipAuxiliaryLossConfig, ClipConfig, Embedder, ImagePreprocessing, Interpolation, ResizeMode, RetrievalMetrics,
+        SparseClipConfig, TextConfig, VisionConfig, preprocess::ImagePreprocessor, tokenizer::ClipTokenizer,
+    },
     recipe::{
         Arm, Checkpointing, Observer, OptimizerConfig, StepLosses, TrainConfig, TrainedArm, WarmupCosine,
-        data::{AugmentConfig, Batch, BatchConfig, Batches, Concept, EmojiPack, EmojiVendor, ImageTextSet},
+        data::{AugmentConfig, Batch, BatchConfig, Batches, Concept, EmojiPack, EmojiVendor, ImageTextSet, load_folder},
         evaluate, train,
     },
 };
@@ -212,4 +215,74 @@ fn the_emoji_pack_is_what_its_readme_says() {
     // No drawing of the test set is in the training set. (White squares aside, two vendors never draw alike to the byte.)
     let drawings: std::collections::HashSet<&[u8]> = (0..training.len()).map(|i| training.image(i)).collect();
     assert!((0..test.len()).all(|i| !drawings.contains(test.image(i))));
+}
+
+/// What a model with mean and std 0.5 expects, squashed and bilinear.
+fn own_preprocessing() -> ImagePreprocessing {
+    let plain = ImagePreprocessing::new().with_mean([0.5; 3]).with_std([0.5; 3]);
+    plain.with_resize_mode(ResizeMode::Squash).with_interpolation(Interpolation::Bilinear)
+}
+
+#[test]
+fn images_are_prepared_in_training_and_evaluation_as_the_model_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut list = String::from("path,caption\n");
+    for (index, word) in ["red", "green", "blue", "white", "black", "pink", "grey", "brown"].iter().enumerate() {
+        // Not square, and different from left to right, so that the way of resizing matters.
+        let image = image::RgbImage::from_fn(24, 10, |x, y| image::Rgb([(index * 30) as u8, (x * 10) as u8, (y * 20) as u8]));
+        image.save(folder.path().join(format!("{index}.png"))).unwrap();
+        list += &format!("{index}.png,{word}\n");
+    }
+    std::fs::write(folder.path().join("list.csv"), list).unwrap();
+    let device = Device::default();
+    let mut config = clip_config();
+    let mut trained = Vec::new();
+    for preprocessing in [ImagePreprocessing::new(), own_preprocessing()] {
+        config.vision.preprocessing = preprocessing;
+        device.seed(3);
+        let model: Clip = config.init(&device);
+        let preprocessor = ImagePreprocessor::for_model(&config.vision);
+        let set = load_folder(folder.path().join("list.csv"), &preprocessor).unwrap();
+        let run = TrainConfig::new(6).with_batch(batches()).with_eval_every(6);
+        let arm = Arm {
+            name: "arm".into(),
+            model,
+            optimizer: OptimizerConfig::new(WarmupCosine::new(1e-2)),
+            auxiliary: ClipAuxiliaryLossConfig::new(),
+            state: None,
+        };
+        let arm = train(vec![arm], &set, &set, &run, None, &device, &mut ()).unwrap().remove(0);
+        assert_eq!(arm.model.vision.preprocessing, preprocessing);
+
+        // The report's recalls are those that embedding the files gives.
+        let embedder = Embedder::new(&arm.model, preprocessor, &device);
+        let paths = (0..8).map(|index| folder.path().join(format!("{index}.png"))).collect();
+        let images = embedder.images(paths, |_| ()).unwrap();
+        let captions: Vec<&String> = set.concepts().iter().map(|concept| &concept.captions[0]).collect();
+        let texts = embedder.texts(&captions, |_| ()).embeddings;
+        let own = RetrievalMetrics::new(images, texts, &[0, 1, 2, 3, 4, 5, 6, 7]).unwrap();
+        let report = &arm.history.last().unwrap().1.retrieval;
+        assert_eq!((&own.text_ranks, &own.image_ranks), (&report.text_ranks, &report.image_ranks));
+        trained.push(values(&arm.model.vision.projection.weight.val()));
+    }
+    assert_ne!(trained[0], trained[1], "another preparation trains another model");
+}
+
+#[test]
+fn images_prepared_in_another_way_than_the_model_expects_are_refused() {
+    let device = Device::default();
+    let mut config = clip_config();
+    config.vision.preprocessing = own_preprocessing();
+    let arm = Arm {
+        name: "arm".into(),
+        model: config.init(&device),
+        optimizer: OptimizerConfig::new(WarmupCosine::new(1e-2)),
+        auxiliary: ClipAuxiliaryLossConfig::new(),
+        state: None,
+    };
+    let run = TrainConfig::new(2).with_batch(batches());
+    let error = train(vec![arm], &colours(), &first_shades(), &run, None, &device, &mut ()).unwrap_err().to_string();
+    let expected = "arm: the model expects images prepared with mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5], resize Squash, interpolation \
+                    Bilinear; the data has mean [0.4814546";
+    assert!(error.starts_with(expected), "{error}");
 }

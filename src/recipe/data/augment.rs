@@ -3,7 +3,8 @@
 use burn::config::Config;
 use rand::{Rng, RngExt};
 
-use super::{DataError, set::normalize};
+use super::DataError;
+use crate::clip::ImagePreprocessing;
 
 /// How far images may be changed. Zero everywhere leaves them as they are.
 #[derive(Config, Debug, Copy, PartialEq)]
@@ -40,7 +41,7 @@ impl AugmentConfig {
 
     /// Writes a changed and normalised copy of `image` (`[side, side, 3]`) into `out` (`[3, side, side]`). What comes into view from
     /// outside has the colour of the nearest edge.
-    pub(super) fn apply(&self, image: &[u8], side: usize, out: &mut [f32], rng: &mut impl Rng) {
+    pub(super) fn apply(&self, image: &[u8], side: usize, preprocessing: &ImagePreprocessing, out: &mut [f32], rng: &mut impl Rng) {
         let mut draw = |limit: f32| if limit > 0.0 { rng.random_range(-limit..=limit) } else { 0.0 };
         let size = draw(self.scale).exp();
         let aspect = draw(self.scale / 2.0).exp();
@@ -68,7 +69,7 @@ impl AugmentConfig {
             let grey = value.iter().sum::<f32>() / 3.0;
             for channel in 0..3 {
                 let v = (grey + (value[channel] - grey) * saturation) * tint[channel] + brightness;
-                out[channel * area + pixel] = normalize(v, channel);
+                out[channel * area + pixel] = preprocessing.normalize(v, channel);
             }
         }
     }
@@ -94,14 +95,23 @@ mod tests {
     use super::*;
     use rand::{SeedableRng, rngs::StdRng};
 
+    use crate::clip::{IMAGE_MEAN, IMAGE_STD, Interpolation, ResizeMode};
+
+    const CLIP: ImagePreprocessing = ImagePreprocessing {
+        mean: IMAGE_MEAN,
+        std: IMAGE_STD,
+        resize_mode: ResizeMode::Shortest,
+        interpolation: Interpolation::Bicubic,
+    };
+
     #[test]
     fn no_strength_means_no_change() {
         let image: Vec<u8> = (0..4 * 4 * 3).map(|i| (i * 5) as u8).collect();
         let mut out = vec![0.0; 48];
-        AugmentConfig::none().apply(&image, 4, &mut out, &mut StdRng::seed_from_u64(0));
+        AugmentConfig::none().apply(&image, 4, &CLIP, &mut out, &mut StdRng::seed_from_u64(0));
         for (pixel, rgb) in image.chunks(3).enumerate() {
             for channel in 0..3 {
-                let want = normalize(f32::from(rgb[channel]), channel);
+                let want = CLIP.normalize(rgb[channel].into(), channel);
                 assert!((out[channel * 16 + pixel] - want).abs() < 1e-5);
             }
         }
@@ -112,7 +122,7 @@ mod tests {
         let image = vec![200u8; 8 * 8 * 3];
         let config = AugmentConfig::new().with_colour(0.0).with_shift(0.5).with_rotation(45.0);
         let mut out = vec![0.0; 192];
-        config.apply(&image, 8, &mut out, &mut StdRng::seed_from_u64(3));
-        assert!(out[..64].iter().all(|v| (v - normalize(200.0, 0)).abs() < 1e-4));
+        config.apply(&image, 8, &CLIP, &mut out, &mut StdRng::seed_from_u64(3));
+        assert!(out[..64].iter().all(|v| (v - CLIP.normalize(200.0, 0)).abs() < 1e-4));
     }
 }

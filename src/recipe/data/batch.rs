@@ -148,7 +148,7 @@ impl Drawer {
             let images = &self.images_of_concept[index];
             let image = images[rng.random_range(0..images.len())];
             let concept = self.set.concept_of_image[image];
-            self.config.augment.apply(self.set.image(image), side, out, &mut rng);
+            self.config.augment.apply(self.set.image(image), side, &self.set.preprocessing, out, &mut rng);
             texts.push(self.caption(concept, &mut rng));
             concepts.push(concept);
         }

@@ -9,7 +9,7 @@ use std::{
 use serde::Deserialize;
 
 use super::{Concept, DataError, ImageTextSet};
-use crate::clip::preprocess::{ImagePreprocessor, Orientation};
+use crate::clip::preprocess::ImagePreprocessor;
 
 #[derive(Deserialize)]
 struct Row {
@@ -19,12 +19,12 @@ struct Row {
 
 /// Reads a list of image paths and captions, and the images. Paths are relative to the list. The list is a `.csv` with a header
 /// line `path,caption`, or a `.jsonl` with `{"path": …, "caption": …}` in every line. Several lines may name one image: it then
-/// has several captions. Each image is a concept of its own. Images are turned the way up that the
-/// camera wrote into them, resized (bicubic, shorter side) and cropped to the middle.
+/// has several captions. Each image is a concept of its own. `preprocessor` prepares the images: take
+/// [`ImagePreprocessor::for_model`], so that a model is trained on images as it is used on them.
 ///
 /// # Errors
 /// When the list cannot be understood, a caption is empty, or an image is none; each with the file and the line.
-pub fn load_folder(list: impl AsRef<Path>, image_size: usize) -> Result<ImageTextSet, DataError> {
+pub fn load_folder(list: impl AsRef<Path>, preprocessor: &ImagePreprocessor) -> Result<ImageTextSet, DataError> {
     let list = list.as_ref();
     let text = fs::read_to_string(list).map_err(|source| DataError::Io { path: list.to_path_buf(), source })?;
     let bad = |line: u64, reason: String| DataError::Line { path: list.to_path_buf(), line, reason };
@@ -58,12 +58,12 @@ pub fn load_folder(list: impl AsRef<Path>, image_size: usize) -> Result<ImageTex
         }
         captions.entry(folder.join(row.path)).or_default().push(caption.to_string());
     }
-    let preprocessor = ImagePreprocessor::new(image_size).with_orientation(Orientation::Exif);
     let paths: Vec<&PathBuf> = captions.keys().collect();
     let mut pixels = Vec::new();
     for image in preprocessor.open_all(&paths) {
         pixels.extend(image?);
     }
     let concepts: Vec<Concept> = captions.into_values().map(|captions| Concept { captions, tags: Vec::new() }).collect();
-    Ok(ImageTextSet::new(image_size, pixels, (0..concepts.len()).collect(), concepts))
+    let set = ImageTextSet::new(preprocessor.image_size, pixels, (0..concepts.len()).collect(), concepts);
+    Ok(set.with_preprocessing(preprocessor.preprocessing))
 }

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::clip::{IMAGE_MEAN, IMAGE_STD};
+use crate::clip::ImagePreprocessing;
 
 /// What an image can show. Two images of one concept are never in the same batch.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -17,6 +17,7 @@ pub struct Concept {
 #[derive(Debug, Clone, Hash)]
 pub struct ImageTextSet {
     pub(super) image_size: usize,
+    pub(super) preprocessing: ImagePreprocessing,
     /// `[images, image_size, image_size, 3]`
     pub(super) pixels: Vec<u8>,
     pub(super) concept_of_image: Vec<usize>,
@@ -24,7 +25,8 @@ pub struct ImageTextSet {
 }
 
 impl ImageTextSet {
-    /// A set from its parts. `pixels` is `[images, image_size, image_size, 3]`, RGB.
+    /// A set from its parts, to be normalised as CLIP's own images are unless [`with_preprocessing`](Self::with_preprocessing) says
+    /// otherwise. `pixels` is `[images, image_size, image_size, 3]`, RGB.
     ///
     /// # Panics
     /// When the sizes do not fit each other, a concept does not exist, or one has no caption.
@@ -37,7 +39,19 @@ impl ImageTextSet {
         );
         assert!(concept_of_image.iter().all(|&concept| concept < concepts.len()), "an image shows a concept that does not exist");
         assert!(concepts.iter().all(|concept| !concept.captions.is_empty()), "a concept has no caption");
-        Self { image_size, pixels, concept_of_image, concepts }
+        Self { image_size, preprocessing: ImagePreprocessing::new(), pixels, concept_of_image, concepts }
+    }
+
+    /// The same images for a model that expects them prepared in this way. Training refuses a set that was prepared in another way than its
+    /// models expect. Pixels stay as they are: their resizing is up to whoever made them.
+    pub fn with_preprocessing(mut self, preprocessing: ImagePreprocessing) -> Self {
+        self.preprocessing = preprocessing;
+        self
+    }
+
+    /// How the images are prepared.
+    pub fn preprocessing(&self) -> &ImagePreprocessing {
+        &self.preprocessing
     }
 
     /// Number of images.
@@ -70,6 +84,7 @@ impl ImageTextSet {
         let chosen: Vec<usize> = (0..self.len()).filter(|&image| keep(image)).collect();
         Self {
             image_size: self.image_size,
+            preprocessing: self.preprocessing,
             pixels: chosen.iter().flat_map(|&image| self.image(image)).copied().collect(),
             concept_of_image: chosen.iter().map(|&image| self.concept_of_image[image]).collect(),
             concepts: self.concepts.clone(),
@@ -83,7 +98,7 @@ impl ImageTextSet {
         for (planes, image) in values.chunks_exact_mut(3 * area).zip(range.clone()) {
             for (pixel, rgb) in self.image(image).chunks_exact(3).enumerate() {
                 for channel in 0..3 {
-                    planes[channel * area + pixel] = normalize(f32::from(rgb[channel]), channel);
+                    planes[channel * area + pixel] = self.preprocessing.normalize(rgb[channel].into(), channel);
                 }
             }
         }
@@ -95,9 +110,4 @@ impl ImageTextSet {
         let size = self.image_size * self.image_size * 3;
         &self.pixels[index * size..][..size]
     }
-}
-
-/// From 0..=255 to what a model takes.
-pub(super) fn normalize(value: f32, channel: usize) -> f32 {
-    (value / 255.0 - IMAGE_MEAN[channel]) / IMAGE_STD[channel]
 }

@@ -10,7 +10,7 @@ pub fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> io::Result<()> {
     write_aside(path.as_ref(), |error| error, |aside| fs::File::create(aside)?.write_all(bytes))
 }
 
-/// Lets `write` make a file beside `path`, flushes it to the disk and renames it into place. On an error nothing is left of it.
+/// Lets `write` make a file beside `path`, gives it the mode of a new file, flushes it to the disk and renames it into place. On an error nothing is left of it.
 pub(crate) fn write_aside<E>(
     path: &Path,
     of_io: impl Fn(io::Error) -> E,
@@ -20,11 +20,11 @@ pub(crate) fn write_aside<E>(
     let name = path.file_name().ok_or_else(no_name)?;
     let aside = path.with_file_name(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
     let whole = || {
+        // What a new file here may be read by; some writers make theirs for the owner alone.
+        let permissions = fs::File::create(&aside).and_then(|file| file.metadata()).map_err(&of_io)?.permissions();
         write(&aside)?;
-        fs::File::options()
-            .write(true)
-            .open(&aside)
-            .and_then(|file| file.sync_all())
+        fs::set_permissions(&aside, permissions)
+            .and_then(|()| fs::File::options().write(true).open(&aside)?.sync_all())
             .and_then(|()| fs::rename(&aside, path))
             .map_err(&of_io)
     };
@@ -32,4 +32,25 @@ pub(crate) fn write_aside<E>(
         // Best effort: the error that matters is the first one.
         let _ = fs::remove_file(&aside);
     })
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn files_have_the_mode_of_a_new_file_whoever_writes_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let mode = |name: &str| fs::metadata(folder.path().join(name)).unwrap().permissions().mode();
+        fs::write(folder.path().join("plain"), "").unwrap();
+        // As safetensors writes: another file, for its owner alone, renamed into place.
+        let private = |aside: &Path| {
+            let file = tempfile::NamedTempFile::new_in(folder.path())?;
+            file.persist(aside).map(|_| ()).map_err(|error| error.error)
+        };
+        write_aside(&folder.path().join("private"), |error| error, private).unwrap();
+        write_atomic(folder.path().join("bytes"), b"x").unwrap();
+        assert_eq!((mode("private"), mode("bytes")), (mode("plain"), mode("plain")));
+    }
 }

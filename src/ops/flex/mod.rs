@@ -158,6 +158,17 @@ fn indices(x: &FlexTensor) -> Vec<i32> {
 mod tests {
     use super::*;
 
+    #[test]
+    fn rows_without_a_choice_are_zeros_and_lost_tokens_are_nan() {
+        let (row_choice, choice_row) = ([1, -1], [-1, 0, crate::ops::LOST, crate::ops::LOST]);
+        let (x, rows, gates) = ([3.0; 4], [5.0; 4], [0.5; 4]);
+        assert_eq!(rows::gather(&x, 2, &row_choice, 2)[..], [3.0, 3.0, 0.0, 0.0]);
+        assert_eq!(rows::weighted_gather(&x, 2, &gates, &row_choice, 2)[..], [1.5, 1.5, 0.0, 0.0]);
+        let sums = rows::weighted_sum(&rows, 2, &gates, &choice_row, 2);
+        assert!(sums[..2] == [2.5, 2.5] && sums[2..].iter().all(|value| value.is_nan()), "{:?}", &sums[..]);
+        assert_eq!(rows::sum(&rows, 2, &choice_row, 2)[..], [5.0, 5.0, 0.0, 0.0]);
+    }
+
     /// In tests a new buffer holds NaN: see [`Buffer::new`].
     #[test]
     fn every_value_of_an_output_is_written() {

@@ -6,6 +6,7 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
+use crate::ops::LOST;
 
 /// Values that one task moves.
 const CHUNK: usize = 1 << 14;
@@ -39,18 +40,21 @@ fn seated(choice_row: &[i32], token: usize, num_choices: usize) -> impl Iterator
     choice_row[choices].iter().enumerate().filter(|(_, row)| **row >= 0).map(|(m, &row)| (m, row as usize))
 }
 
-/// `out[r] = x[t(r)]`.
+/// `out[r] = x[t(r)]`; zeros for a row without a choice.
 pub(super) fn gather(x: &[f32], width: usize, row_choice: &[i32], num_choices: usize) -> Buffer {
     let mut out = Buffer::new(row_choice.len() * width);
-    for_each_row(&mut out, width, |r, row| row.copy_from_slice(row_of(x, width, row_choice[r] as usize / num_choices)));
+    for_each_row(&mut out, width, |r, row| match usize::try_from(row_choice[r]) {
+        Ok(choice) => row.copy_from_slice(row_of(x, width, choice / num_choices)),
+        Err(_) => row.fill(0.0),
+    });
     out
 }
 
-/// `out[r] = gates[choice of r] · x[t(r)]`.
+/// `out[r] = gates[choice of r] · x[t(r)]`; zeros for a row without a choice.
 pub(super) fn weighted_gather(x: &[f32], width: usize, gates: &[f32], row_choice: &[i32], num_choices: usize) -> Buffer {
     let mut out = Buffer::new(row_choice.len() * width);
     for_each_row(&mut out, width, |r, row| {
-        let choice = row_choice[r] as usize;
+        let Ok(choice) = usize::try_from(row_choice[r]) else { return row.fill(0.0) };
         let gate = gates[choice];
         for (out, x) in row.iter_mut().zip(row_of(x, width, choice / num_choices)) {
             *out = gate * x;
@@ -74,11 +78,14 @@ pub(super) fn sum(rows: &[f32], width: usize, choice_row: &[i32], num_tokens: us
     out
 }
 
-/// `out[t] = Σ_m gates[t, m] · rows[row of (t, m)]`.
+/// `out[t] = Σ_m gates[t, m] · rows[row of (t, m)]`; NaN for a token with a choice that is [`LOST`].
 pub(super) fn weighted_sum(rows: &[f32], width: usize, gates: &[f32], choice_row: &[i32], num_tokens: usize) -> Buffer {
     let num_choices = choice_row.len() / num_tokens;
     let mut out = Buffer::new(num_tokens * width);
     for_each_row(&mut out, width, |t, token| {
+        if choice_row[t * num_choices..(t + 1) * num_choices].contains(&LOST) {
+            return token.fill(f32::NAN);
+        }
         token.fill(0.0);
         for (m, row) in seated(choice_row, t, num_choices) {
             let gate = gates[t * num_choices + m];

@@ -1,7 +1,7 @@
 //! Changing a parameter's value from outside a computation.
 
 use burn::module::Param;
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{Tensor, TensorCreationOptions, TensorData};
 
 /// A parameter with another value: same identity, same device, as trainable as before. `f` sees the value outside of any graph.
 pub(crate) fn with_value<const D: usize>(param: Param<Tensor<D>>, f: impl FnOnce(Tensor<D>) -> Tensor<D>) -> Param<Tensor<D>> {
@@ -14,13 +14,24 @@ pub(crate) fn with_value<const D: usize>(param: Param<Tensor<D>>, f: impl FnOnce
     })
 }
 
-/// A parameter with new numbers: same identity, same device, as trainable as before. What it would have started from is not made.
+/// A parameter with new numbers in the device's own number type: same identity, same device, as trainable as before. What it would have
+/// started from is not made.
 ///
 /// # Panics
 /// When the shape is another one.
 pub(crate) fn replaced<const D: usize>(param: Param<Tensor<D>>, data: TensorData) -> Param<Tensor<D>> {
+    let device = param.lazy_device();
+    replaced_in(param, data, &device)
+}
+
+/// As [`replaced`], on the device and in the number type of `options`.
+pub(crate) fn replaced_in<const D: usize>(
+    param: Param<Tensor<D>>,
+    data: TensorData,
+    options: impl Into<TensorCreationOptions>,
+) -> Param<Tensor<D>> {
     let (id, shape) = (param.id, param.lazy_shape());
     assert!(data.shape() == &shape, "a parameter of shape {shape:?} cannot hold {:?}", data.shape());
-    let value = Tensor::from_data(data, &param.lazy_device());
+    let value = Tensor::from_data(data, options);
     param.transform_for_load(value, id)
 }

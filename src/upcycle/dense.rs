@@ -69,6 +69,14 @@ impl DenseFeedForward for Mlp {
     }
 }
 
+/// A non-linearity of burn by its name, without its settings.
+fn name_of(activation: &NnActivation) -> String {
+    match activation {
+        NnActivation::Gelu(_) => "Gelu (the tanh approximation)".into(),
+        other => format!("{other:?}").split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default().to_string(),
+    }
+}
+
 /// burn's own network. Its dropout is not taken over: the sparse layer has none.
 impl DenseFeedForward for PositionWiseFeedForward {
     fn dense_weights(&self) -> Result<DenseWeights, UpcycleError> {
@@ -76,8 +84,7 @@ impl DenseFeedForward for PositionWiseFeedForward {
             NnActivation::Gelu(gelu) if !gelu.approximate => Activation::Gelu,
             NnActivation::Relu(_) => Activation::Relu,
             other => {
-                let dense = format!("{other:?}");
-                return Err(UpcycleError::Activation { at: String::new(), dense, sparse: Activation::Gelu });
+                return Err(UpcycleError::Activation { at: String::new(), dense: name_of(other), sparse: None });
             }
         };
         Ok(DenseWeights {

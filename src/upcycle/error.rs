@@ -19,14 +19,14 @@ pub enum UpcycleError {
         sparse: Vec<usize>,
     },
     /// The feed-forward networks have different non-linearities.
-    #[error("{at}the dense activation is {dense}, the experts' is {sparse:?}")]
+    #[error("{at}the dense activation is {dense}{}", experts(*sparse))]
     Activation {
         /// Path of the module.
         at: String,
         /// Found in the dense module.
         dense: String,
-        /// Found in the sparse module.
-        sparse: Activation,
+        /// Found in the sparse module; `None` where there is none to compare with yet.
+        sparse: Option<Activation>,
     },
     /// One has a bias, the other has none.
     #[error("{at}`{what}`: the dense module has {}, the sparse one has {}", bias(*dense), bias(!*dense))]
@@ -100,11 +100,23 @@ fn of(parameter: &str) -> String {
     if parameter.is_empty() { String::new() } else { format!(" of `{parameter}`") }
 }
 
+fn experts(activation: Option<Activation>) -> String {
+    activation.map_or(String::new(), |activation| format!(", the experts' is {activation:?}"))
+}
+
 fn bias(has: bool) -> &'static str {
     if has { "a bias" } else { "no bias" }
 }
 
 impl UpcycleError {
+    /// The same error, which also names the activation of the experts that were to be made.
+    pub(super) fn for_experts(mut self, activation: Activation) -> Self {
+        if let Self::Activation { sparse, .. } = &mut self {
+            *sparse = Some(activation);
+        }
+        self
+    }
+
     /// The same error, one module further out.
     pub(super) fn within(mut self, name: &str) -> Self {
         match &mut self {

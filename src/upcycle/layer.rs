@@ -11,9 +11,9 @@ use super::{
     valid_rows,
 };
 use crate::{
-    experts::{ExpertMlp, FeedForwardForm},
+    experts::{Activation, ExpertMlp, FeedForwardForm},
     moe::MoeFeedForward,
-    param::{replaced, with_value},
+    param::{replaced_in, with_value},
     routing::{MoeInput, MoeOutput},
     soft_moe::SoftMoeFeedForward,
 };
@@ -21,15 +21,18 @@ use crate::{
 impl<Dense: DenseFeedForward> UpcycleFromDense<Dense> for MoeFeedForward {
     fn upcycle_from_dense(self, dense: &Dense, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
         // Frozen: compared as at inference, where nothing is dropped by default.
-        upcycle_layer(self, dense, options, copy, |model, input| model.clone().freeze().forward(input))
+        let activation = self.experts.activation;
+        upcycle_layer(self, activation, dense, options, copy, |model, input| model.clone().freeze().forward(input))
     }
 }
 
 /// A soft layer mixes tokens, so even copies do not compute what the dense network computes: training has to bring that back.
 impl<Dense: DenseFeedForward> UpcycleFromDense<Dense> for SoftMoeFeedForward {
     fn upcycle_from_dense(self, dense: &Dense, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
+        let activation = self.experts.activation;
         upcycle_layer(
             self,
+            activation,
             dense,
             options,
             |soft, weights, strategy, _| copy_soft(soft, weights, strategy),
@@ -40,6 +43,7 @@ impl<Dense: DenseFeedForward> UpcycleFromDense<Dense> for SoftMoeFeedForward {
 
 fn upcycle_layer<M: Module>(
     sparse: M,
+    activation: Activation,
     dense: &impl DenseFeedForward,
     options: &UpcycleOptions,
     copy: impl FnOnce(M, &DenseWeights, UpcycleStrategy, Option<Tensor<2>>) -> Result<(M, UpcycledLayer), UpcycleError>,
@@ -48,7 +52,7 @@ fn upcycle_layer<M: Module>(
     let probe = options.probe.as_ref().map(Probe::tokens).transpose()?;
     let calibration = options.calibration_batch()?.map(Probe::tokens).transpose()?;
     let calibration = calibration.map(|(tokens, valid)| valid_rows(&tokens, valid.as_ref()));
-    let weights = dense.dense_weights()?;
+    let weights = dense.dense_weights().map_err(|error| error.for_experts(activation))?;
     let (model, layer) = copy(sparse, &weights, options.strategy, calibration)?;
     let max_deviation = match probe {
         None => None,
@@ -119,10 +123,12 @@ fn fill(
     let device = experts.w_in.val().device().inner();
     let calibration = calibration.map(|tokens| Tensor::from_data(tokens.into_data(), &device));
     let made = make(experts, &weights.moved(&device), strategy, calibration)?;
-    experts.w_in = replace(experts.w_in.clone(), made.stacked.w_in);
-    experts.w_out = replace(experts.w_out.clone(), made.stacked.w_out);
+    // Made in the device's own number type, kept in that of the dense network.
+    let dtype = weights.w_in.dtype();
+    experts.w_in = replace(experts.w_in.clone(), made.stacked.w_in.cast(dtype));
+    experts.w_out = replace(experts.w_out.clone(), made.stacked.w_out.cast(dtype));
     for (bias, made) in [(&mut experts.b_in, made.stacked.b_in), (&mut experts.b_out, made.stacked.b_out)] {
-        *bias = bias.take().zip(made).map(|(param, made)| replace(param, made));
+        *bias = bias.take().zip(made).map(|(param, made)| replace(param, made.cast(dtype)));
     }
     Ok(made.router)
 }
@@ -168,7 +174,7 @@ fn check(
     UpcycleError::settings("form", FeedForwardForm::Plain, form)?;
     if weights.activation != experts.activation {
         let dense = format!("{:?}", weights.activation);
-        return Err(UpcycleError::Activation { at: String::new(), dense, sparse: experts.activation });
+        return Err(UpcycleError::Activation { at: String::new(), dense, sparse: Some(experts.activation) });
     }
     for (what, dense, sparse, width) in
         [("b_in", &weights.b_in, &experts.b_in, d_ff * shards), ("b_out", &weights.b_out, &experts.b_out, d_model)]
@@ -186,9 +192,10 @@ fn check(
     Ok(())
 }
 
-/// The parameter with a value from another model, which may live on another device.
+/// The parameter with a value, number type included, from another model, which may live on another device.
 pub(super) fn replace<const D: usize>(param: Param<Tensor<D>>, value: Tensor<D>) -> Param<Tensor<D>> {
-    replaced(param, value.into_data())
+    let (device, dtype) = (param.lazy_device(), value.dtype());
+    replaced_in(param, value.into_data(), (&device, dtype))
 }
 
 fn compare(
@@ -197,6 +204,7 @@ fn compare(
     valid: Option<Tensor<2, Bool>>,
     run: impl FnOnce(MoeInput<3>) -> Tensor<3>,
 ) -> Result<f64, UpcycleError> {
+    let tokens = tokens.cast(dense.w_in.dtype());
     let [batch, len, d_model] = tokens.dims();
     let expected = dense.forward(tokens.clone().reshape([batch * len, d_model])).reshape([batch, len, d_model]);
     let input = MoeInput::new(tokens);

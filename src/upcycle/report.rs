@@ -3,7 +3,7 @@
 use std::fmt;
 
 use burn::module::Module;
-use burn::tensor::Tensor;
+use burn::tensor::{FloatDType, Tensor};
 
 use super::UpcycleError;
 
@@ -82,5 +82,5 @@ pub(super) fn deviation<const R: usize>(what: &str, dense: Tensor<R>, sparse: Te
         return Ok(0.0);
     }
     crate::check_finite(what, &difference)?;
-    Ok(difference.max().into_scalar::<f32>().into())
+    Ok(difference.max().cast(FloatDType::F32).into_scalar::<f32>().into())
 }

@@ -1,25 +1,28 @@
-//! The rooms of the house: who may use whom.
+//! Which module may use which.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path, sync::LazyLock};
 
 use super::support::ROOT;
 
-/// A module may use modules of lower levels, and itself (docs/architecture.md).
-const LEVELS: [(u8, &[&str]); 10] = [
-    (0, &["ops", "error", "files", "finite", "param", "device"]),
-    (1, &["capacity", "cost", "mask", "phase", "plan"]),
-    (2, &["router", "assignment"]),
-    (3, &["dispatch", "experts"]),
-    (4, &["routing"]),
-    (5, &["moe", "soft_moe", "loss", "stats"]),
-    (6, &["transformer"]),
-    (7, &["clip"]),
-    (8, &["upcycle"]),
-    (9, &["recipe"]),
-];
+/// The level of each module, from the table of docs/architecture.md: a module may use modules of lower levels, and itself.
+fn levels() -> &'static BTreeMap<String, u8> {
+    static LEVELS: LazyLock<BTreeMap<String, u8>> = LazyLock::new(|| {
+        let text = fs::read_to_string(format!("{ROOT}/docs/architecture.md")).unwrap();
+        let rows = text.lines().filter_map(|line| {
+            let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+            Some((cells.first()?.parse::<u8>().ok()?, cells.get(1)?.to_string()))
+        });
+        rows.flat_map(|(level, modules)| {
+            let names: Vec<String> = modules.split(',').map(|name| name.trim_matches([' ', '`']).to_string()).collect();
+            names.into_iter().map(move |name| (name, level))
+        })
+        .collect()
+    });
+    &LEVELS
+}
 
 fn level(module: &str) -> Option<u8> {
-    LEVELS.iter().find(|(_, modules)| modules.contains(&module)).map(|(level, _)| *level)
+    levels().get(module).copied()
 }
 
 /// What `lib.rs` re-exports at the root, by name, with the module it comes from.
@@ -94,13 +97,13 @@ fn violations(sources: &[(String, String)]) -> Vec<String> {
             continue;
         }
         let Some(own) = level(module) else {
-            bad.push(format!("{file} is in no room of docs/architecture.md"));
+            bad.push(format!("{file} is in no level of docs/architecture.md"));
             continue;
         };
         for used in uses(&source) {
             let target = roots.get(&used).cloned().unwrap_or(used);
             match level(&target) {
-                None => bad.push(format!("{file} uses `{target}`, which is in no room")),
+                None => bad.push(format!("{file} uses `{target}`, which is in no level")),
                 Some(other) if target != module && other >= own => {
                     bad.push(format!("{file} (level {own}) uses {target} (level {other})"))
                 }
@@ -116,6 +119,7 @@ fn modules_use_only_what_is_below_them() {
     let mut all = Vec::new();
     sources(&Path::new(ROOT).join("src"), &mut all);
     assert!(all.len() > 30, "the sources were found");
+    assert!(levels().len() > 20, "the table was found");
     assert_eq!(violations(&all), Vec::<String>::new());
 }
 
@@ -129,7 +133,7 @@ fn an_import_that_goes_up_is_caught() {
         ["loss/a.rs (level 5) uses stats (level 5)"]
     );
     assert_eq!(caught("capacity.rs", "fn f() { crate::MoeFeedForward::x() }"), ["capacity.rs (level 1) uses moe (level 5)"]);
-    assert_eq!(caught("attic.rs", ""), ["attic.rs is in no room of docs/architecture.md"]);
+    assert_eq!(caught("attic.rs", ""), ["attic.rs is in no level of docs/architecture.md"]);
     assert!(caught("moe.rs", "use crate::{plan::{A, B}, moe::C}; // crate::clip\n#[cfg(test)] use crate::clip;").is_empty());
 }
 

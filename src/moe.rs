@@ -12,8 +12,8 @@ use crate::{
     experts::{ExpertMlp, ExpertMlpConfig},
     mask::TokenMask,
     phase::Phase,
-    router::{BalancingBias, Router, RouterConfig, RouterOutput},
-    routing::{FlatTokens, MoeInput, MoeOutput, Routing},
+    router::{BalancingBias, Router, RouterConfig, RouterOutput, without_non_finite},
+    routing::{FlatTokens, MoeInput, MoeOutput, Routing, shaped},
 };
 
 /// Configuration of a [`MoeFeedForward`].
@@ -123,7 +123,7 @@ impl MoeFeedForward {
         let FlatTokens { x, shape, per_sample, valid, protected } = input.into().into_tokens(d_model);
         let routing = self.route(&x, valid, protected, per_sample);
         let output = self.compute(x, &routing);
-        MoeOutput { output: output.reshape(shape), routing }
+        MoeOutput { output: shaped(output, shape), routing }
     }
 
     fn route(
@@ -155,23 +155,17 @@ impl MoeFeedForward {
             })
         });
         let RouterOutput { logits, clean_probs, probs, noise, .. } = output;
-        Routing { logits, clean_probs, probs, noise, score: self.router.score, valid, plan }
+        Routing { logits, clean_probs, probs, noise, score: self.router.score, valid, plan, token_dtype: tokens.dtype() }
     }
 
     fn compute(&self, tokens: Tensor<2>, routing: &Routing) -> Tensor<2> {
-        let plan = &routing.plan;
-        let mut output = if plan.is_known_empty() {
-            let output = tokens.zeros_like();
-            match plan.lost(&output.device()) {
-                Some(lost) => output.mask_fill(lost, f32::NAN),
-                None => output,
-            }
-        } else {
-            let dispatcher = Dispatcher::new(plan, &tokens);
-            let rows = dispatcher.dispatch(tokens.clone());
-            dispatcher.combine(self.experts.forward_rows(rows, dispatcher.offsets()))
-        };
-        if let Some(shared) = &self.shared_expert {
+        let dispatcher = Dispatcher::new(&routing.plan, &tokens);
+        let rows = dispatcher.dispatch(tokens.clone());
+        let rows = if dispatcher.is_empty() { rows } else { self.experts.forward_rows(rows, dispatcher.offsets()) };
+        let mut output = dispatcher.combine(rows);
+        if let Some(shared) = self.shared_expert.as_ref().filter(|_| routing.plan.num_tokens() > 0) {
+            // A token that is not finite has its NaN from combining, and must not reach the weights' gradient.
+            let tokens = if tokens.device().is_autodiff() { without_non_finite(tokens) } else { tokens };
             let shared = shared.forward(tokens.unsqueeze_dim(0)).squeeze_dim(0);
             output = output
                 + match &routing.valid {

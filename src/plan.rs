@@ -90,8 +90,23 @@ impl DispatchPlan {
         }
     }
 
+    /// The plan of a batch without a token.
+    pub(crate) fn of_no_tokens(num_experts: usize, num_choices: usize, device: &Device) -> Self {
+        let gates = Tensor::zeros([0, num_choices], (device, DType::F32));
+        Self {
+            num_tokens: 0,
+            num_choices,
+            num_experts,
+            gates,
+            seats: Seats::Host(HostSeats::new(num_experts, num_choices, &[], vec![])),
+        }
+    }
+
     /// A plan in which nobody chooses: for layers without choices.
     pub(crate) fn without_rows(num_experts: usize, num_tokens: usize, device: &Device) -> Self {
+        if num_tokens == 0 {
+            return Self::of_no_tokens(num_experts, 1, device);
+        }
         let seats = vec![Seat::Unasked; num_tokens];
         Self::new(num_experts, 1, &seats, Tensor::zeros([num_tokens, 1], device), Vec::new())
     }

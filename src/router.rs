@@ -3,7 +3,7 @@
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
 use burn::nn::Initializer;
-use burn::tensor::{Device, Distribution, FloatDType, Tensor, TensorData, activation, assert_shape};
+use burn::tensor::{Bool, Device, Distribution, FloatDType, Tensor, TensorData, activation, assert_shape};
 use serde::{Deserialize, Serialize};
 
 use crate::{cost::Cost, error::ConfigError, ops, param::with_value, phase::Phase};
@@ -172,14 +172,32 @@ impl Router {
         let weight = self.weight.val();
         let [d_model, num_experts] = weight.dims();
         assert_shape!(x, [_, d_model]);
+        // Zero times NaN is NaN: in the weight's gradient, one bad token would spoil all. Without gradients there is nothing to guard.
+        let is_guarded = x.device().is_autodiff() && x.dims()[0] > 0;
+        let bad_tokens = is_guarded.then(|| non_finite_rows(x.clone()));
+        let x = match &bad_tokens {
+            Some(bad) => x.mask_fill(bad.clone(), 0.0),
+            None => x,
+        };
+        // Tokens whose logits overflow, too: the fill keeps a gradient from passing, and its NaN tells who cannot be routed.
+        let guarded = |logits: Tensor<2>| match &bad_tokens {
+            Some(bad) => {
+                let (scores, _) = self.score.of(logits.clone().detach());
+                let bad = bad.clone().bool_or(non_finite_rows(scores));
+                Guarded { logits: logits.mask_fill(bad.clone(), 0.0), bad: Some(bad) }
+            }
+            None => Guarded { logits, bad: None },
+        };
         let logits = ops::router_logits(x.clone(), weight.clone());
         let is_clean = phase == Phase::Inference || (self.noise == 0.0 && self.jitter == 0.0);
         if is_clean {
-            let (scores, probs) = self.score.of(logits.clone());
-            return RouterOutput { logits, clean_probs: probs.clone(), probs, scores, noise: None };
+            let logits = guarded(logits);
+            let (scores, probs) = logits.scores(self.score);
+            return RouterOutput { logits: logits.marked(), clean_probs: probs.clone(), probs, scores, noise: None };
         }
-        let (_, clean_probs) = self.score.of(logits.clone());
-        let mut routed = logits.clone();
+        let clean = guarded(logits.clone());
+        let (_, clean_probs) = clean.scores(self.score);
+        let mut routed = logits;
         if self.jitter > 0.0 {
             let x = x.cast(FloatDType::F32);
             let factor = x.random_like(Distribution::Uniform(1.0 - self.jitter, 1.0 + self.jitter));
@@ -189,10 +207,12 @@ impl Router {
         if self.noise > 0.0 {
             let std = self.noise / num_experts as f64;
             routed = routed.clone() + routed.random_like(Distribution::Normal(0.0, std));
-            noise = Some(RouterNoise { logits: routed.clone(), std });
+            noise = Some(std);
         }
-        let (scores, probs) = self.score.of(routed);
-        RouterOutput { logits, clean_probs, probs, scores, noise }
+        let routed = guarded(routed);
+        let (scores, probs) = routed.scores(self.score);
+        let noise = noise.map(|std| RouterNoise { logits: routed.marked(), std });
+        RouterOutput { logits: clean.marked(), clean_probs, probs, scores, noise }
     }
 
     /// Moves the balancing bias against the load: `b_e += rate · sign(mean load − load_e)` (arXiv 2408.15664, algorithm 1). `load` counts
@@ -219,6 +239,43 @@ impl Router {
         let bias = self.balancing_bias.as_ref()?.val();
         Some(bias.detach().try_into_vec_as().expect("a bias is f32"))
     }
+}
+
+/// Logits in which the rows `bad [T, 1]`, if it is known, stand at zero.
+struct Guarded {
+    logits: Tensor<2>,
+    bad: Option<Tensor<2, Bool>>,
+}
+
+impl Guarded {
+    /// NaN in bad rows, which a gradient does not pass.
+    fn mark(&self, x: Tensor<2>) -> Tensor<2> {
+        match &self.bad {
+            Some(bad) => x.mask_fill(bad.clone(), f32::NAN),
+            None => x,
+        }
+    }
+
+    fn marked(&self) -> Tensor<2> {
+        self.mark(self.logits.clone())
+    }
+
+    /// Scores, and the probabilities that belong to them.
+    fn scores(&self, score: RouterScore) -> (Tensor<2>, Tensor<2>) {
+        let (scores, probs) = score.of(self.logits.clone());
+        (self.mark(scores), self.mark(probs))
+    }
+}
+
+/// Rows that hold a value that is not finite, `[T, N] -> [T, 1]`; outside of any graph.
+pub(crate) fn non_finite_rows(x: Tensor<2>) -> Tensor<2, Bool> {
+    x.detach().mul_scalar(0.0).sum_dim(1).equal_elem(0.0).bool_not()
+}
+
+/// The rows with those that are not finite as zeros.
+pub(crate) fn without_non_finite(x: Tensor<2>) -> Tensor<2> {
+    let bad = non_finite_rows(x.clone());
+    x.mask_fill(bad, 0.0)
 }
 
 impl RouterScore {

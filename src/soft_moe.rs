@@ -3,7 +3,7 @@
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
 use burn::nn::Initializer;
-use burn::tensor::{Device, FloatDType, Tensor, activation::softmax};
+use burn::tensor::{DType, Device, FloatDType, Tensor, activation::softmax};
 
 use crate::{
     cost::Cost,
@@ -11,7 +11,7 @@ use crate::{
     experts::{ExpertMlp, ExpertMlpConfig},
     plan::DispatchPlan,
     router::RouterScore,
-    routing::{MoeInput, MoeOutput, Routing},
+    routing::{FlatTokens, MoeInput, MoeOutput, Routing, shaped},
 };
 
 /// Configuration of a [`SoftMoeFeedForward`].
@@ -108,6 +108,9 @@ impl SoftMoeFeedForward {
         let tokens = input.into().into_tokens(d_model);
         assert!(tokens.protected.is_none(), "soft MoE has no protected tokens: it drops none");
         let (num_tokens, per_sample) = (tokens.x.dims()[0], tokens.per_sample);
+        if num_tokens == 0 {
+            return self.forward_nothing(tokens);
+        }
         let samples = num_tokens.checked_div(per_sample).unwrap_or(0);
         let [_, num_slots] = self.slots.shape().dims();
         let device = tokens.x.device();
@@ -147,8 +150,27 @@ impl SoftMoeFeedForward {
             score: RouterScore::Softmax,
             valid: tokens.valid,
             plan,
+            token_dtype: dtype,
         };
         MoeOutput { output: output.reshape(tokens.shape), routing }
+    }
+
+    /// No tokens in, none out.
+    fn forward_nothing<const R: usize>(&self, tokens: FlatTokens) -> MoeOutput<R> {
+        let ([num_experts, _, _], [_, num_slots]) = (self.experts.dims(), self.slots.shape().dims());
+        let device = tokens.x.device();
+        let none = |width: usize| Tensor::<2>::zeros([0, width], (&device, DType::F32));
+        let routing = Routing {
+            logits: none(num_slots),
+            clean_probs: none(num_experts),
+            probs: none(num_experts),
+            noise: None,
+            score: RouterScore::Softmax,
+            valid: tokens.valid,
+            plan: DispatchPlan::of_no_tokens(num_experts, 1, &device),
+            token_dtype: tokens.x.dtype(),
+        };
+        MoeOutput { output: shaped(tokens.x, tokens.shape), routing }
     }
 }
 

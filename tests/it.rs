@@ -3,6 +3,7 @@
 mod it {
     mod bad_input;
     mod clip;
+    mod edge_cases;
     mod fixtures;
     mod input;
     mod kernels;

@@ -12,7 +12,7 @@ pub enum TokenGroups {
     /// All tokens of a call are one group.
     #[default]
     Whole,
-    /// This many tokens, in order; a token count that it does not divide is refused.
+    /// This many tokens, in order; the last group is smaller when the size does not divide the token count.
     OfSize(usize),
     /// Each sample is a group: of an input `[B, N, D]`, the `N` tokens of one index of the first axis. A sample's result then does not
     /// depend on the rest of the batch, whatever the assignment. An input `[T, D]` is one sample.
@@ -31,23 +31,25 @@ impl TokenGroups {
         }
     }
 
-    /// Tokens of each group.
+    /// Tokens of each group, at least 1; the last group may have fewer.
     ///
     /// # Panics
-    /// When the size does not divide the token count.
+    /// When samples do not divide the tokens.
     pub(super) fn size(&self, num_tokens: usize, tokens_per_sample: usize) -> usize {
-        let size = match *self {
-            Self::Whole => num_tokens,
-            Self::OfSize(size) => size,
-            Self::PerSample => tokens_per_sample,
-        };
-        assert!(num_tokens == 0 || num_tokens.is_multiple_of(size), "groups of {size} tokens do not divide {num_tokens} tokens");
-        size
+        match *self {
+            Self::Whole => num_tokens.max(1),
+            Self::OfSize(size) => size.clamp(1, num_tokens.max(1)),
+            Self::PerSample => {
+                let divides = num_tokens == 0 || (tokens_per_sample > 0 && num_tokens.is_multiple_of(tokens_per_sample));
+                assert!(divides, "samples of {tokens_per_sample} tokens do not divide {num_tokens} tokens");
+                tokens_per_sample.max(1)
+            }
+        }
     }
 
     /// The tokens of each group, in order.
     pub(super) fn ranges(&self, num_tokens: usize, tokens_per_sample: usize) -> impl Iterator<Item = Range<usize>> {
-        let size = self.size(num_tokens, tokens_per_sample).max(1);
-        (0..num_tokens.div_ceil(size)).map(move |group| group * size..(group + 1) * size)
+        let size = self.size(num_tokens, tokens_per_sample);
+        (0..num_tokens.div_ceil(size)).map(move |group| group * size..((group + 1) * size).min(num_tokens))
     }
 }

@@ -80,6 +80,19 @@ impl<'a> AssignmentInput<'a> {
         Self { scores, selection_bias: None, valid: None, protected: None, tokens_per_sample, phase }
     }
 
+    /// Refuses flags and biases of another number than the scores have rows and columns.
+    fn expect_fits(&self) {
+        let [num_tokens, num_experts] = self.scores.dims();
+        let given = [("valid", self.valid.map(<[bool]>::len)), ("protected", self.protected.map(<[bool]>::len))];
+        for (name, len) in given.into_iter().filter_map(|(name, len)| len.map(|len| (name, len))) {
+            assert!(len == num_tokens, "`{name}` has {len} flags, but the scores are of {num_tokens} tokens");
+        }
+        if let Some(bias) = self.selection_bias {
+            let len = bias.len();
+            assert!(len == num_experts, "`selection_bias` has {len} entries, but the scores are of {num_experts} experts");
+        }
+    }
+
     /// The one read of the scores: seats are handed out on the host.
     fn read_scores(&self) -> Vec<f32> {
         self.scores.clone().detach().try_into_vec_as().expect("scores are f32")
@@ -143,6 +156,14 @@ impl AssignmentConfig {
         }
     }
 
+    /// Choices of each token in a plan, `M`.
+    fn num_choices(&self, num_experts: usize) -> usize {
+        match self {
+            Self::TokenChoice(config) => config.top_k,
+            Self::ExpertChoice(_) => num_experts,
+        }
+    }
+
     /// Whether tokens may be protected: only where tokens choose.
     pub fn can_protect(&self) -> bool {
         matches!(self, Self::TokenChoice(_))
@@ -190,8 +211,16 @@ impl AssignmentConfig {
     /// Seats the tokens of one batch.
     ///
     /// # Panics
-    /// When groups do not divide the tokens, or expert choice gets protected tokens.
+    /// When a mask does not have `T` flags, the bias does not have `E` entries, there are fewer than `top_k` experts, samples do not divide
+    /// the tokens, or expert choice gets protected tokens.
     pub fn assign(&self, input: &AssignmentInput) -> DispatchPlan {
+        input.expect_fits();
+        let [num_tokens, num_experts] = input.scores.dims();
+        let least = self.least_experts();
+        assert!(least <= num_experts, "`top_k` is {least}, but the scores are of only {num_experts} experts");
+        if num_tokens == 0 {
+            return DispatchPlan::of_no_tokens(num_experts, self.num_choices(num_experts), &input.scores.device());
+        }
         match self {
             Self::TokenChoice(config) => config.assign(input, self.capacity(input.phase)),
             Self::ExpertChoice(config) => config.assign(input),

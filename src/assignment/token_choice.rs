@@ -26,8 +26,8 @@ pub struct TokenChoiceConfig {
     /// Who is seated first when an expert is full. Default: `ChoiceMajor`
     #[config(default = "FillOrder::ChoiceMajor")]
     pub fill_order: FillOrder,
-    /// Slots per expert in a training step. Default: `OfTokens(2.0)`
-    #[config(default = "Capacity::OfTokens(2.0)")]
+    /// Slots per expert in a training step. Default: `OfBalancedLoad(1.0)`, which holds a perfectly even routing whatever `top_k` is
+    #[config(default = "Capacity::OfBalancedLoad(1.0)")]
     pub training_capacity: Capacity,
     /// Slots per expert outside of training. Default: `Dropless`, so that a result does not depend on the rest of the batch.
     #[config(default = "Capacity::Dropless")]
@@ -86,9 +86,7 @@ impl TokenChoiceConfig {
         let scores = input.read_scores();
         let routable = input.routable(&scores);
         let chosen = choose(input, &scores, &routable, top_k);
-        let size = self.groups.size(num_tokens, input.tokens_per_sample);
-        let slots = capacity.slots(size, top_k, num_experts).unwrap_or(usize::MAX);
-        let seats = self.seat(input, &scores, &chosen, slots);
+        let seats = self.seat(input, &scores, &chosen, capacity);
 
         let device = input.scores.device();
         // A token that asks for nothing still needs an index to gather; its gate is masked to zero below.
@@ -108,6 +106,10 @@ impl TokenChoiceConfig {
             return None;
         }
         let group_size = self.groups.size(num_tokens, input.tokens_per_sample);
+        // The kernel's groups are all of one size.
+        if !num_tokens.is_multiple_of(group_size) {
+            return None;
+        }
         // More slots than tokens are never taken.
         let slots = capacity.slots(group_size, self.top_k, num_experts)?.min(group_size);
         // Empty slots are computed too: from twice as many slots as choices on, waiting for the host costs less.
@@ -127,12 +129,13 @@ impl TokenChoiceConfig {
     }
 
     /// One seat per choice, in token-major order, whatever the fill order.
-    fn seat(&self, input: &AssignmentInput, scores: &[f32], chosen: &[Option<usize>], slots: usize) -> Vec<Seat> {
+    fn seat(&self, input: &AssignmentInput, scores: &[f32], chosen: &[Option<usize>], capacity: Capacity) -> Vec<Seat> {
         let [num_tokens, num_experts] = input.scores.dims();
         let mut seats = vec![Seat::Unasked; chosen.len()];
         // Rows of earlier groups come first.
         let mut seated = vec![0; num_experts];
         for group in self.groups.ranges(num_tokens, input.tokens_per_sample) {
+            let slots = capacity.slots(group.len(), self.top_k, num_experts).unwrap_or(usize::MAX);
             let first = seated.clone();
             let mut fill = |choice: usize| {
                 let Some(expert) = chosen[choice] else { return };
@@ -279,10 +282,14 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "groups of 3 tokens do not divide 4 tokens")]
-    fn groups_must_divide_the_tokens() {
+    fn the_last_group_may_be_smaller() {
+        // Groups of 3, 3 and 1 tokens that all want experts 0 and 1: 2, 2 and 1 slots of each.
         let config = TokenChoiceConfig::new().with_groups(TokenGroups::OfSize(3));
-        plan(&config, &[[0.6, 0.3, 0.1]; 4], None, Capacity::Fixed(1));
+        let plan = plan(&config, &[[0.6, 0.3, 0.1]; 7], None, Capacity::OfBalancedLoad(1.0));
+        assert_eq!(plan.load(), [5, 5, 0]);
+        assert_eq!(plan.row_token(), [0, 1, 3, 4, 6, 0, 1, 3, 4, 6]);
+        let short = TokenChoiceConfig::new().with_groups(TokenGroups::OfSize(3));
+        assert_eq!(self::plan(&short, &[[0.6, 0.3, 0.1]; 2], None, Capacity::Dropless).load(), [2, 2, 0]);
     }
 
     #[test]

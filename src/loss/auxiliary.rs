@@ -51,7 +51,7 @@ pub struct LossTerm {
 /// What [`AuxiliaryLoss::forward`] returns; a term is `None` when its weight is 0.
 #[derive(Debug, Clone)]
 pub struct AuxiliaryLossOutput {
-    /// The weighted sum, `[1]`: add it to the task loss.
+    /// The weighted sum, `[1]`, in the number type of the tokens: add it to the task loss. Terms are f32.
     pub total: Tensor<1>,
     /// See [`load_balancing_loss`].
     pub load_balancing: Option<LossTerm>,
@@ -126,6 +126,7 @@ impl AuxiliaryLoss {
         let load = term(config.load, &load_loss);
         let local_entropy = term(config.local_entropy, &local_entropy_loss);
         let global_entropy = term(config.global_entropy, &|routing| global_entropy_loss(routing, config.experts_in_use));
+        let total = total.cast(routings[0].token_dtype);
         AuxiliaryLossOutput { total, load_balancing, router_z, importance, load, local_entropy, global_entropy }
     }
 }

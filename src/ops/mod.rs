@@ -122,8 +122,11 @@ impl DeviceSeats {
 /// - output: `[T, E]`, f32
 pub(crate) fn router_logits(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
     let weight = weight.cast(DType::F32);
+    if x.dims()[0] == 0 {
+        return Tensor::zeros([0, weight.dims()[1]], (&x.device(), DType::F32));
+    }
     #[cfg(feature = "cube")]
-    if has_router_kernel(&x.device(), x.dtype()) && x.dims()[0] > 0 {
+    if has_router_kernel(&x.device(), x.dtype()) {
         use extension::RouterOps;
         let logits = burn::backend::Dispatch::moe_router_logits(x.into_dispatch(), weight.transpose().into_dispatch());
         return Tensor::from_dispatch(logits);

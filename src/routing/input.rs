@@ -73,18 +73,31 @@ impl<const R: usize> MoeInput<R> {
             R >= 2 && shape[R - 1] == d_model,
             "tokens of shape {shape:?} do not fit a layer of width {d_model}: expected [.., {d_model}]"
         );
-        let num_tokens = shape.num_elements() / d_model;
+        let num_tokens = shape[..R - 1].iter().product();
         let (valid, protected) = (self.valid, self.protected);
         [&valid, &protected].into_iter().flatten().for_each(|mask| mask.expect_fits(&shape, num_tokens));
-        let x = self.x.reshape([num_tokens, d_model]);
+        let x = if num_tokens == 0 {
+            // burn reads a size of 0 in a new shape as "keep".
+            Tensor::zeros([0, d_model], (&self.x.device(), self.x.dtype()))
+        } else {
+            self.x.reshape([num_tokens, d_model])
+        };
         let x = match &valid {
             // Whatever padding holds, NaN included, stops here.
-            Some(valid) => x.clone().mask_fill(valid.unset(&x.device()), 0.0),
-            None => x,
+            Some(valid) if num_tokens > 0 => x.clone().mask_fill(valid.unset(&x.device()), 0.0),
+            _ => x,
         };
         let per_sample = if R == 2 { num_tokens } else { num_tokens / shape[0].max(1) };
         FlatTokens { x, shape, per_sample, valid, protected }
     }
+}
+
+/// Rows `[T, D]` in the shape that they came in.
+pub(crate) fn shaped<const R: usize>(x: Tensor<2>, shape: Shape) -> Tensor<R> {
+    if shape.num_elements() == 0 {
+        return Tensor::zeros(shape, (&x.device(), x.dtype()));
+    }
+    x.reshape(shape)
 }
 
 impl<const R: usize> From<Tensor<R>> for MoeInput<R> {

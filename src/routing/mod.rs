@@ -2,15 +2,15 @@
 
 mod input;
 
-pub(crate) use input::FlatTokens;
+pub(crate) use input::{FlatTokens, shaped};
 pub use input::{MoeInput, MoeOutput};
 
-use burn::tensor::Tensor;
+use burn::tensor::{Bool, DType, Tensor};
 
 use crate::{
     mask::TokenMask,
     plan::DispatchPlan,
-    router::{RouterNoise, RouterScore},
+    router::{RouterNoise, RouterScore, non_finite_rows},
 };
 
 /// The routing of one layer on one batch. Everything that losses and statistics need is in here; nothing is kept elsewhere.
@@ -30,6 +30,8 @@ pub struct Routing {
     pub valid: Option<TokenMask>,
     /// Who sits where, and with which gate.
     pub plan: DispatchPlan,
+    /// The number type of the layer's tokens, which a loss over the routing is given in.
+    pub token_dtype: DType,
 }
 
 impl Routing {
@@ -41,25 +43,26 @@ impl Routing {
         }
     }
 
-    /// Mean over valid tokens of a value per token, `[T, N] -> [1, N]`; zeros when no token is valid.
+    /// Mean over valid tokens of finite probabilities of a value per token, `[T, N] -> [1, N]`; zeros when there are none.
     pub(crate) fn mean_over_valid(&self, per_token: Tensor<2>) -> Tensor<2> {
-        let (device, dtype) = (per_token.device(), per_token.dtype());
-        let sum = self.sum_over_valid(per_token);
-        match &self.valid {
-            // Counted where the sum is, which does not wait for the host.
-            Some(valid) => sum / valid.tensor(&device).float().cast(dtype).sum().clamp_min(1.0).unsqueeze_dim(1),
-            None => sum / self.plan.num_tokens().max(1) as f64,
+        let (device, dtype, [num_tokens, width]) = (per_token.device(), per_token.dtype(), per_token.dims());
+        if num_tokens == 0 {
+            return Tensor::zeros([1, width], (&device, dtype));
         }
+        let uncounted = self.uncounted();
+        // Counted where the sum is, which does not wait for the host.
+        let count = uncounted.clone().bool_not().float().cast(dtype).sum().clamp_min(1.0).unsqueeze_dim(1);
+        // A fill, not a product: what such a token holds may not be finite.
+        per_token.mask_fill(uncounted, 0.0).sum_dim(0) / count
     }
 
-    /// Sum over valid tokens of a value per token, `[T, N] -> [1, N]`.
-    pub(crate) fn sum_over_valid(&self, per_token: Tensor<2>) -> Tensor<2> {
-        let counted = match &self.valid {
-            // A fill, not a product: what padding holds may not be finite.
-            Some(valid) => per_token.clone().mask_fill(valid.unset(&per_token.device()), 0.0),
-            None => per_token,
-        };
-        counted.sum_dim(0)
+    /// Tokens that count in no loss, `[T, 1]`: padding, and those whose probabilities are not finite.
+    fn uncounted(&self) -> Tensor<2, Bool> {
+        let not_finite = non_finite_rows(self.probs.clone());
+        match &self.valid {
+            Some(valid) => not_finite.bool_or(valid.unset(&self.probs.device())),
+            None => not_finite,
+        }
     }
 }
 

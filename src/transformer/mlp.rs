@@ -57,6 +57,9 @@ impl Mlp {
         let [d_model, _] = self.linear_in.weight.shape().dims();
         assert_shape!(x, [.., d_model]);
         let shape = x.shape();
+        if shape.num_elements() == 0 {
+            return x;
+        }
         let tokens = x.reshape([shape.num_elements() / d_model, d_model]);
         let linear = |x, linear: &Linear, activation| {
             ops::linear(x, linear.weight.val(), linear.bias.as_ref().map(|bias| bias.val()), activation)

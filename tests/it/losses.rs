@@ -1,6 +1,6 @@
 //! Auxiliary losses at the values that papers and definitions give.
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use burn_moe::{
     AssignmentConfig, AssignmentInput, AuxiliaryLossConfig, GateNormalization, MoeFeedForwardConfig, MoeInput, Phase, RouterConfig,
     RouterNoise, RouterScore, Routing, TokenChoiceConfig, TokenMask, clip::ClipAuxiliaryLossConfig, global_entropy_loss,
@@ -16,7 +16,16 @@ fn routing<const T: usize, const E: usize>(probs: [[f32; E]; T], top_k: usize) -
         TokenChoiceConfig::new().with_top_k(top_k).with_gate_normalization(GateNormalization::None).into();
     let plan = assignment.assign(&AssignmentInput::new(probs.clone(), Phase::Inference));
     let logits = probs.clone().log();
-    Routing { logits, clean_probs: probs.clone(), probs, noise: None, score: RouterScore::Softmax, valid: None, plan }
+    Routing {
+        logits,
+        clean_probs: probs.clone(),
+        probs,
+        noise: None,
+        score: RouterScore::Softmax,
+        valid: None,
+        plan,
+        token_dtype: DType::F32,
+    }
 }
 
 fn scalar(loss: Tensor<1>) -> f32 {
@@ -179,7 +188,7 @@ fn routing_of(logits: Tensor<2>, noise: Tensor<2>, chosen_by: Tensor<2>, valid: 
     let plan = assignment.assign(&input);
     let noise = Some(RouterNoise { logits: noisy, std: 0.25 });
     let valid = valid.map(|valid| TokenMask::new(mask(&valid, &logits.device())));
-    Routing { logits, clean_probs, probs, noise, score: RouterScore::Softmax, valid, plan }
+    Routing { logits, clean_probs, probs, noise, score: RouterScore::Softmax, valid, plan, token_dtype: DType::F32 }
 }
 
 #[test]

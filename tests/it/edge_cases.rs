@@ -1,0 +1,253 @@
+//! Empty batches, tokens that are not finite, half precision, and public pieces given sizes that do not fit.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use burn::module::Module;
+use burn::nn::{
+    activation::ActivationConfig,
+    transformer::{PositionWiseFeedForward, PositionWiseFeedForwardConfig},
+};
+use burn::tensor::{Bool, DType, Device, Distribution, FloatDType, Tensor};
+use burn_moe::{
+    AssignmentConfig, AssignmentInput, AuxiliaryLossConfig, BalancingBias, Capacity, Dispatcher, EncoderConfig, ExpertChoiceConfig,
+    ExpertMlpConfig, Kernels, MlpConfig, MoeFeedForward, MoeFeedForwardConfig, MoeInput, Phase, Probe, RouterConfig, RouterScore,
+    RoutingStats, SoftMoeFeedForwardConfig, TokenChoiceConfig, TokenGroups, UpcycleFromDense, UpcycleOptions,
+    clip::{ClipConfig, SparseClipConfig, TextConfig, VisionConfig, tokenizer::ClipTokenizer},
+    with_kernels,
+};
+
+use super::support::values;
+
+/// The text of a panic.
+fn panic_of<R>(body: impl FnOnce() -> R) -> String {
+    let Err(panic) = catch_unwind(AssertUnwindSafe(body)) else { return "no panic".into() };
+    panic
+        .downcast_ref::<String>()
+        .cloned()
+        .or_else(|| panic.downcast_ref::<&str>().map(|text| text.to_string()))
+        .unwrap_or_default()
+}
+
+#[test]
+fn the_default_training_capacity_holds_an_even_routing_of_any_top_k() {
+    // Token t chooses the experts t, t + 1, … of 8: an even load.
+    for top_k in [2, 4, 8] {
+        let scores: Vec<f32> = (0..16).flat_map(|t| (0..8).map(move |e| 1.0 / (1.0 + ((e + 8 - t % 8) % 8) as f32))).collect();
+        let scores = Tensor::<1>::from_floats(&scores[..], &Device::default()).reshape([16, 8]);
+        let assignment = AssignmentConfig::from(TokenChoiceConfig::new().with_top_k(top_k));
+        let plan = assignment.assign(&AssignmentInput::new(scores, Phase::Training));
+        assert_eq!((plan.dropped(), plan.load()), (0.0, vec![2 * top_k; 8]), "{top_k} choices");
+    }
+}
+
+/// A layer on the training device whose tokens are all routed.
+fn trained(score: RouterScore, shared: bool) -> MoeFeedForward {
+    let device = Device::default().autodiff();
+    device.seed(5);
+    let router = RouterConfig::new().with_init_std(1.0).with_score(score).with_noise(0.0);
+    let choice = TokenChoiceConfig::new().with_training_capacity(Capacity::Dropless);
+    let config = MoeFeedForwardConfig::new(6, 10, 4).with_router(router).with_assignment(choice.into());
+    config.with_shared_expert(shared.then_some(5)).init(&device)
+}
+
+/// All gradients of the layer, for a loss that reads the first `tokens` tokens and the auxiliary losses.
+fn gradients(layer: &MoeFeedForward, x: Tensor<2>, tokens: usize) -> (f32, Vec<Vec<f32>>) {
+    let x = x.require_grad();
+    let result = layer.forward(x.clone());
+    let z = if layer.router.score == RouterScore::Softmax { 0.01 } else { 0.0 };
+    let weights = AuxiliaryLossConfig::new().with_load_balancing(1.0).with_router_z(z).with_importance(1.0);
+    let auxiliary = weights.with_local_entropy(0.1).with_global_entropy(0.1).init().forward(&[result.routing]).total;
+    let loss = result.output.narrow(0, 0, tokens).square().sum() + auxiliary;
+    let grads = loss.backward();
+    let experts = &layer.experts;
+    let mut found = vec![
+        values(&layer.router.weight.val().grad(&grads).unwrap()),
+        values(&experts.w_in.val().grad(&grads).unwrap()),
+        values(&experts.w_out.val().grad(&grads).unwrap()),
+        values(&x.grad(&grads).unwrap().narrow(0, 0, tokens)),
+    ];
+    if let Some(shared) = &layer.shared_expert {
+        found.push(values(&shared.w_in.val().grad(&grads).unwrap()));
+    }
+    (loss.into_scalar::<f32>(), found)
+}
+
+#[test]
+fn a_token_that_is_not_finite_changes_no_gradient_and_no_loss() {
+    let device = Device::default().autodiff();
+    let good = Tensor::<2>::random([7, 6], Distribution::Normal(0.0, 1.0), &device);
+    for (score, shared) in [(RouterScore::Softmax, true), (RouterScore::Softmax, false), (RouterScore::Sigmoid, true)] {
+        let layer = trained(score, shared);
+        for bad in [f32::NAN, f32::INFINITY, 3e38] {
+            let row = Tensor::<2>::full([1, 6], bad, &device);
+            let x = Tensor::cat(vec![good.clone(), row], 0);
+            for kernels in [Kernels::Fastest, Kernels::Reference] {
+                with_kernels(kernels, || {
+                    let (expected, found) = (gradients(&layer, good.clone(), 7), gradients(&layer, x.clone(), 7));
+                    assert!((expected.0 - found.0).abs() < 1e-4 * expected.0.abs(), "{score:?} {bad}: {} {}", expected.0, found.0);
+                    for (index, (a, b)) in expected.1.iter().zip(&found.1).enumerate() {
+                        let largest = a.iter().fold(1.0f32, |most, v| most.max(v.abs()));
+                        assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 1e-5 * largest), "{score:?} {bad}, gradient {index}");
+                    }
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn statistics_leave_tokens_out_that_are_not_finite() {
+    let layer = trained(RouterScore::Softmax, false);
+    let device = Device::default().autodiff();
+    let x = Tensor::<2>::from_floats([[1.0, 2.0, 0.5, 0.1, 0.2, 0.3], [f32::NAN; 6]], &device);
+    let (with, without) = (layer.forward(x.clone()).routing, layer.forward(x.narrow(0, 0, 1)).routing);
+    assert_eq!(with.plan.unroutable(), [1]);
+    let (with, without) = (RoutingStats::new(&with), RoutingStats::new(&without));
+    assert_eq!((with.confidence, with.entropy, with.load), (without.confidence, without.entropy, without.load));
+}
+
+#[test]
+fn a_batch_without_tokens_comes_out_empty() {
+    for device in [Device::default(), Device::default().autodiff()] {
+        for kernels in [Kernels::Fastest, Kernels::Reference] {
+            with_kernels(kernels, || {
+                let empty = |shape: [usize; 3]| Tensor::<3>::zeros(shape, &device);
+                let config = MoeFeedForwardConfig::new(6, 10, 4).with_shared_expert(Some(3));
+                let expert_choice = ExpertChoiceConfig::new().with_groups(TokenGroups::PerSample);
+                for config in [config.clone(), config.with_assignment(expert_choice.into())] {
+                    let layer = config.init(&device);
+                    for shape in [[2, 0, 6], [0, 5, 6], [0, 0, 6]] {
+                        let result = layer.forward(empty(shape));
+                        assert_eq!((result.output.dims(), result.routing.plan.num_rows()), (shape, 0));
+                        let total = AuxiliaryLossConfig::new().init().forward(&[result.routing]).total;
+                        assert_eq!(total.into_scalar::<f32>(), 0.0);
+                        let valid = Tensor::<2, Bool>::full([shape[0], shape[1]], true, &device);
+                        assert_eq!(layer.forward(MoeInput::new(empty(shape)).valid(valid)).output.dims(), shape);
+                    }
+                    assert_eq!(layer.forward(Tensor::<2>::zeros([0, 6], &device)).output.dims(), [0, 6]);
+                }
+                let soft = SoftMoeFeedForwardConfig::new(6, 10, 4).init(&device);
+                let mlp = MlpConfig::new(6, 10).init(&device);
+                for shape in [[2, 0, 6], [0, 5, 6]] {
+                    assert_eq!(soft.forward(empty(shape)).output.dims(), shape);
+                    assert_eq!(mlp.forward(empty(shape)).dims(), shape);
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn a_dispatcher_of_an_empty_plan_gives_zeros() {
+    let device = Device::default();
+    let scores = Tensor::<2>::full([3, 4], 0.25, &device);
+    let valid = [false; 3];
+    let input = AssignmentInput { valid: Some(&valid), ..AssignmentInput::new(scores, Phase::Inference) };
+    let plan = AssignmentConfig::default().assign(&input);
+    let tokens = Tensor::<2>::ones([3, 6], &device);
+    let dispatcher = Dispatcher::new(&plan, &tokens);
+    let rows = dispatcher.dispatch(tokens);
+    assert_eq!((rows.dims(), dispatcher.ranges(), dispatcher.is_empty()), ([0, 6], vec![0..0; 4], true));
+    assert_eq!(values(&dispatcher.combine(rows)), [0.0; 18]);
+}
+
+#[test]
+fn a_loss_in_half_precision_takes_the_auxiliary_losses() {
+    for dtype in [FloatDType::F16, FloatDType::BF16] {
+        let device = Device::default().autodiff();
+        let layer = cast(MoeFeedForwardConfig::new(6, 10, 4).init(&device), dtype);
+        let x = Tensor::<3>::random([2, 5, 6], Distribution::Normal(0.0, 1.0), &device).cast(dtype);
+        let result = layer.forward(x);
+        let auxiliary = AuxiliaryLossConfig::new().init().forward(&[result.routing]);
+        let loss = result.output.mean() + auxiliary.total;
+        assert_eq!(loss.dtype(), DType::from(dtype));
+        assert_eq!(auxiliary.router_z.unwrap().mean.dtype(), DType::F32);
+        let grads = loss.backward();
+        assert!(layer.router.weight.val().grad(&grads).is_some());
+    }
+}
+
+/// A module with its numbers in another type.
+fn cast<M: Module>(module: M, dtype: FloatDType) -> M {
+    struct Cast(FloatDType);
+    impl burn::module::ModuleMapper for Cast {
+        fn map_float<const D: usize>(&mut self, param: burn::module::Param<Tensor<D>>) -> burn::module::Param<Tensor<D>> {
+            param.map(|x| {
+                let tracked = x.is_require_grad();
+                x.cast(self.0).detach().set_require_grad(tracked)
+            })
+        }
+    }
+    module.map(&mut Cast(dtype))
+}
+
+#[test]
+fn a_model_in_half_precision_is_upcycled_and_compared() {
+    let device = Device::default();
+    for dtype in [FloatDType::F16, FloatDType::BF16] {
+        let dense: PositionWiseFeedForward = cast(PositionWiseFeedForwardConfig::new(6, 10).init(&device), dtype);
+        for probe_type in [FloatDType::F32, dtype] {
+            let tokens = Tensor::<3>::random([1, 7, 6], Distribution::Normal(0.0, 1.0), &device).cast(probe_type);
+            let options = UpcycleOptions::default().with_probe(Probe::Tokens { tokens, valid: None });
+            let upcycled = MoeFeedForwardConfig::new(6, 10, 4).init(&device).upcycle_from_dense(&dense, &options).unwrap();
+            assert!(upcycled.report.max_deviation.unwrap() < 0.05);
+            assert_eq!(upcycled.model.experts.w_in.val().dtype(), DType::from(dtype));
+        }
+    }
+}
+
+#[test]
+fn a_clip_in_half_precision_is_upcycled_and_compared() {
+    let device = Device::default();
+    let encoder = || EncoderConfig::new(16, 2, 2, 32);
+    let config = ClipConfig::new(VisionConfig::new(encoder(), 8, 4), TextConfig::new(encoder()).with_context_length(12), 16);
+    let dense = cast(config.init(&device), FloatDType::F16);
+    let images = Tensor::<4>::random([2, 3, 8, 8], Distribution::Normal(0.0, 1.0), &device);
+    let tokens = ClipTokenizer::new().tokenize(&["a word", "two"], 12).tensor(&device);
+    let options = UpcycleOptions::default().with_probe(Probe::ImagesAndTexts { images, tokens });
+    let sparse = config.sparse(SparseClipConfig::clip_up()).init(&device);
+    let upcycled = sparse.upcycle_from_dense(&dense, &options).unwrap();
+    assert!(upcycled.report.max_deviation.unwrap() < 0.05, "{}", upcycled.report);
+}
+
+#[test]
+fn assignments_name_the_sizes_that_do_not_fit() {
+    let scores = || Tensor::<2>::full([3, 4], 0.25, &Device::default());
+    let input = || AssignmentInput::new(scores(), Phase::Training);
+    let token_choice = AssignmentConfig::default();
+    let text = |input: AssignmentInput| panic_of(|| token_choice.assign(&input));
+    assert_eq!(text(AssignmentInput { valid: Some(&[true; 2]), ..input() }), "`valid` has 2 flags, but the scores are of 3 tokens");
+    let protected = text(AssignmentInput { protected: Some(&[true; 4]), ..input() });
+    assert_eq!(protected, "`protected` has 4 flags, but the scores are of 3 tokens");
+    let bias = text(AssignmentInput { selection_bias: Some(&[0.0; 5]), ..input() });
+    assert_eq!(bias, "`selection_bias` has 5 entries, but the scores are of 4 experts");
+    let many = AssignmentConfig::from(TokenChoiceConfig::new().with_top_k(5));
+    assert_eq!(panic_of(|| many.assign(&input())), "`top_k` is 5, but the scores are of only 4 experts");
+
+    let plan = token_choice.assign(&input());
+    let tokens = |count| Tensor::<2>::ones([count, 6], &Device::default());
+    assert_eq!(panic_of(|| Dispatcher::new(&plan, &tokens(2))), "a plan of 3 tokens does not fit 2 tokens");
+    let dispatcher = Dispatcher::new(&plan, &tokens(3));
+    assert_eq!(panic_of(|| dispatcher.dispatch(tokens(4))), "4 tokens do not fit a plan of 3 tokens");
+    assert!(panic_of(|| dispatcher.combine(tokens(1))).starts_with("1 rows do not fit a plan of "));
+}
+
+#[test]
+fn an_activation_that_does_not_fit_is_named_with_that_of_the_experts() {
+    let device = Device::default();
+    let tanh = PositionWiseFeedForwardConfig::new(6, 10).with_activation(ActivationConfig::GeluApproximate).init(&device);
+    let experts = ExpertMlpConfig::new().with_activation(burn_moe::Activation::Relu);
+    let sparse = MoeFeedForwardConfig::new(6, 10, 4).with_experts(experts).init(&device);
+    let error = sparse.upcycle_from_dense(&tanh, &UpcycleOptions::default()).unwrap_err().to_string();
+    assert_eq!(error, "the dense activation is Gelu (the tanh approximation), the experts' is Relu");
+}
+
+#[test]
+fn a_balancing_bias_survives_an_empty_batch() {
+    let device = Device::default().autodiff();
+    let router = RouterConfig::new().with_balancing_bias(BalancingBias::Sign { rate: 0.1 });
+    let layer = MoeFeedForwardConfig::new(6, 10, 4).with_router(router).init(&device);
+    let routing = layer.forward(Tensor::<2>::zeros([0, 6], &device)).routing;
+    let layer = layer.update_balancing_bias(&routing);
+    assert_eq!(values(&layer.router.balancing_bias.unwrap().val()), [0.0; 4]);
+}

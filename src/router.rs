@@ -269,7 +269,9 @@ impl Guarded {
 
 /// Rows that hold a value that is not finite, `[T, N] -> [T, 1]`; outside of any graph.
 pub(crate) fn non_finite_rows(x: Tensor<2>) -> Tensor<2, Bool> {
-    x.detach().mul_scalar(0.0).sum_dim(1).equal_elem(0.0).bool_not()
+    // A sum that no finite row can make overflow. Not a product with zero, which a shader compiler may take for zero.
+    let scaled = x.detach().cast(FloatDType::F32).mul_scalar(1e-20);
+    scaled.sum_dim(1).is_finite().bool_not()
 }
 
 /// The rows with those that are not finite as zeros.

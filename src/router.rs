@@ -289,9 +289,9 @@ impl RouterScore {
                 (probs.clone(), probs)
             }
             Self::Sigmoid => {
-                // Zero for finite logits; keeps NaN what a sigmoid would flatten to 0 or 1, so that nobody is routed by it.
-                let not_finite = logits.clone() * 0.0;
-                let scores = activation::sigmoid(logits) + not_finite;
+                // A sigmoid makes 0 or 1 of an infinite logit, by which no token must be routed.
+                let is_bad = logits.clone().detach().is_finite().bool_not();
+                let scores = activation::sigmoid(logits).mask_fill(is_bad, f32::NAN);
                 (scores.clone(), scores.clone() / scores.sum_dim(1).clamp_min(f64::from(f32::MIN_POSITIVE)))
             }
         }

@@ -62,7 +62,7 @@ struct Args {
     /// A training vendor to test on instead of Twemoji; for tuning, with a `--dense` that has not seen it either
     #[arg(long)]
     hold_out: Option<String>,
-    /// Which blocks become sparse: every N-th. CLIP-UP has 2; a model as small as this one gains more with 1 (docs/results.md)
+    /// Which blocks become sparse: every N-th. CLIP-UP has 2; a model as small as this one gains more with 1 (docs/experiments.md)
     #[arg(long, default_value_t = 1)]
     every: usize,
     /// Slots per expert in training, in parts of the tokens (2 is the even share of two choices); without it, every choice has one

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! First it trains a dense CLIP without the held-out vendor, then every recipe from that model. Everything is kept in `--out`: started
-//! again, it goes on where it was stopped, and it prints the table of all that is finished. docs/results.md has a table that it printed.
+//! again, it goes on where it was stopped, and it prints the table of all that is finished. docs/experiments.md has a table that it printed.
 
 use std::{
     collections::BTreeMap,

@@ -139,7 +139,7 @@ mod tests {
 
     #[test]
     fn presets_cost_what_their_papers_say() {
-        // GFLOPs per pair, dense and sparse: the table in docs/results.md.
+        // GFLOPs per pair, dense and sparse: the table in docs/experiments.md.
         for (config, dense, sparse) in
             [(ClipConfig::vit_b_32(), 14.8, 19.55), (ClipConfig::vit_b_16(), 41.1, 54.2), (ClipConfig::vit_l_14(), 175.3, 231.48)]
         {

@@ -8,6 +8,8 @@
 //! train on, Twemoji's to test on. Everything is written into `--out`: the sparse checkpoint, `report.json` and `clip_up.png`.
 //! With `--data pairs.csv` (or `.jsonl`; image path, caption) it takes your own images, of which every tenth is held out. Images are prepared as the dense checkpoint says.
 
+mod support;
+
 use std::{
     error::Error,
     fs,
@@ -22,18 +24,17 @@ use burn_moe::{
         preprocess::{ImagePreprocessor, Orientation},
         tokenizer::ClipTokenizer,
     },
-    device_by_name,
     recipe::{
-        Arm, Evaluation, Observer, OptimizerConfig, PairedBootstrap, StepLosses, TrainConfig, TrainedArm, WarmupCosine,
+        Arm, Evaluation, Observer, OptimizerConfig, PairedBootstrap, StepLosses, TrainConfig, TrainInput, TrainedArm, WarmupCosine,
         data::{DataError, EmojiPack, EmojiVendor, ImageTextSet, load_folder},
         paired_bootstrap, train,
     },
-    write_atomic,
 };
 use clap::Parser;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use plotters::prelude::*;
 use serde_json::{Value, json};
+use support::{device_by_name, write_atomic};
 
 #[derive(Parser)]
 #[command(about = "Upcycles a dense CLIP and trains it on beside the dense one")]
@@ -133,7 +134,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut config = TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed);
     config.batch = config.batch.with_batch_size(args.batch_size.min(set.len())).with_context_length(context_length);
     let mut progress = Progress::new(&arms, args.steps)?;
-    let trained = train(arms, &set, &test, &config, None, &device, &mut progress)?;
+    let trained = train(TrainInput {
+        arms,
+        set: &set,
+        test: &test,
+        config: &config,
+        checkpointing: None,
+        device: &device,
+        observer: &mut progress,
+    })?;
     progress.finish();
     let [dense_continued, sparse] = &trained[..] else { unreachable!("two arms were trained") };
 

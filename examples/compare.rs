@@ -9,6 +9,8 @@
 //! First it trains a dense CLIP without the held-out vendor, then every recipe from that model. Everything is kept in `--out`: started
 //! again, it goes on where it was stopped, and it prints the table of all that is finished. docs/experiments.md has a table that it printed.
 
+mod support;
+
 use std::{
     collections::BTreeMap,
     error::Error,
@@ -27,15 +29,16 @@ use burn_moe::{
         checkpoint::Precision, tokenizer::ClipTokenizer,
     },
     recipe::{
-        Arm, Checkpointing, Evaluation, Observer, OptimizerConfig, OptimizerState, StepLosses, TrainConfig, WarmupCosine,
+        Arm, Checkpointing, Evaluation, Observer, OptimizerConfig, OptimizerState, StepLosses, TrainConfig, TrainInput,
+        WarmupCosine,
         data::{EmojiPack, EmojiVendor, ImageTextSet},
         train,
     },
-    write_atomic,
 };
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
+use support::write_atomic;
 
 #[derive(Parser)]
 #[command(about = "Compares recipes at equal steps")]
@@ -256,7 +259,15 @@ fn dense_model(
     let run = TrainConfig::new(args.dense_steps).with_eval_every(800);
     let checkpointing = Checkpointing { folder: args.out.join("dense-run"), every: 400 };
     let mut progress = Progress::new(&["dense".to_string()], args.dense_steps)?;
-    let trained = train(vec![arm], set, validation, &run, Some(&checkpointing), device, &mut progress)?;
+    let trained = train(TrainInput {
+        arms: vec![arm],
+        set,
+        test: validation,
+        config: &run,
+        checkpointing: Some(&checkpointing),
+        device,
+        observer: &mut progress,
+    })?;
     let trained = trained.into_iter().next().expect("one arm was trained");
     let checkpoint = ClipCheckpoint { config: config.clone(), model: trained.model.clone() };
     checkpoint.save_open_clip(args.out.join("dense"), Precision::F32)?;
@@ -298,7 +309,15 @@ fn run(args: &Args, base: &Base, recipes: &[&Recipe], seed: u64) -> Result<(), B
     let folder = args.out.join(format!("run-{}-{seed}", names.join("+")));
     let checkpointing = Checkpointing { folder: folder.clone(), every: 250 };
     let mut progress = Progress::new(&names, args.steps)?;
-    let trained = train(arms, &base.set, &base.validation, &config, Some(&checkpointing), &base.device, &mut progress)?;
+    let trained = train(TrainInput {
+        arms,
+        set: &base.set,
+        test: &base.validation,
+        config: &config,
+        checkpointing: Some(&checkpointing),
+        device: &base.device,
+        observer: &mut progress,
+    })?;
     for (index, (arm, gflops)) in trained.iter().zip(gflops).enumerate() {
         let last = &arm.history.last().expect("there is an evaluation at the end").1;
         let recalls = |recall: burn_moe::clip::Recall| [recall.r1, recall.r5, recall.r10];

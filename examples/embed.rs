@@ -7,21 +7,21 @@
 //! `--images` is a folder (its PNG, JPEG and WebP files, sorted) and `--texts` a file with a text in every line. The file has `image_embeds` and
 //! `text_embeds`, f32, a row each in that order, of length 1; their names are beside it in `.json`.
 
+mod support;
+
 use std::{error::Error, fs, path::PathBuf, time::Instant};
 
-use burn_moe::{
-    clip::{
-        Embedder,
-        checkpoint::ClipCheckpoint,
-        lists::images_in,
-        normalize,
-        preprocess::{ImagePreprocessor, Orientation},
-    },
-    device_by_name, write_atomic,
+use burn_moe::clip::{
+    Embedder,
+    checkpoint::ClipCheckpoint,
+    lists::images_in,
+    normalize,
+    preprocess::{ImagePreprocessor, Orientation},
 };
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use safetensors::{Dtype, tensor::TensorView};
+use support::{device_by_name, write_atomic};
 
 #[derive(Parser)]
 #[command(about = "Embeds images and texts")]

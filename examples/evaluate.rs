@@ -10,19 +10,19 @@
 //! Images are turned the way up that the camera wrote into them, as in the other examples; with `--as-stored` they are not, as in open_clip,
 //! whose figures can then be compared.
 
+mod support;
+
 use std::{error::Error, fs, path::PathBuf};
 
-use burn_moe::{
-    clip::{
-        Embedder, RetrievalMetrics, ZeroShotClassifier,
-        checkpoint::ClipCheckpoint,
-        lists::{CaptionedImages, ClassifiedImages},
-        preprocess::{ImagePreprocessor, Orientation},
-    },
-    device_by_name,
+use burn_moe::clip::{
+    Embedder, RetrievalMetrics, ZeroShotClassifier,
+    checkpoint::ClipCheckpoint,
+    lists::{CaptionedImages, ClassifiedImages},
+    preprocess::{ImagePreprocessor, Orientation},
 };
 use clap::{Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
+use support::device_by_name;
 
 #[derive(Parser)]
 #[command(about = "Evaluates a CLIP checkpoint")]

@@ -8,6 +8,8 @@
 //! training and validates on it; without it the run trains on all five training vendors and shows recall on the first of them,
 //! which says how far training is and nothing about how well the model generalises. Twemoji is never read.
 
+mod support;
+
 use std::{error::Error, path::PathBuf};
 
 use burn_moe::{
@@ -16,15 +18,15 @@ use burn_moe::{
         ClipAuxiliaryLossConfig, ClipConfig, TextConfig, VisionConfig,
         checkpoint::{ClipCheckpoint, Precision},
     },
-    device_by_name,
     recipe::{
-        Arm, Checkpointing, Evaluation, Observer, OptimizerConfig, StepLosses, TrainConfig, WarmupCosine,
+        Arm, Checkpointing, Evaluation, Observer, OptimizerConfig, StepLosses, TrainConfig, TrainInput, WarmupCosine,
         data::{EmojiPack, EmojiVendor},
         train,
     },
 };
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
+use support::device_by_name;
 
 #[derive(Parser)]
 #[command(about = "Trains a dense CLIP from scratch on the emoji pack")]
@@ -113,7 +115,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     let bar = ProgressBar::new(args.steps as u64)
         .with_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed} of {duration} {msg}")?);
     let mut progress = Progress { bar };
-    let trained = train(vec![arm], &set, &validation, &run, Some(&checkpointing), &device, &mut progress)?;
+    let trained = train(TrainInput {
+        arms: vec![arm],
+        set: &set,
+        test: &validation,
+        config: &run,
+        checkpointing: Some(&checkpointing),
+        device: &device,
+        observer: &mut progress,
+    })?;
     let trained = trained.into_iter().next().expect("one arm was trained");
     println!("{:.1} ms a step", 1e3 * trained.time.as_secs_f64() / trained.timed_steps.max(1) as f64);
     ClipCheckpoint { config: start.config, model: trained.model }.save_open_clip(&args.out, Precision::F16)?;

@@ -6,20 +6,20 @@
 //!
 //! Writes `--out`, an HTML page that shows the images where they are.
 
+mod support;
+
 use std::{error::Error, fs, path::PathBuf};
 
-use burn_moe::{
-    clip::{
-        Embedder,
-        checkpoint::ClipCheckpoint,
-        lists::images_in,
-        normalize,
-        preprocess::{ImagePreprocessor, Orientation},
-    },
-    device_by_name, write_atomic,
+use burn_moe::clip::{
+    Embedder,
+    checkpoint::ClipCheckpoint,
+    lists::images_in,
+    normalize,
+    preprocess::{ImagePreprocessor, Orientation},
 };
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
+use support::{device_by_name, write_atomic};
 
 #[derive(Parser)]
 #[command(about = "Finds images by a text")]

@@ -8,6 +8,8 @@
 //! (`open_clip_config.json`). The sparse model equals the dense one until it is trained; the report says by how much it does, on random images
 //! and texts. It prints what it took, with the largest memory of the process where the system tells (Linux).
 
+mod support;
+
 use std::{error::Error, fs, path::PathBuf, time::Instant};
 
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
@@ -17,9 +19,9 @@ use burn_moe::{
         ClipConfig, SparseClipConfig,
         checkpoint::{ClipCheckpoint, Precision},
     },
-    device_by_name, write_atomic,
 };
 use clap::{Parser, ValueEnum};
+use support::{device_by_name, write_atomic};
 
 #[derive(Parser)]
 #[command(about = "Upcycles a dense CLIP checkpoint")]

@@ -9,6 +9,8 @@
 //! The exit status is 1 when an error is above its tolerance (1e-4, gradients 1e-3), or a case needs what is not there yet. On `cuda`
 //! tolerances are 20 times as wide, as burn's f32 products are TF32 there where that measures faster.
 
+pub(crate) mod support;
+
 use std::{
     collections::BTreeMap,
     error::Error,
@@ -23,12 +25,13 @@ use burn::{
 };
 use burn_moe::{
     Activation, AssignmentConfig, Capacity, ExpertChoiceConfig, ExpertMlpConfig, FillOrder, GateNormalization,
-    MoeFeedForwardConfig, MoeInput, RoutingStats, TokenChoiceConfig, clip::checkpoint::ClipCheckpoint, device_by_name,
-    global_entropy_loss, importance_loss, load_balancing_loss, router_z_loss,
+    MoeFeedForwardConfig, MoeInput, RoutingStats, TokenChoiceConfig, clip::checkpoint::ClipCheckpoint, global_entropy_loss,
+    importance_loss, load_balancing_loss, router_z_loss,
 };
 use clap::Parser;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
+use support::device_by_name;
 
 const FORWARD: f64 = 1e-4;
 const GRADIENT: f64 = 1e-3;

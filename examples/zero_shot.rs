@@ -6,18 +6,18 @@
 //!
 //! Each label goes into every template (`{}` is the label); embeddings are averaged as CLIP does.
 
+mod support;
+
 use std::{error::Error, path::PathBuf};
 
 use burn::tensor::activation::softmax;
-use burn_moe::{
-    clip::{
-        Embedder, ZeroShotClassifier,
-        checkpoint::ClipCheckpoint,
-        preprocess::{ImagePreprocessor, Orientation},
-    },
-    device_by_name,
+use burn_moe::clip::{
+    Embedder, ZeroShotClassifier,
+    checkpoint::ClipCheckpoint,
+    preprocess::{ImagePreprocessor, Orientation},
 };
 use clap::Parser;
+use support::device_by_name;
 
 #[derive(Parser)]
 #[command(about = "Classifies images by labels")]

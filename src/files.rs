@@ -6,7 +6,7 @@ use std::{fs, io, io::Write, path::Path};
 ///
 /// # Errors
 /// Of the file system; `path` is then as it was.
-pub fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> io::Result<()> {
     write_aside(path.as_ref(), |error| error, |aside| fs::File::create(aside)?.write_all(bytes))
 }
 
@@ -34,13 +34,14 @@ pub(crate) fn write_aside<E>(
     })
 }
 
-#[cfg(all(test, unix))]
+#[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
 
     #[test]
+    #[cfg(unix)]
     fn files_have_the_mode_of_a_new_file_whoever_writes_them() {
+        use std::os::unix::fs::PermissionsExt;
         let folder = tempfile::tempdir().unwrap();
         let mode = |name: &str| fs::metadata(folder.path().join(name)).unwrap().permissions().mode();
         fs::write(folder.path().join("plain"), "").unwrap();
@@ -52,5 +53,22 @@ mod tests {
         write_aside(&folder.path().join("private"), |error| error, private).unwrap();
         write_atomic(folder.path().join("bytes"), b"x").unwrap();
         assert_eq!((mode("private"), mode("bytes")), (mode("plain"), mode("plain")));
+    }
+
+    #[test]
+    fn a_write_that_fails_leaves_the_old_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        write_atomic(&path, b"old").unwrap();
+        write_atomic(&path, b"new").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        // A folder in the way: the rename fails, and nothing stays behind.
+        let taken = folder.path().join("taken");
+        fs::create_dir(&taken).unwrap();
+        fs::write(taken.join("x"), b"").unwrap();
+        assert!(write_atomic(&taken, b"new").is_err());
+        let mut left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["file", "taken"]);
     }
 }

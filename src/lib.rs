@@ -29,7 +29,6 @@
 mod assignment;
 mod capacity;
 mod cost;
-mod device;
 mod dispatch;
 mod error;
 mod experts;
@@ -59,11 +58,9 @@ pub use assignment::{
 };
 pub use capacity::Capacity;
 pub use cost::Cost;
-pub use device::{DeviceError, device_by_name};
 pub use dispatch::Dispatcher;
 pub use error::ConfigError;
 pub use experts::{Activation, ExpertMlp, ExpertMlpConfig, FeedForwardForm};
-pub use files::write_atomic;
 pub use finite::{NonFiniteError, check_finite, check_finite_module};
 pub use loss::{
     AuxiliaryLoss, AuxiliaryLossConfig, AuxiliaryLossOutput, LossTerm, global_entropy_loss, importance_loss, load_balancing_loss,

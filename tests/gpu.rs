@@ -11,7 +11,7 @@ use burn_moe::{
     Activation, AuxiliaryLossConfig, BalancingBias, Capacity, ExpertChoiceConfig, ExpertMlpConfig, FillOrder, GateNormalization,
     Kernels, MoeFeedForward, MoeFeedForwardConfig, MoeInput, RouterConfig, Routing, TokenChoiceConfig, TokenGroups,
     clip::{ClipConfig, SparseClipConfig, contrastive_loss},
-    device_by_name, load_balancing_loss,
+    load_balancing_loss,
 };
 
 #[path = "it/outcome.rs"]
@@ -24,6 +24,7 @@ mod verify;
 
 use outcome::{Outcome, assert_same, biased_router, run_layer};
 use support::{ROOT, mask, numbers, values};
+use verify::support::device_by_name;
 
 const ACTIVATIONS: [Activation; 4] = [Activation::Gelu, Activation::QuickGelu, Activation::Relu, Activation::Silu];
 

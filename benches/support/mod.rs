@@ -1,6 +1,9 @@
 //! What every bench does alike: paired timing, and inputs with routing to order.
 #![allow(dead_code)] // Each bench uses its part.
 
+#[path = "../../examples/support/device.rs"]
+mod device;
+
 use std::{
     hint::black_box,
     time::{Duration, Instant},
@@ -8,8 +11,10 @@ use std::{
 
 use burn::module::Param;
 use burn::tensor::{Device, Distribution, FloatDType, IntDType, Tensor};
-use burn_moe::{Capacity, MoeFeedForward, MoeFeedForwardConfig, TokenChoiceConfig, device_by_name};
+use burn_moe::{Capacity, MoeFeedForward, MoeFeedForwardConfig, TokenChoiceConfig};
+
 use criterion::{Criterion, SamplingMode};
+use device::device_by_name;
 
 pub(crate) const EXPERTS: usize = 8;
 pub(crate) const TOP_K: usize = 2;

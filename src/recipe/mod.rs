@@ -15,5 +15,7 @@ pub use bootstrap::{PairedBootstrap, paired_bootstrap};
 pub use evaluate::{Evaluation, LayerStats, evaluate};
 pub use schedule::WarmupCosine;
 pub use state::OptimizerState;
-pub use train::{Arm, Checkpointing, Observer, OptimizerConfig, StepLosses, TrainConfig, TrainError, TrainedArm, train};
+pub use train::{
+    Arm, Checkpointing, Observer, OptimizerConfig, StepLosses, TrainConfig, TrainError, TrainInput, TrainedArm, train,
+};
 pub use vocabulary::CompactVocabulary;

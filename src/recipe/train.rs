@@ -139,6 +139,24 @@ pub struct StepLosses {
     pub learning_rate: f64,
 }
 
+/// What [`train`] takes.
+pub struct TrainInput<'a> {
+    /// The models, which see the same batches.
+    pub arms: Vec<Arm>,
+    /// What they are trained on.
+    pub set: &'a ImageTextSet,
+    /// What they are evaluated on.
+    pub test: &'a ImageTextSet,
+    /// What all arms share.
+    pub config: &'a TrainConfig,
+    /// Where the run is kept, so that it can go on after it was stopped; `None`: nowhere.
+    pub checkpointing: Option<&'a Checkpointing>,
+    /// Where the models are trained.
+    pub device: &'a Device,
+    /// Hears of every step and evaluation; `&mut ()` hears nothing.
+    pub observer: &'a mut dyn Observer,
+}
+
 /// Watches a run: progress bars, logs. Every method does nothing by default.
 pub trait Observer {
     /// After each step of each arm; `step` counts from 1.
@@ -215,15 +233,8 @@ pub enum TrainError {
 ///
 /// # Errors
 /// When the data does not fit, a loss or a parameter is not finite, or a checkpoint cannot be read or written.
-pub fn train(
-    arms: Vec<Arm>,
-    set: &ImageTextSet,
-    test: &ImageTextSet,
-    config: &TrainConfig,
-    checkpointing: Option<&Checkpointing>,
-    device: &Device,
-    observer: &mut dyn Observer,
-) -> Result<Vec<TrainedArm>, TrainError> {
+pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
+    let TrainInput { arms, set, test, config, checkpointing, device, observer } = input;
     let every = checkpointing.map_or(1, |checkpointing| checkpointing.every);
     let sizes = [("steps", config.steps), ("eval_every", config.eval_every), ("arms", arms.len()), ("checkpointing.every", every)];
     sizes.into_iter().try_for_each(|(field, value)| ConfigError::non_zero(field, value))?;

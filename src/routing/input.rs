@@ -45,6 +45,12 @@ impl<const R: usize> MoeInput<R> {
         self
     }
 
+    /// Which tokens are padding, as burn's `MhaInput::mask_pad` takes it: the opposite of [`valid`](Self::valid), which replaces it and which
+    /// it replaces.
+    pub fn mask_pad<const M: usize>(self, mask: Tensor<M, Bool>) -> Self {
+        self.valid(mask.bool_not())
+    }
+
     /// Which tokens are seated before all others; the shape as for [`valid`](Self::valid). A choice of a protected token is dropped only
     /// when more protected choices than slots name its expert. Only token choice has protected tokens.
     pub fn protected<const M: usize>(mut self, mask: Tensor<M, Bool>) -> Self {

@@ -6,9 +6,8 @@ use burn::tensor::{Device, Tensor};
 use burn_moe::{
     EncoderConfig, check_finite, check_finite_module,
     clip::{Clip, ClipAuxiliaryLossConfig, ClipConfig, EndOfText, TextConfig, VisionConfig, preprocess::ImagePreprocessor},
-    device_by_name,
     recipe::{
-        Arm, OptimizerConfig, TrainConfig, TrainError, WarmupCosine,
+        Arm, OptimizerConfig, TrainConfig, TrainError, TrainInput, WarmupCosine,
         data::{BatchConfig, Batches, Concept, EmojiPack, EmojiVendor, ImageTextSet, load_folder},
         evaluate, train,
     },
@@ -120,7 +119,18 @@ fn a_number_that_is_none_stops_a_run_and_is_named() {
         state: None,
     };
     let config = TrainConfig::new(2).with_batch(BatchConfig::new().with_batch_size(4).with_context_length(8));
-    let run = |arm| train(vec![arm], &tiny_set(4), &tiny_set(4), &config, None, &device, &mut ()).unwrap_err();
+    let run = |arm| {
+        train(TrainInput {
+            arms: vec![arm],
+            set: &tiny_set(4),
+            test: &tiny_set(4),
+            config: &config,
+            checkpointing: None,
+            device: &device,
+            observer: &mut (),
+        })
+        .unwrap_err()
+    };
 
     let mut wild = arm(model.clone());
     wild.optimizer.schedule = WarmupCosine::new(1e38).with_warmup_steps(1);
@@ -145,17 +155,4 @@ fn a_number_that_is_none_stops_a_run_and_is_named() {
     let large = ClipConfig::new(large, TextConfig::new(encoder()).with_context_length(8), 8).init(&device);
     assert_eq!(run(arm(large)).to_string(), "mine: `pixel values` should be 192, but is 768");
     assert!(check_finite("x", &Tensor::<1>::from_data([1.0, f32::NAN], &device)).is_err());
-}
-
-#[test]
-fn devices_that_cannot_be_had_are_named() {
-    assert!(device_by_name("cpu").is_ok());
-    assert_eq!(
-        device_by_name("gpu").unwrap_err().to_string(),
-        "`gpu` is no device: expected one of cpu, wgpu, vulkan, metal, cuda, webgpu"
-    );
-    if !cfg!(feature = "cuda") {
-        let error = device_by_name("cuda").unwrap_err().to_string();
-        assert_eq!(error, "device `cuda` is not built in: build with `--features cuda`");
-    }
 }

@@ -11,7 +11,6 @@ use burn_moe::{
         ClipConfig, ImagePreprocessing, Interpolation, MAX_LOGIT_SCALE, ResizeMode, SparseClipConfig, TextConfig, VisionConfig,
         checkpoint::{CheckpointError, ClipCheckpoint, Precision},
     },
-    write_atomic,
 };
 
 use super::support::{ROOT, numbers, values};
@@ -495,23 +494,6 @@ fn a_version_of_the_future_says_so() {
     fs::write(folder.path().join("burn_moe_config.json"), r#"{"version": 99, "clip": {}}"#).unwrap();
     let error = ClipCheckpoint::load(folder.path(), &Device::default()).unwrap_err().to_string();
     assert!(error.contains("version 99 was written by another burn-moe; this one reads 2 to 4"), "{error}");
-}
-
-#[test]
-fn a_write_that_fails_leaves_the_old_file() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("file");
-    write_atomic(&path, b"old").unwrap();
-    write_atomic(&path, b"new").unwrap();
-    assert_eq!(fs::read(&path).unwrap(), b"new");
-    // A folder in the way: the rename fails, and nothing stays behind.
-    let taken = folder.path().join("taken");
-    fs::create_dir(&taken).unwrap();
-    fs::write(taken.join("x"), b"").unwrap();
-    assert!(write_atomic(&taken, b"new").is_err());
-    let mut left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
-    left.sort();
-    assert_eq!(left, ["file", "taken"]);
 }
 
 #[test]

@@ -251,3 +251,14 @@ fn a_balancing_bias_survives_an_empty_batch() {
     let layer = layer.update_balancing_bias(&routing);
     assert_eq!(values(&layer.router.balancing_bias.unwrap().val()), [0.0; 4]);
 }
+
+#[test]
+fn a_padding_mask_is_the_opposite_of_a_mask_of_valid_tokens() {
+    let device = Device::default();
+    let layer = MoeFeedForwardConfig::new(6, 10, 4).init(&device);
+    let x = Tensor::<3>::random([2, 5, 6], Distribution::Normal(0.0, 1.0), &device);
+    let pad = Tensor::<2, Bool>::from_data([[false, false, true, true, true], [false, false, false, false, true]], &device);
+    let by_pad = layer.forward(MoeInput::new(x.clone()).mask_pad(pad.clone()));
+    let by_valid = layer.forward(MoeInput::new(x).valid(pad.bool_not()));
+    assert_eq!((values(&by_pad.output), by_pad.routing.num_valid()), (values(&by_valid.output), 6));
+}

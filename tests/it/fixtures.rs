@@ -47,3 +47,18 @@ fn a_case_beyond_what_exists_names_its_option() {
     let error = verify::run(folder.path(), &Device::default(), &mut verify::Errors::new(1.0)).unwrap_err().to_string();
     assert_eq!(error, "the case needs `activation` = mish, which does not exist yet");
 }
+
+#[test]
+fn devices_that_cannot_be_had_are_named() {
+    use verify::support::device_by_name;
+
+    assert!(device_by_name("cpu").is_ok());
+    assert_eq!(
+        device_by_name("gpu").unwrap_err().to_string(),
+        "`gpu` is no device: expected one of cpu, wgpu, vulkan, metal, cuda, webgpu"
+    );
+    if !cfg!(feature = "cuda") {
+        let error = device_by_name("cuda").unwrap_err().to_string();
+        assert_eq!(error, "device `cuda` is not built in: build with `--features cuda`");
+    }
+}

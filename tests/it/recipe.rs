@@ -8,7 +8,7 @@ use burn_moe::{
         SparseClipConfig, TextConfig, VisionConfig, preprocess::ImagePreprocessor, tokenizer::ClipTokenizer,
     },
     recipe::{
-        Arm, Checkpointing, Observer, OptimizerConfig, StepLosses, TrainConfig, TrainedArm, WarmupCosine,
+        Arm, Checkpointing, Observer, OptimizerConfig, StepLosses, TrainConfig, TrainInput, TrainedArm, WarmupCosine,
         data::{AugmentConfig, Batch, BatchConfig, Batches, Concept, EmojiPack, EmojiVendor, ImageTextSet, load_folder},
         evaluate, train,
     },
@@ -94,7 +94,16 @@ fn both_arms_learn_the_colours_from_the_same_batches() {
     let device = Device::default();
     let config = TrainConfig::new(120).with_batch(batches()).with_eval_every(60);
     let mut losses = Losses::default();
-    let trained = train(arms(&device), &colours(), &first_shades(), &config, None, &device, &mut losses).unwrap();
+    let trained = train(TrainInput {
+        arms: arms(&device),
+        set: &colours(),
+        test: &first_shades(),
+        config: &config,
+        checkpointing: None,
+        device: &device,
+        observer: &mut losses,
+    })
+    .unwrap();
     for arm in &trained {
         assert!(recall(arm) >= 0.75, "{}: {}", arm.name, recall(arm));
         let steps: Vec<usize> = arm.history.iter().map(|(step, _)| *step).collect();
@@ -126,7 +135,15 @@ fn a_run_that_was_stopped_ends_where_it_would_have_ended() {
     // Made once: tests that run beside this one draw from the same random numbers.
     let arms = arms(&device);
     let run = |checkpointing: Option<&Checkpointing>, observer: &mut dyn Observer| {
-        train(arms.clone(), &colours(), &first_shades(), &config, checkpointing, &device, observer)
+        train(TrainInput {
+            arms: arms.clone(),
+            set: &colours(),
+            test: &first_shades(),
+            config: &config,
+            checkpointing,
+            device: &device,
+            observer,
+        })
     };
     let whole = run(None, &mut ()).unwrap();
 
@@ -148,7 +165,16 @@ fn a_run_that_was_stopped_ends_where_it_would_have_ended() {
         assert_eq!(b.timed_steps, 4);
     }
     let other = TrainConfig { seed: 5, ..config.clone() };
-    let error = train(arms, &colours(), &first_shades(), &other, Some(&checkpointing), &device, &mut ()).unwrap_err();
+    let error = train(TrainInput {
+        arms,
+        set: &colours(),
+        test: &first_shades(),
+        config: &other,
+        checkpointing: Some(&checkpointing),
+        device: &device,
+        observer: &mut (),
+    })
+    .unwrap_err();
     assert!(error.to_string().contains("the run in this folder has another configuration"));
 }
 
@@ -157,7 +183,17 @@ fn a_sparse_arm_goes_on_with_the_state_of_the_dense_one() {
     let device = Device::default();
     let config = TrainConfig::new(30).with_batch(batches()).with_eval_every(30);
     let mut arm = arms(&device).remove(0);
-    let trained = train(vec![arm.clone()], &colours(), &first_shades(), &config, None, &device, &mut ()).unwrap().remove(0);
+    let trained = train(TrainInput {
+        arms: vec![arm.clone()],
+        set: &colours(),
+        test: &first_shades(),
+        config: &config,
+        checkpointing: None,
+        device: &device,
+        observer: &mut (),
+    })
+    .unwrap()
+    .remove(0);
     arm.model = trained.model.clone();
     arm.state = Some(trained.state.clone());
     let sparse = clip_config().sparse(SparseClipConfig::clip_up()).init(&device);
@@ -168,7 +204,16 @@ fn a_sparse_arm_goes_on_with_the_state_of_the_dense_one() {
     let arms = vec![Arm { model, state, name: "sparse".into(), ..arm.clone() }, arm];
     let mut losses = Losses::default();
     let config = TrainConfig::new(5).with_batch(batches()).with_seed(7);
-    train(arms.clone(), &colours(), &first_shades(), &config, None, &device, &mut losses).unwrap();
+    train(TrainInput {
+        arms: arms.clone(),
+        set: &colours(),
+        test: &first_shades(),
+        config: &config,
+        checkpointing: None,
+        device: &device,
+        observer: &mut losses,
+    })
+    .unwrap();
     for (sparse, dense) in losses.0[0].iter().zip(&losses.0[1]) {
         assert!((sparse - dense).abs() < 0.15 * dense.max(0.2), "{:?}", losses.0);
     }
@@ -176,7 +221,11 @@ fn a_sparse_arm_goes_on_with_the_state_of_the_dense_one() {
     let words = |word: &str| Concept { captions: vec![word.to_string()], tags: Vec::new() };
     let few =
         ImageTextSet::new(8, vec![[9; 3]; 6 * 64].concat(), (0..6).collect(), ["a", "b", "c", "d", "e", "f"].map(words).to_vec());
-    let error = train(arms, &few, &few, &config, None, &device, &mut ()).err().unwrap().to_string();
+    let error =
+        train(TrainInput { arms, set: &few, test: &few, config: &config, checkpointing: None, device: &device, observer: &mut () })
+            .err()
+            .unwrap()
+            .to_string();
     assert!(error.starts_with("sparse: `token ids in the optimiser's state` should be"), "{error}");
 }
 
@@ -251,7 +300,17 @@ fn images_are_prepared_in_training_and_evaluation_as_the_model_says() {
             auxiliary: ClipAuxiliaryLossConfig::new(),
             state: None,
         };
-        let arm = train(vec![arm], &set, &set, &run, None, &device, &mut ()).unwrap().remove(0);
+        let arm = train(TrainInput {
+            arms: vec![arm],
+            set: &set,
+            test: &set,
+            config: &run,
+            checkpointing: None,
+            device: &device,
+            observer: &mut (),
+        })
+        .unwrap()
+        .remove(0);
         assert_eq!(arm.model.vision.preprocessing, preprocessing);
 
         // The report's recalls are those that embedding the files gives.
@@ -281,7 +340,17 @@ fn images_prepared_in_another_way_than_the_model_expects_are_refused() {
         state: None,
     };
     let run = TrainConfig::new(2).with_batch(batches());
-    let error = train(vec![arm], &colours(), &first_shades(), &run, None, &device, &mut ()).unwrap_err().to_string();
+    let error = train(TrainInput {
+        arms: vec![arm],
+        set: &colours(),
+        test: &first_shades(),
+        config: &run,
+        checkpointing: None,
+        device: &device,
+        observer: &mut (),
+    })
+    .unwrap_err()
+    .to_string();
     let expected = "arm: the model expects images prepared with mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5], resize Squash, interpolation \
                     Bilinear; the data has mean [0.4814546";
     assert!(error.starts_with(expected), "{error}");

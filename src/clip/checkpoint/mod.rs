@@ -154,7 +154,7 @@ impl ClipCheckpoint {
 
 fn save_text(folder: &Path, name: &str, text: &str) -> Result<(), CheckpointError> {
     let path = folder.join(name);
-    crate::write_atomic(&path, text.as_bytes()).map_err(CheckpointError::io(&path))
+    crate::files::write_atomic(&path, text.as_bytes()).map_err(CheckpointError::io(&path))
 }
 
 /// A tensor of the file, made of the parameters behind it when it is written.

@@ -103,7 +103,7 @@ pub(super) fn save(
         progress: runs.iter().map(|run| run.progress.clone()).collect(),
     };
     let path = folder.join("latest.json");
-    crate::write_atomic(&path, &serde_json::to_vec(&latest).expect("progress is JSON")).map_err(io(&path))?;
+    crate::files::write_atomic(&path, &serde_json::to_vec(&latest).expect("progress is JSON")).map_err(io(&path))?;
     // Older records: nothing names them any more.
     for entry in fs::read_dir(folder).map_err(io(folder))?.flatten() {
         let path = entry.path();

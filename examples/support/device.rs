@@ -1,11 +1,10 @@
-//! Devices by name, for command lines.
+//! Devices by name, for the command lines of examples, benches and tests.
 
 use burn::tensor::Device;
 
 /// A device that cannot be had.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum DeviceError {
+pub(crate) enum DeviceError {
     /// The name means nothing.
     #[error("`{name}` is no device: expected one of cpu, wgpu, vulkan, metal, cuda, webgpu")]
     Unknown {
@@ -26,7 +25,7 @@ pub enum DeviceError {
 ///
 /// # Errors
 /// When the name means nothing, or the feature is off.
-pub fn device_by_name(name: &str) -> Result<Device, DeviceError> {
+pub(crate) fn device_by_name(name: &str) -> Result<Device, DeviceError> {
     let feature = match name {
         #[cfg(feature = "flex")]
         "cpu" => return Ok(Device::flex()),

@@ -56,13 +56,18 @@ impl Dispatcher {
         Self { index: Some(index), gates, num_experts, lost }
     }
 
+    /// Experts, `E`.
+    pub fn num_experts(&self) -> usize {
+        self.num_experts
+    }
+
     /// Whether there is no row to compute, as far as is known without waiting for a device.
     pub fn is_empty(&self) -> bool {
         self.index.is_none()
     }
 
-    /// Rows of all experts, `N`.
-    fn num_rows(&self) -> usize {
+    /// Rows of all experts, `N`; some may be padding.
+    pub fn num_rows(&self) -> usize {
         match &self.index {
             None => 0,
             Some(RowIndex::Ragged(index)) => index.row_choice.dims()[0],

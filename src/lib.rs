@@ -97,6 +97,9 @@ pub mod guide {
     /// Which routing option to take when.
     #[doc = include_str!("../docs/routing.md")]
     pub mod routing {}
+    /// Routers of your own.
+    #[doc = include_str!("../docs/own_router.md")]
+    pub mod own_router {}
     /// Which upcycling strategy to take when.
     #[doc = include_str!("../docs/upcycling.md")]
     pub mod upcycling {}

@@ -12,6 +12,7 @@ use crate::{
     experts::{ExpertMlp, ExpertMlpConfig},
     mask::TokenMask,
     phase::Phase,
+    plan::DispatchPlan,
     router::{BalancingBias, Router, RouterConfig, RouterOutput, without_non_finite},
     routing::{FlatTokens, MoeInput, MoeOutput, Routing, shaped},
 };
@@ -122,8 +123,24 @@ impl MoeFeedForward {
         let [_, d_model, _] = self.experts.dims();
         let FlatTokens { x, shape, per_sample, valid, protected } = input.into().into_tokens(d_model);
         let routing = self.route(&x, valid, protected, per_sample);
-        let output = self.compute(x, &routing);
+        let output = self.compute(x, &routing.plan, routing.valid.as_ref());
         MoeOutput { output: shaped(output, shape), routing }
+    }
+
+    /// The layer with choices that you made: its experts and its shared expert by `plan`, for a router of your own. The layer's router and
+    /// assignment are not asked.
+    ///
+    /// # Shapes
+    /// - input, output: `[.., D]`; the plan is of `T` tokens, the product of the leading axes
+    ///
+    /// # Panics
+    /// When the last axis is not `D`, a mask does not fit, or the plan is of another number of tokens or of experts.
+    pub fn forward_with<const R: usize>(&self, input: impl Into<MoeInput<R>>, plan: &DispatchPlan) -> Tensor<R> {
+        let [num_experts, d_model, _] = self.experts.dims();
+        let found = plan.num_experts();
+        assert!(found == num_experts, "a plan of {found} experts does not fit a layer of {num_experts}");
+        let FlatTokens { x, shape, valid, .. } = input.into().into_tokens(d_model);
+        shaped(self.compute(x, plan, valid.as_ref()), shape)
     }
 
     fn route(
@@ -158,17 +175,16 @@ impl MoeFeedForward {
         Routing { logits, clean_probs, probs, noise, score: self.router.score, valid, plan, token_dtype: tokens.dtype() }
     }
 
-    fn compute(&self, tokens: Tensor<2>, routing: &Routing) -> Tensor<2> {
-        let dispatcher = Dispatcher::new(&routing.plan, &tokens);
+    fn compute(&self, tokens: Tensor<2>, plan: &DispatchPlan, valid: Option<&TokenMask>) -> Tensor<2> {
+        let dispatcher = Dispatcher::new(plan, &tokens);
         let rows = dispatcher.dispatch(tokens.clone());
-        let rows = if dispatcher.is_empty() { rows } else { self.experts.forward_rows(rows, dispatcher.offsets()) };
-        let mut output = dispatcher.combine(rows);
-        if let Some(shared) = self.shared_expert.as_ref().filter(|_| routing.plan.num_tokens() > 0) {
+        let mut output = dispatcher.combine(self.experts.forward_rows(rows, &dispatcher));
+        if let Some(shared) = self.shared_expert.as_ref().filter(|_| plan.num_tokens() > 0) {
             // A token that is not finite has its NaN from combining, and must not reach the weights' gradient.
             let tokens = if tokens.device().is_autodiff() { without_non_finite(tokens) } else { tokens };
             let shared = shared.forward(tokens.unsqueeze_dim(0)).squeeze_dim(0);
             output = output
-                + match &routing.valid {
+                + match valid {
                     Some(valid) => shared.clone().mask_fill(valid.unset(&shared.device()), 0.0),
                     None => shared,
                 };

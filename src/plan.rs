@@ -72,6 +72,45 @@ impl DispatchPlan {
         Self { num_tokens, num_choices, num_experts, gates, seats }
     }
 
+    /// A plan from choices that were made elsewhere, for a router of your own: token `t` goes to the experts `experts[t, ..]` with the factors
+    /// `gates[t, ..]`, and nothing is dropped. An expert of −1 is no choice, so that tokens may have different numbers of experts; its gate
+    /// counts as 0. The rows of an expert are in the order of the tokens. Indices are read by the host; gates keep their gradient.
+    ///
+    /// # Shapes
+    /// - experts, gates: `[T, M]`
+    ///
+    /// # Panics
+    /// When the shapes differ, or an index is neither −1 nor below `num_experts`.
+    pub fn from_choices(num_experts: usize, experts: Tensor<2, Int>, gates: Tensor<2>) -> Self {
+        let ([num_tokens, num_choices], device) = (gates.dims(), gates.device());
+        let shape = experts.dims();
+        assert!(shape == gates.dims(), "experts of shape {shape:?} do not fit gates of shape {:?}", gates.dims());
+        if num_tokens == 0 {
+            return Self::of_no_tokens(num_experts, num_choices, &device);
+        }
+        let indices: Vec<i32> = experts.try_into_vec_as().expect("indices are integers");
+        let mut taken = vec![0; num_experts];
+        let seat = |&index: &i32| match usize::try_from(index) {
+            Err(_) => {
+                assert!(index == -1, "expert {index} of a choice is neither -1 nor below {num_experts}");
+                Seat::Unasked
+            }
+            Ok(expert) => {
+                assert!(expert < num_experts, "expert {index} of a choice is neither -1 nor below {num_experts}");
+                taken[expert] += 1;
+                Seat::Kept { expert, position: taken[expert] - 1 }
+            }
+        };
+        let seats: Vec<Seat> = indices.iter().map(seat).collect();
+        let unasked: Vec<bool> = seats.iter().map(|seat| *seat == Seat::Unasked).collect();
+        let gates = if unasked.contains(&true) {
+            gates.mask_fill(Tensor::from_data(TensorData::new(unasked, [num_tokens, num_choices]), &device), 0.0)
+        } else {
+            gates
+        };
+        Self::new(num_experts, num_choices, &seats, gates, Vec::new())
+    }
+
     /// A plan whose seats were handed out on a device.
     pub(crate) fn on_device(num_experts: usize, seats: DeviceSeats, gates: Tensor<2>) -> Self {
         let [num_tokens, num_choices] = gates.dims();

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::Activation;
 use crate::{
     cost::Cost,
+    dispatch::Dispatcher,
     ops::{self, Offsets},
 };
 
@@ -120,13 +121,32 @@ impl ExpertMlp {
         assert_shape!(slots, [num_experts, _, d_model]);
         let [_, per_expert, _] = slots.dims();
         let (device, shape) = (slots.device(), slots.shape());
+        if shape.num_elements() == 0 {
+            return slots;
+        }
         let offsets = ops::has_kernels(&device, slots.dtype())
             .then(|| Offsets::new((0..=num_experts).map(|e| e * per_expert).collect::<Vec<_>>(), &device));
-        self.forward_rows(slots.reshape([num_experts * per_expert, d_model]), offsets.as_ref()).reshape(shape)
+        self.grouped(slots.reshape([num_experts * per_expert, d_model]), offsets.as_ref()).reshape(shape)
     }
 
-    /// Every expert over its own rows, `[N, D] -> [N, D]`; `offsets` as [`ops::grouped_linear`] takes it.
-    pub(crate) fn forward_rows(&self, rows: Tensor<2>, offsets: Option<&Offsets>) -> Tensor<2> {
+    /// Every expert over its own rows, as a dispatcher lays them out: what stands between
+    /// [`dispatch`](Dispatcher::dispatch) and [`combine`](Dispatcher::combine).
+    ///
+    /// # Shapes
+    /// - rows, output: `[N, D]`
+    ///
+    /// # Panics
+    /// When the dispatcher has another number of experts or of rows.
+    pub fn forward_rows(&self, rows: Tensor<2>, dispatcher: &Dispatcher) -> Tensor<2> {
+        let ([num_experts, _, _], [found, _]) = (self.dims(), rows.dims());
+        let (experts, expected) = (dispatcher.num_experts(), dispatcher.num_rows());
+        assert!(experts == num_experts, "a plan of {experts} experts does not fit {num_experts} experts");
+        assert!(found == expected, "{found} rows do not fit a plan of {expected} rows");
+        if dispatcher.is_empty() { rows } else { self.grouped(rows, dispatcher.offsets()) }
+    }
+
+    /// `[N, D] -> [N, D]`; `offsets` as [`ops::grouped_linear`] takes it.
+    fn grouped(&self, rows: Tensor<2>, offsets: Option<&Offsets>) -> Tensor<2> {
         let bias = |bias: &Option<Param<Tensor<2>>>| bias.as_ref().map(|b| b.val());
         let hidden = match &self.w_gate {
             None => ops::grouped_linear(rows, self.w_in.val(), bias(&self.b_in), Some(self.activation), offsets),

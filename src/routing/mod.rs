@@ -35,6 +35,13 @@ pub struct Routing {
 }
 
 impl Routing {
+    /// The routing of a router of your own, for losses and statistics: logits and probabilities of each expert, `[T, E]`, f32, and the plan
+    /// that came of them. Scores are a softmax, without noise, and all tokens are valid; set the fields where it is otherwise.
+    pub fn new(logits: Tensor<2>, probs: Tensor<2>, plan: DispatchPlan) -> Self {
+        let token_dtype = probs.dtype();
+        Self { logits, clean_probs: probs.clone(), probs, noise: None, score: RouterScore::Softmax, valid: None, plan, token_dtype }
+    }
+
     /// Tokens that count: all but padding.
     pub fn num_valid(&self) -> usize {
         match &self.valid {

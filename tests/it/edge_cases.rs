@@ -7,11 +7,12 @@ use burn::nn::{
     activation::ActivationConfig,
     transformer::{PositionWiseFeedForward, PositionWiseFeedForwardConfig},
 };
-use burn::tensor::{Bool, DType, Device, Distribution, FloatDType, Tensor};
+use burn::tensor::{Bool, DType, Device, Distribution, FloatDType, Int, Tensor};
 use burn_moe::{
-    AssignmentConfig, AssignmentInput, AuxiliaryLossConfig, BalancingBias, Capacity, Dispatcher, EncoderConfig, ExpertChoiceConfig,
-    ExpertMlpConfig, Kernels, MlpConfig, MoeFeedForward, MoeFeedForwardConfig, MoeInput, Phase, Probe, RouterConfig, RouterScore,
-    RoutingStats, SoftMoeFeedForwardConfig, TokenChoiceConfig, TokenGroups, UpcycleFromDense, UpcycleOptions,
+    AssignmentConfig, AssignmentInput, AuxiliaryLossConfig, BalancingBias, Capacity, DispatchPlan, Dispatcher, EncoderConfig,
+    ExpertChoiceConfig, ExpertMlpConfig, Kernels, MlpConfig, MoeFeedForward, MoeFeedForwardConfig, MoeInput, Phase, Probe,
+    RouterConfig, RouterScore, RoutingStats, SoftMoeFeedForwardConfig, TokenChoiceConfig, TokenGroups, UpcycleFromDense,
+    UpcycleOptions,
     clip::{ClipConfig, SparseClipConfig, TextConfig, VisionConfig, tokenizer::ClipTokenizer},
     with_kernels,
 };
@@ -261,4 +262,59 @@ fn a_padding_mask_is_the_opposite_of_a_mask_of_valid_tokens() {
     let by_pad = layer.forward(MoeInput::new(x.clone()).mask_pad(pad.clone()));
     let by_valid = layer.forward(MoeInput::new(x).valid(pad.bool_not()));
     assert_eq!((values(&by_pad.output), by_pad.routing.num_valid()), (values(&by_valid.output), 6));
+}
+
+#[test]
+fn a_layer_by_its_own_plan_is_the_layer_and_a_plan_from_its_choices_too() {
+    let device = Device::default().autodiff();
+    for kernels in [Kernels::Fastest, Kernels::Reference] {
+        with_kernels(kernels, || {
+            let layer = trained(RouterScore::Softmax, true);
+            let x = Tensor::<2>::random([9, 6], Distribution::Normal(0.0, 1.0), &device);
+            let own = layer.forward(x.clone());
+            let expected = values(&own.output);
+            assert_eq!(values(&layer.forward_with(x.clone(), &own.routing.plan)), expected);
+
+            let plan = &own.routing.plan;
+            let row_expert = plan.row_expert();
+            let experts: Vec<i32> = plan.choice_row().iter().map(|&row| row_expert[row as usize] as i32).collect();
+            let experts = Tensor::<1, Int>::from_ints(&experts[..], &device).reshape([9, 2]);
+            let gates = plan.gates();
+            let output = layer.forward_with(x, &DispatchPlan::from_choices(4, experts, gates));
+            assert!(values(&output).iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5));
+            // The gates' gradient reaches the router.
+            let grads = output.square().sum().backward();
+            assert!(layer.router.weight.val().grad(&grads).unwrap().abs().max().into_scalar::<f32>() > 0.0);
+        });
+    }
+}
+
+#[test]
+fn choices_of_no_expert_count_for_nothing() {
+    let device = Device::default();
+    let layer = MoeFeedForwardConfig::new(6, 10, 3).init(&device);
+    let x = Tensor::<2>::random([3, 6], Distribution::Normal(0.0, 1.0), &device);
+    let experts = Tensor::<2, Int>::from_ints([[2, -1], [-1, -1], [0, 2]], &device);
+    let gates = Tensor::<2>::from_floats([[0.5, f32::NAN], [1.0, 1.0], [0.25, 2.0]], &device);
+    let plan = DispatchPlan::from_choices(3, experts, gates);
+    assert_eq!((plan.load(), plan.row_token(), plan.dropped()), (vec![1, 0, 2], &[2, 0, 2][..], 0.0));
+    let output = layer.forward_with(x.clone(), &plan);
+    let alone = |token: usize, expert: usize| {
+        let slots = x.clone().narrow(0, token, 1).unsqueeze_dim::<3>(0).repeat_dim(0, 3);
+        layer.experts.forward(slots).narrow(0, expert, 1).reshape([6])
+    };
+    let expected =
+        Tensor::stack::<2>(vec![alone(0, 2) * 0.5, Tensor::zeros([6], &device), alone(2, 0) * 0.25 + alone(2, 2) * 2.0], 0);
+    assert!((output - expected).abs().max().into_scalar::<f32>() < 1e-5);
+
+    let bad = |index: i32| {
+        panic_of(|| DispatchPlan::from_choices(3, Tensor::from_ints([[index]], &device), Tensor::ones([1, 1], &device)))
+    };
+    assert_eq!(bad(3), "expert 3 of a choice is neither -1 nor below 3");
+    assert_eq!(bad(-2), "expert -2 of a choice is neither -1 nor below 3");
+    let few = DispatchPlan::from_choices(2, Tensor::from_ints([[0]], &device), Tensor::ones([1, 1], &device));
+    assert_eq!(
+        panic_of(|| layer.forward_with(Tensor::<2>::ones([1, 6], &device), &few)),
+        "a plan of 2 experts does not fit a layer of 3"
+    );
 }

@@ -26,7 +26,8 @@ use outcome::{Outcome, assert_same, biased_router, run_layer};
 use support::{ROOT, mask, numbers, values};
 use verify::support::device_by_name;
 
-const ACTIVATIONS: [Activation; 4] = [Activation::Gelu, Activation::QuickGelu, Activation::Relu, Activation::Silu];
+const ACTIVATIONS: [Activation; 5] =
+    [Activation::Gelu, Activation::GeluTanh, Activation::QuickGelu, Activation::Relu, Activation::Silu];
 
 fn gpu_name() -> String {
     std::env::var("BURN_MOE_DEVICE").unwrap_or("wgpu".into())

@@ -47,6 +47,7 @@ pub(super) fn batched_linear(x: Tensor<3>, weight: Tensor<3>, bias: Option<Tenso
 pub(super) fn activation<const R: usize>(x: Tensor<R>, activation: Activation) -> Tensor<R> {
     match activation {
         Activation::Gelu => burn_activation::gelu(x),
+        Activation::GeluTanh => burn_activation::gelu_approximate(x),
         Activation::QuickGelu => x.clone() * burn_activation::sigmoid(x * 1.702),
         Activation::Relu => burn_activation::relu(x),
         Activation::Silu => burn_activation::silu(x),

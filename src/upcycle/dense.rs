@@ -6,13 +6,18 @@ use burn::tensor::{Device, Tensor, module::linear};
 use super::UpcycleError;
 use crate::{experts::Activation, transformer::Mlp};
 
-/// The weights of a dense feed-forward network, `FFN(x) = act(x · w_in + b_in) · w_out + b_out`.
+/// The weights of a dense feed-forward network, `FFN(x) = act(x · w_in + b_in) · w_out + b_out`, or, with `w_gate`,
+/// `FFN(x) = (act(x · w_gate + b_gate) ⊙ (x · w_in + b_in)) · w_out + b_out`, as in Llama and Qwen (`gate_proj`, `up_proj`, `down_proj`).
 #[derive(Clone, Debug)]
 pub struct DenseWeights {
     /// `[D, F]`
     pub w_in: Tensor<2>,
     /// `[F]`
     pub b_in: Option<Tensor<1>>,
+    /// `[D, F]`, of a gated network.
+    pub w_gate: Option<Tensor<2>>,
+    /// `[F]`, of a gated network.
+    pub b_gate: Option<Tensor<1>>,
     /// `[F, D]`
     pub w_out: Tensor<2>,
     /// `[D]`
@@ -39,7 +44,11 @@ impl DenseWeights {
 
     /// What the second map reads, `[T, D] -> [T, F]`.
     pub(super) fn hidden(&self, x: Tensor<2>) -> Tensor<2> {
-        self.activation.forward(linear(x, self.w_in.clone(), self.b_in.clone()))
+        let input = |x| linear(x, self.w_in.clone(), self.b_in.clone());
+        match &self.w_gate {
+            None => self.activation.forward(input(x)),
+            Some(w_gate) => self.activation.forward(linear(x.clone(), w_gate.clone(), self.b_gate.clone())) * input(x),
+        }
     }
 
     /// The same weights on `device`, outside of any graph.
@@ -50,6 +59,8 @@ impl DenseWeights {
         Self {
             w_in: moved(&self.w_in, device),
             b_in: self.b_in.as_ref().map(|bias| moved(bias, device)),
+            w_gate: self.w_gate.as_ref().map(|weight| moved(weight, device)),
+            b_gate: self.b_gate.as_ref().map(|bias| moved(bias, device)),
             w_out: moved(&self.w_out, device),
             b_out: self.b_out.as_ref().map(|bias| moved(bias, device)),
             activation: self.activation,
@@ -62,6 +73,8 @@ impl DenseFeedForward for Mlp {
         Ok(DenseWeights {
             w_in: self.linear_in.weight.val(),
             b_in: self.linear_in.bias.as_ref().map(|b| b.val()),
+            w_gate: None,
+            b_gate: None,
             w_out: self.linear_out.weight.val(),
             b_out: self.linear_out.bias.as_ref().map(|b| b.val()),
             activation: self.activation,
@@ -71,17 +84,20 @@ impl DenseFeedForward for Mlp {
 
 /// A non-linearity of burn by its name, without its settings.
 fn name_of(activation: &NnActivation) -> String {
-    match activation {
-        NnActivation::Gelu(_) => "Gelu (the tanh approximation)".into(),
-        other => format!("{other:?}").split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default().to_string(),
-    }
+    format!("{activation:?}").split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default().to_string()
 }
 
 /// burn's own network. Its dropout is not taken over: the sparse layer has none.
 impl DenseFeedForward for PositionWiseFeedForward {
     fn dense_weights(&self) -> Result<DenseWeights, UpcycleError> {
         let activation = match &self.activation {
-            NnActivation::Gelu(gelu) if !gelu.approximate => Activation::Gelu,
+            NnActivation::Gelu(gelu) => {
+                if gelu.approximate {
+                    Activation::GeluTanh
+                } else {
+                    Activation::Gelu
+                }
+            }
             NnActivation::Relu(_) => Activation::Relu,
             other => {
                 return Err(UpcycleError::Activation { at: String::new(), dense: name_of(other), sparse: None });
@@ -90,6 +106,8 @@ impl DenseFeedForward for PositionWiseFeedForward {
         Ok(DenseWeights {
             w_in: self.linear_inner.weight.val(),
             b_in: self.linear_inner.bias.as_ref().map(|b| b.val()),
+            w_gate: None,
+            b_gate: None,
             w_out: self.linear_outer.weight.val(),
             b_out: self.linear_outer.bias.as_ref().map(|b| b.val()),
             activation,

@@ -59,8 +59,10 @@ fn upcycle_layer<M: Module>(
         Some((tokens, valid)) => Some(compare(&weights, tokens, valid, |input| run(&model, input).output)?),
     };
     let [d_model, d_ff] = weights.w_in.dims();
-    let biases = [&weights.b_in, &weights.b_out].iter().filter_map(|b| b.as_ref().map(|b| b.dims()[0])).sum::<usize>();
-    let params_dense = 2 * d_model * d_ff + biases;
+    let matrices = if weights.w_gate.is_some() { 3 } else { 2 };
+    let biases =
+        [&weights.b_in, &weights.b_gate, &weights.b_out].iter().filter_map(|b| b.as_ref().map(|b| b.dims()[0])).sum::<usize>();
+    let params_dense = matrices * d_model * d_ff + biases;
     let report = UpcycleReport::with_counts(params_dense, model.num_params(), vec![layer], max_deviation);
     Ok(Upcycled { model, report })
 }
@@ -127,7 +129,12 @@ fn fill(
     let dtype = weights.w_in.dtype();
     experts.w_in = replace(experts.w_in.clone(), made.stacked.w_in.cast(dtype));
     experts.w_out = replace(experts.w_out.clone(), made.stacked.w_out.cast(dtype));
-    for (bias, made) in [(&mut experts.b_in, made.stacked.b_in), (&mut experts.b_out, made.stacked.b_out)] {
+    experts.w_gate = experts.w_gate.take().zip(made.stacked.w_gate).map(|(param, made)| replace(param, made.cast(dtype)));
+    for (bias, made) in [
+        (&mut experts.b_in, made.stacked.b_in),
+        (&mut experts.b_gate, made.stacked.b_gate),
+        (&mut experts.b_out, made.stacked.b_out),
+    ] {
         *bias = bias.take().zip(made).map(|(param, made)| replace(param, made.cast(dtype)));
     }
     Ok(made.router)
@@ -170,15 +177,24 @@ fn check(
     }
     UpcycleError::shapes("w_in", &weights.w_in.dims(), &[d_model, d_ff * shards])?;
     UpcycleError::shapes("w_out", &weights.w_out.dims(), &[d_ff * shards, d_model])?;
-    let form = if experts.w_gate.is_some() { FeedForwardForm::Gated } else { FeedForwardForm::Plain };
-    UpcycleError::settings("form", FeedForwardForm::Plain, form)?;
+    let form = |is_gated: bool| if is_gated { FeedForwardForm::Gated } else { FeedForwardForm::Plain };
+    UpcycleError::settings("form", form(weights.w_gate.is_some()), form(experts.w_gate.is_some()))?;
+    if let Some(w_gate) = &weights.w_gate {
+        if let UpcycleStrategy::ClusterAware { .. } = strategy {
+            return refused("it is for plain networks, not for gated ones".into());
+        }
+        UpcycleError::shapes("w_gate", &w_gate.dims(), &[d_model, d_ff * shards])?;
+        crate::check_finite("w_gate", w_gate)?;
+    }
     if weights.activation != experts.activation {
         let dense = format!("{:?}", weights.activation);
         return Err(UpcycleError::Activation { at: String::new(), dense, sparse: Some(experts.activation) });
     }
-    for (what, dense, sparse, width) in
-        [("b_in", &weights.b_in, &experts.b_in, d_ff * shards), ("b_out", &weights.b_out, &experts.b_out, d_model)]
-    {
+    for (what, dense, sparse, width) in [
+        ("b_in", &weights.b_in, &experts.b_in, d_ff * shards),
+        ("b_gate", &weights.b_gate, &experts.b_gate, d_ff * shards),
+        ("b_out", &weights.b_out, &experts.b_out, d_model),
+    ] {
         if dense.is_some() != sparse.is_some() {
             return Err(UpcycleError::Bias { at: String::new(), what, dense: dense.is_some() });
         }

@@ -100,17 +100,18 @@ impl MoeFeedForward {
     /// The weights of a layer of one plain expert, without its router.
     ///
     /// # Errors
-    /// When there are more experts, or they are gated, or there is a shared one.
+    /// When there are more experts, or there is a shared one.
     pub fn dense(&self) -> Result<DenseWeights, UpcycleError> {
         let experts = &self.experts;
         let [num_experts, _, _] = experts.dims();
         UpcycleError::settings("num_experts", 1, num_experts)?;
-        UpcycleError::settings("gated", false, experts.w_gate.is_some())?;
         UpcycleError::settings("shared_expert", false, self.shared_expert.is_some())?;
         let bias = |bias: &Option<Param<Tensor<2>>>| bias.as_ref().map(|bias| bias.val().squeeze_dim(0));
         Ok(DenseWeights {
             w_in: experts.w_in.val().squeeze_dim(0),
             b_in: bias(&experts.b_in),
+            w_gate: experts.w_gate.as_ref().map(|weight| weight.val().squeeze_dim(0)),
+            b_gate: bias(&experts.b_gate),
             w_out: experts.w_out.val().squeeze_dim(0),
             b_out: bias(&experts.b_out),
             activation: experts.activation,
@@ -123,7 +124,8 @@ impl Encoder {
     /// blocks, in order.
     ///
     /// # Errors
-    /// When there are not as many loads as sparse blocks, or a layer cannot be averaged.
+    /// When there are not as many loads as sparse blocks, a layer cannot be averaged, or its experts are gated, which the dense network here
+    /// is not.
     pub fn to_dense(mut self, loads: &[Vec<f64>]) -> Result<Self, UpcycleError> {
         let sparse_blocks = self.sparse_blocks().count();
         if loads.len() != sparse_blocks {
@@ -135,6 +137,7 @@ impl Encoder {
             if let FeedForward::Moe(moe) = &block.feed_forward {
                 let load = loads.next().expect("counted above");
                 let weights = moe.reduce(&Reduction::Average, load, None)?.model.dense()?;
+                UpcycleError::settings("gated", false, weights.w_gate.is_some())?;
                 block.feed_forward = FeedForward::Dense(mlp(weights));
             }
         }

@@ -19,6 +19,8 @@ pub(super) struct Made {
 pub(super) struct Stacked {
     pub w_in: Tensor<3>,
     pub b_in: Option<Tensor<2>>,
+    pub w_gate: Option<Tensor<3>>,
+    pub b_gate: Option<Tensor<2>>,
     pub w_out: Tensor<3>,
     pub b_out: Option<Tensor<2>>,
 }
@@ -43,6 +45,8 @@ fn copies(weights: &DenseWeights, num_experts: usize) -> Stacked {
     Stacked {
         w_in: stack(&weights.w_in, num_experts),
         b_in: weights.b_in.as_ref().map(|bias| stack(bias, num_experts)),
+        w_gate: weights.w_gate.as_ref().map(|weight| stack(weight, num_experts)),
+        b_gate: weights.b_gate.as_ref().map(|bias| stack(bias, num_experts)),
         w_out: stack(&weights.w_out, num_experts),
         b_out: weights.b_out.as_ref().map(|bias| stack(bias, num_experts)),
     }
@@ -50,13 +54,17 @@ fn copies(weights: &DenseWeights, num_experts: usize) -> Stacked {
 
 fn make_stacked(experts: &ExpertMlp, weights: &DenseWeights, strategy: UpcycleStrategy) -> Stacked {
     let [num_experts, d_model, d_ff] = experts.dims();
-    let DenseWeights { w_in, b_in, w_out, b_out, .. } = weights.clone();
+    let DenseWeights { w_in, b_in, w_gate, b_gate, w_out, b_out, .. } = weights.clone();
     let device = w_in.device();
     if let UpcycleStrategy::Granular { shards } = strategy {
         let copies_of_each = num_experts / shards;
+        let of_shards = |weight: Tensor<2>| weight.reshape([d_model, shards, d_ff]).swap_dims(0, 1).repeat_dim(0, copies_of_each);
+        let bias_of_shards = |bias: Tensor<1>| bias.reshape([shards, d_ff]).repeat_dim(0, copies_of_each);
         return Stacked {
-            w_in: w_in.reshape([d_model, shards, d_ff]).swap_dims(0, 1).repeat_dim(0, copies_of_each),
-            b_in: b_in.map(|bias| bias.reshape([shards, d_ff]).repeat_dim(0, copies_of_each)),
+            w_in: of_shards(w_in),
+            b_in: b_in.map(bias_of_shards),
+            w_gate: w_gate.map(of_shards),
+            b_gate: b_gate.map(bias_of_shards),
             w_out: w_out.reshape([shards, d_ff, d_model]).repeat_dim(0, copies_of_each) * shards as f64,
             b_out: b_out.map(|bias| stack(&bias, num_experts)),
         };
@@ -69,6 +77,7 @@ fn make_stacked(experts: &ExpertMlp, weights: &DenseWeights, strategy: UpcycleSt
             let (std_in, std_out) = (moments(&w_in).1, moments(&w_out).1);
             Stacked {
                 w_in: copies.w_in.clone() + noise(&copies.w_in, std_in),
+                w_gate: copies.w_gate.zip(w_gate).map(|(stacked, dense)| stacked.clone() + noise(&stacked, moments(&dense).1)),
                 w_out: copies.w_out.clone() + noise(&copies.w_out, std_out),
                 ..copies
             }
@@ -79,13 +88,21 @@ fn make_stacked(experts: &ExpertMlp, weights: &DenseWeights, strategy: UpcycleSt
                 let fresh = stacked.random_like(Distribution::Normal(mean, std));
                 stacked.mask_where(mask, fresh)
             };
+            let columns = || dropped.clone().unsqueeze_dim::<3>(1).expand([num_experts, d_model, d_ff]);
+            let anew_bias = |(stacked, dense): (Tensor<2>, Tensor<1>)| {
+                let (mean, std) = moments(&dense);
+                stacked.clone().mask_where(dropped.clone(), stacked.random_like(Distribution::Normal(mean, std)))
+            };
             Stacked {
-                w_in: anew(copies.w_in, moments(&w_in), dropped.clone().unsqueeze_dim::<3>(1).expand([num_experts, d_model, d_ff])),
-                b_in: copies.b_in.zip(b_in).map(|(stacked, dense)| {
-                    let (mean, std) = moments(&dense);
-                    stacked.clone().mask_where(dropped.clone(), stacked.random_like(Distribution::Normal(mean, std)))
-                }),
-                w_out: anew(copies.w_out, moments(&w_out), dropped.unsqueeze_dim::<3>(2).expand([num_experts, d_ff, d_model])),
+                w_in: anew(copies.w_in, moments(&w_in), columns()),
+                b_in: copies.b_in.zip(b_in).map(anew_bias),
+                w_gate: copies.w_gate.zip(w_gate).map(|(stacked, dense)| anew(stacked, moments(&dense), columns())),
+                b_gate: copies.b_gate.zip(b_gate).map(anew_bias),
+                w_out: anew(
+                    copies.w_out,
+                    moments(&w_out),
+                    dropped.clone().unsqueeze_dim::<3>(2).expand([num_experts, d_ff, d_model]),
+                ),
                 b_out: copies.b_out,
             }
         }

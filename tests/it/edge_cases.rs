@@ -9,9 +9,9 @@ use burn::nn::{
 };
 use burn::tensor::{Bool, DType, Device, Distribution, FloatDType, Int, Tensor};
 use burn_moe::{
-    AssignmentConfig, AssignmentInput, AuxiliaryLossConfig, BalancingBias, Capacity, DispatchPlan, Dispatcher, EncoderConfig,
-    ExpertChoiceConfig, ExpertMlpConfig, Kernels, MlpConfig, MoeFeedForward, MoeFeedForwardConfig, MoeInput, Phase, Probe,
-    RouterConfig, RouterScore, RoutingStats, SoftMoeFeedForwardConfig, TokenChoiceConfig, TokenGroups, UpcycleFromDense,
+    Activation, AssignmentConfig, AssignmentInput, AuxiliaryLossConfig, BalancingBias, Capacity, DispatchPlan, Dispatcher,
+    EncoderConfig, ExpertChoiceConfig, ExpertMlpConfig, Kernels, MlpConfig, MoeFeedForward, MoeFeedForwardConfig, MoeInput, Phase,
+    Probe, RouterConfig, RouterScore, RoutingStats, SoftMoeFeedForwardConfig, TokenChoiceConfig, TokenGroups, UpcycleFromDense,
     UpcycleOptions,
     clip::{ClipConfig, SparseClipConfig, TextConfig, VisionConfig, tokenizer::ClipTokenizer},
     with_kernels,
@@ -236,11 +236,14 @@ fn assignments_name_the_sizes_that_do_not_fit() {
 #[test]
 fn an_activation_that_does_not_fit_is_named_with_that_of_the_experts() {
     let device = Device::default();
-    let tanh = PositionWiseFeedForwardConfig::new(6, 10).with_activation(ActivationConfig::GeluApproximate).init(&device);
-    let experts = ExpertMlpConfig::new().with_activation(burn_moe::Activation::Relu);
-    let sparse = MoeFeedForwardConfig::new(6, 10, 4).with_experts(experts).init(&device);
-    let error = sparse.upcycle_from_dense(&tanh, &UpcycleOptions::default()).unwrap_err().to_string();
-    assert_eq!(error, "the dense activation is Gelu (the tanh approximation), the experts' is Relu");
+    let dense = |activation| PositionWiseFeedForwardConfig::new(6, 10).with_activation(activation).init(&device);
+    let experts = |activation| MoeFeedForwardConfig::new(6, 10, 4).with_experts(ExpertMlpConfig::new().with_activation(activation));
+    let upcycle = |from, to| experts(to).init(&device).upcycle_from_dense(&dense(from), &UpcycleOptions::default());
+    let error = |from, to| upcycle(from, to).unwrap_err().to_string();
+    let sparse = "the experts' is Relu";
+    assert_eq!(error(ActivationConfig::GeluApproximate, Activation::Relu), format!("the dense activation is GeluTanh, {sparse}"));
+    assert_eq!(error(ActivationConfig::Tanh, Activation::Relu), format!("the dense activation is Tanh, {sparse}"));
+    assert!(upcycle(ActivationConfig::GeluApproximate, Activation::GeluTanh).is_ok());
 }
 
 #[test]

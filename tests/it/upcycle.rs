@@ -45,6 +45,8 @@ impl DenseFeedForward for Mine {
         Ok(DenseWeights {
             w_in: self.up.weight.val(),
             b_in: None,
+            w_gate: None,
+            b_gate: None,
             w_out: self.down.weight.val(),
             b_out: None,
             activation: Activation::Silu,
@@ -481,6 +483,8 @@ fn the_router_of_clusters_sends_each_cluster_to_its_own_expert() {
         let alone = DenseWeights {
             w_in: only(model.experts.w_in.val()),
             b_in: model.experts.b_in.as_ref().map(|b| b.val().narrow(0, expert as usize, 1).squeeze_dim(0)),
+            w_gate: None,
+            b_gate: None,
             w_out: only(model.experts.w_out.val()),
             b_out: model.experts.b_out.as_ref().map(|b| b.val().narrow(0, expert as usize, 1).squeeze_dim(0)),
             activation: Activation::Gelu,
@@ -579,4 +583,64 @@ fn an_upcycled_optimizer_goes_on_without_a_jump() {
     let narrow = config.with_sparse(Some(SparseEncoderConfig::new().with_d_ff(Some(4)))).init(&device);
     let error = upcycle_optimizer(&optimizer, &dense, &narrow).unwrap_err().to_string();
     assert!(error.contains("of `blocks.1.feed_forward.Moe.experts.") && error.contains("cannot be taken over"), "{error}");
+}
+
+/// A gated network, as in Llama and Qwen.
+struct Gated(DenseWeights);
+
+impl DenseFeedForward for Gated {
+    fn dense_weights(&self) -> Result<DenseWeights, UpcycleError> {
+        Ok(self.0.clone())
+    }
+}
+
+#[test]
+fn gated_experts_of_a_gated_network_compute_what_it_computes_and_go_back_to_it() {
+    let device = Device::default();
+    let weights = |bias: bool| DenseWeights {
+        w_in: numbers([6, 8], 1, &device),
+        b_in: bias.then(|| numbers([8], 2, &device)),
+        w_gate: Some(numbers([6, 8], 3, &device)),
+        b_gate: bias.then(|| numbers([8], 4, &device)),
+        w_out: numbers([8, 6], 5, &device),
+        b_out: bias.then(|| numbers([6], 6, &device)),
+        activation: Activation::Silu,
+    };
+    let x = numbers([1, 9, 6], 7, &device);
+    for (bias, strategy, d_ff, top_k) in [
+        (false, UpcycleStrategy::Copy, 8, 2),
+        (true, UpcycleStrategy::Copy, 8, 2),
+        (true, UpcycleStrategy::Granular { shards: 2 }, 4, 4),
+    ] {
+        let dense = Gated(weights(bias));
+        let config = MoeFeedForwardConfig::new(6, d_ff, 8).with_experts(ExpertMlpConfig::swiglu().with_bias(bias));
+        let layer = config.with_assignment(TokenChoiceConfig::new().with_top_k(top_k).into()).init(&device);
+        let options =
+            UpcycleOptions::default().with_strategy(strategy).with_probe(Probe::Tokens { tokens: x.clone(), valid: None });
+        let upcycled = layer.upcycle_from_dense(&dense, &options).unwrap();
+        assert!(upcycled.report.max_deviation.unwrap() < 1e-5, "{strategy:?}");
+        assert_eq!(upcycled.report.params_dense, 3 * 6 * 8 + if bias { 8 + 8 + 6 } else { 0 });
+        if strategy == UpcycleStrategy::Copy {
+            let back = upcycled.model.reduce(&Reduction::Average, &[1.0; 8], None).unwrap().model.dense().unwrap();
+            let tokens = x.clone().reshape([9, 6]);
+            assert!(largest_difference(&values(&back.forward(tokens.clone())), &values(&dense.0.forward(tokens))) < 1e-5);
+        }
+    }
+    // Other strategies change the gate with the rest, or are refused.
+    let layer = |experts| MoeFeedForwardConfig::new(6, 8, 4).with_experts(experts).init(&device);
+    let swiglu = || ExpertMlpConfig::swiglu().with_bias(false);
+    let with = |strategy| UpcycleOptions::default().with_strategy(strategy);
+    let dense = Gated(weights(false));
+    for strategy in [UpcycleStrategy::CopyWithNoise { relative_std: 0.5 }, UpcycleStrategy::Drop { ratio: 0.5 }] {
+        let model = layer(swiglu()).upcycle_from_dense(&dense, &with(strategy)).unwrap().model;
+        let gate = values(&model.experts.w_gate.unwrap().val());
+        assert!(largest_difference(&gate[..48], &values(&weights(false).w_gate.unwrap())) > 0.0, "{strategy:?}");
+    }
+    let probe = Probe::Tokens { tokens: x, valid: None };
+    let clusters = with(UpcycleStrategy::ClusterAware { energy: 0.9 }).with_calibration(probe);
+    let error = layer(swiglu()).upcycle_from_dense(&dense, &clusters).unwrap_err().to_string();
+    assert!(error.ends_with("is refused: it is for plain networks, not for gated ones"), "{error}");
+    let plain = ExpertMlpConfig::new().with_bias(false).with_activation(Activation::Silu);
+    let error = layer(plain).upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap_err().to_string();
+    assert_eq!(error, "`form` is Gated in the dense module and Plain in the sparse one");
 }

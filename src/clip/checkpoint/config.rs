@@ -310,6 +310,7 @@ pub(super) fn to_hugging_face(config: &ClipConfig) -> std::result::Result<String
             "num_hidden_layers": encoder.n_layers,
             "hidden_act": match encoder.activation {
                 Activation::Gelu => "gelu",
+                Activation::GeluTanh => "gelu_pytorch_tanh",
                 Activation::QuickGelu => "quick_gelu",
                 Activation::Relu => "relu",
                 Activation::Silu => "silu",
@@ -371,6 +372,7 @@ impl<'a> Section<'a> {
         let activation: String = self.get("hidden_act", "quick_gelu".to_string())?;
         let activation = match activation.as_str() {
             "gelu" => Activation::Gelu,
+            "gelu_new" | "gelu_pytorch_tanh" => Activation::GeluTanh,
             "quick_gelu" => Activation::QuickGelu,
             "relu" => Activation::Relu,
             "silu" | "swish" => Activation::Silu,

@@ -17,6 +17,16 @@ fn sigmoid<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
     one / (one + (-x).exp())
 }
 
+/// `2 √(2/π)`, as `(1 + tanh(u)) / 2 = σ(2 u)`.
+const TANH_SCALE: f32 = 1.595_769;
+const TANH_CUBE: f32 = 0.044_715;
+
+/// `2 √(2/π) · (x + 0.044715 x³)`.
+#[cube]
+fn tanh_argument<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
+    Vector::<f32, N>::new(TANH_SCALE) * (x + Vector::<f32, N>::new(TANH_CUBE) * x * x * x)
+}
+
 /// `act(x)`.
 #[cube]
 fn activate<N: Size>(x: Vector<f32, N>, #[comptime] activation: Activation) -> Vector<f32, N> {
@@ -25,6 +35,7 @@ fn activate<N: Size>(x: Vector<f32, N>, #[comptime] activation: Activation) -> V
             let erf = (x * Vector::<f32, N>::new(FRAC_1_SQRT_2)).erf();
             x * Vector::<f32, N>::new(0.5f32) * (Vector::<f32, N>::new(1.0f32) + erf)
         }
+        Activation::GeluTanh => x * sigmoid::<N>(tanh_argument::<N>(x)),
         Activation::QuickGelu => x * sigmoid::<N>(x * Vector::<f32, N>::new(1.702f32)),
         Activation::Relu => x.max(Vector::<f32, N>::new(0.0f32)),
         Activation::Silu => x * sigmoid::<N>(x),
@@ -41,6 +52,13 @@ fn slope<N: Size>(x: Vector<f32, N>, #[comptime] activation: Activation) -> Vect
             let erf = (x * Vector::<f32, N>::new(FRAC_1_SQRT_2)).erf();
             let density = (-(x * x) * half).exp() * Vector::<f32, N>::new(FRAC_1_SQRT_2_PI);
             half * (one + erf) + x * density
+        }
+        Activation::GeluTanh => {
+            let s = sigmoid::<N>(tanh_argument::<N>(x));
+            // Beyond it the sigmoid is 0 or 1, and a square must not overflow.
+            let near = x.max(Vector::<f32, N>::new(-80.0f32)).min(Vector::<f32, N>::new(80.0f32));
+            let steepness = Vector::<f32, N>::new(TANH_SCALE) * (one + Vector::<f32, N>::new(3.0f32 * TANH_CUBE) * near * near);
+            s + near * s * (one - s) * steepness
         }
         Activation::QuickGelu => {
             let steepness = Vector::<f32, N>::new(1.702f32);

@@ -23,6 +23,7 @@ pub(super) fn activation_backward(x: &[f32], grad: &[f32], activation: Activatio
     let mut out = Buffer::new(x.len());
     out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK).zip(grad.par_chunks(CHUNK))).for_each(|(out, (x, grad))| match activation {
         Activation::Gelu => zip(out, x, grad, |x, g| g * gelu_slope(x)),
+        Activation::GeluTanh => zip(out, x, grad, |x, g| g * gelu_tanh_slope(x)),
         Activation::QuickGelu => zip(out, x, grad, |x, g| g * swish_slope(x, 1.702)),
         Activation::Relu => zip(out, x, grad, |x, g| if x > 0.0 { g } else { 0.0 }),
         Activation::Silu => zip(out, x, grad, |x, g| g * swish_slope(x, 1.0)),
@@ -34,6 +35,7 @@ pub(super) fn activation_backward(x: &[f32], grad: &[f32], activation: Activatio
 pub(super) fn apply(out: &mut [f32], x: &[f32], activation: Activation) {
     match activation {
         Activation::Gelu => map(out, x, gelu),
+        Activation::GeluTanh => map(out, x, gelu_tanh),
         Activation::QuickGelu => map(out, x, |x| swish(x, 1.702)),
         Activation::Relu => map(out, x, |x| if x < 0.0 { 0.0 } else { x }),
         Activation::Silu => map(out, x, |x| swish(x, 1.0)),
@@ -121,6 +123,25 @@ fn gelu_slope(x: f32) -> f32 {
     let cdf = normal_cdf(x);
     let x = between(x, -13.0, 13.0);
     cdf + x * DENSITY_AT_ZERO * exp(-0.5 * x * x)
+}
+
+/// `2 √(2/π)`, as `(1 + tanh(u)) / 2 = σ(2 u)`.
+const TANH_SCALE: f32 = 1.595_769;
+const TANH_CUBE: f32 = 0.044_715;
+
+/// `x · σ(2 √(2/π) · (x + 0.044715 x³))`.
+#[inline(always)]
+fn gelu_tanh(x: f32) -> f32 {
+    let x = if x < -80.0 { -80.0 } else { x };
+    x * sigmoid(TANH_SCALE * (x + TANH_CUBE * x * x * x))
+}
+
+/// The slope of [`gelu_tanh`].
+#[inline(always)]
+fn gelu_tanh_slope(x: f32) -> f32 {
+    let x = between(x, -80.0, 80.0);
+    let s = sigmoid(TANH_SCALE * (x + TANH_CUBE * x * x * x));
+    s + x * s * (1.0 - s) * TANH_SCALE * (1.0 + 3.0 * TANH_CUBE * x * x)
 }
 
 /// `x · σ(c · x)`.
@@ -222,10 +243,15 @@ mod tests {
         let x: Vec<f32> = (-1200..=1200).map(|i| i as f32 * 0.01).collect();
         let ones = vec![1.0; x.len()];
         type Formula = fn(f64) -> (f64, f64);
-        let formulas: [(Activation, Formula); 4] = [
+        let formulas: [(Activation, Formula); 5] = [
             (Activation::Gelu, |x| {
                 let (cdf, density) = (cdf_by_hand(x), (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt());
                 (x * cdf, cdf + x * density)
+            }),
+            (Activation::GeluTanh, |x| {
+                let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+                let slope = (2.0 / std::f64::consts::PI).sqrt() * (1.0 + 3.0 * 0.044715 * x * x);
+                (0.5 * x * (1.0 + u.tanh()), 0.5 * (1.0 + u.tanh()) + 0.5 * x * (1.0 - u.tanh().powi(2)) * slope)
             }),
             (Activation::QuickGelu, |x| {
                 let s = sigmoid_by_hand(1.702 * x);
@@ -252,7 +278,7 @@ mod tests {
 
     #[test]
     fn the_ends_are_finite_and_nan_stays_nan() {
-        for kind in [Activation::Gelu, Activation::QuickGelu, Activation::Relu, Activation::Silu] {
+        for kind in [Activation::Gelu, Activation::GeluTanh, Activation::QuickGelu, Activation::Relu, Activation::Silu] {
             let x = [f32::MAX, f32::MIN, f32::NAN];
             let [high, low, nan] = activation(&x, kind)[..] else { unreachable!() };
             assert!((high / f32::MAX - 1.0).abs() < 1e-6 && low.abs() < 1e-5 && nan.is_nan(), "{kind:?}: {high} {low} {nan}");

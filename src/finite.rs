@@ -1,4 +1,4 @@
-//! Finding the first number that is not one.
+//! Finding the first value that is NaN or infinite.
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::Tensor;

@@ -4,7 +4,7 @@ use std::cell::Cell;
 
 use burn::tensor::{DType, Device};
 
-/// Which bodies run under the layers: this crate's own for the backend at hand, or plain tensor operations.
+/// Which implementations the layers use: this crate's own for the backend, or plain tensor operations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Kernels {
     /// The backend's own kernels where there are some (f32 on burn's CPU backend; f32, f16 and bf16 on GPUs), plain tensor operations elsewhere.

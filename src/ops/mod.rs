@@ -1,6 +1,6 @@
 //! The backend seam: moving rows, multiplying them by their expert's weights, and the activation in between.
 //!
-//! This room knows tensors only: no module, no configuration, no plan. Each function here picks a backend's own kernels or the
+//! This module knows tensors only: no module, no configuration, no plan. Each function here picks a backend's own kernels or the
 //! reference; [`RowIndex`] carries the pick from one function to the next, because the two lay out rows differently.
 
 mod activation;

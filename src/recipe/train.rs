@@ -101,7 +101,7 @@ pub struct Arm {
     pub optimizer: OptimizerConfig,
     /// Weights of the auxiliary losses; without effect on a dense model.
     pub auxiliary: ClipAuxiliaryLossConfig,
-    /// Where the optimiser starts; `None`: it knows nothing. From an arm of an earlier run on the same data.
+    /// The optimiser's state at the start, from an arm of an earlier run on the same data; `None`: a new one.
     pub state: Option<OptimizerState>,
 }
 

@@ -14,8 +14,8 @@ const EXPERTS: [(&str, &str); 4] =
     [("w_in", "linear_in.weight"), ("b_in", "linear_in.bias"), ("w_out", "linear_out.weight"), ("b_out", "linear_out.bias")];
 
 /// The state (moments and step counts) that `trained` holds for the parameters of `dense`, for the parameters of `sparse`: a parameter that
-/// both have keeps its state, each expert gets that of the dense network, and routers start anew. So training goes on where it was,
-/// instead of with the large first steps of an optimiser that knows nothing.
+/// both have keeps its state, each expert gets that of the dense network, and routers start anew. A new optimiser has no moments, so its first
+/// steps would be large.
 ///
 /// For this crate's blocks, encoders and CLIPs, with experts as wide as the dense network. Load it into a new optimiser of the same
 /// kind: `config.init().load_record(record)`.

@@ -115,7 +115,7 @@ pub(super) fn products(x: &[f32], rows: &[f32], width: usize, choice_row: &[i32]
     out
 }
 
-/// Sixteen partial sums, in an order that does not depend on the instructions at hand.
+/// Sixteen partial sums, in an order that does not depend on the processor's instruction set.
 #[inline(always)]
 fn dot(x: &[f32], y: &[f32]) -> f32 {
     const LANES: usize = 16;

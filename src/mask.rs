@@ -23,6 +23,16 @@ impl TokenMask {
         self.host.get_or_init(|| self.flags.clone().into_data().iter::<bool>().collect())
     }
 
+    /// How many flags there are, `T`.
+    pub fn len(&self) -> usize {
+        self.flags.dims()[0]
+    }
+
+    /// Whether there is no flag.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// The flags on `device`, `[T]`.
     pub(crate) fn tensor(&self, device: &Device) -> Tensor<1, Bool> {
         self.flags.clone().to_device(device)

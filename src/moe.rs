@@ -5,7 +5,7 @@ use burn::module::{Content, DisplaySettings, Flag, Module, ModuleDisplay, Param}
 use burn::tensor::{Device, Tensor};
 
 use crate::{
-    assignment::{AssignmentConfig, AssignmentInput, DeviceAssignmentInput},
+    assignment::{AssignmentConfig, AssignmentInput},
     cost::Cost,
     dispatch::Dispatcher,
     error::{ConfigError, expect_valid},
@@ -152,24 +152,13 @@ impl MoeFeedForward {
     ) -> Routing {
         let phase = self.phase(&tokens.device());
         let output = self.router.forward(tokens.clone(), phase);
-        let on_device = DeviceAssignmentInput {
-            scores: &output.scores,
+        let plan = self.assignment.assign(&AssignmentInput {
+            scores: output.scores,
             selection_bias: self.router.balancing_bias.as_ref().map(|bias| bias.val()),
-            valid: valid.as_ref(),
-            protected: protected.as_ref(),
+            valid: valid.clone(),
+            protected,
             tokens_per_sample,
             phase,
-        };
-        let plan = self.assignment.assign_on_device(&on_device).unwrap_or_else(|| {
-            let selection_bias = self.router.selection_bias();
-            self.assignment.assign(&AssignmentInput {
-                scores: output.scores,
-                selection_bias: selection_bias.as_deref(),
-                valid: valid.as_ref().map(|valid| valid.as_slice()),
-                protected: protected.as_ref().map(|protected| protected.as_slice()),
-                tokens_per_sample,
-                phase,
-            })
         });
         let RouterOutput { logits, clean_probs, probs, noise, .. } = output;
         Routing { logits, clean_probs, probs, noise, score: self.router.score, valid, plan, token_dtype: tokens.dtype() }

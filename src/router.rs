@@ -233,12 +233,6 @@ impl Router {
         });
         self
     }
-
-    /// The balancing bias on the host.
-    pub(crate) fn selection_bias(&self) -> Option<Vec<f32>> {
-        let bias = self.balancing_bias.as_ref()?.val();
-        Some(bias.detach().try_into_vec_as().expect("a bias is f32"))
-    }
 }
 
 /// Logits in which the rows `bad [T, 1]`, if it is known, stand at zero.
@@ -362,9 +356,10 @@ mod tests {
         let bias = BalancingBias::Sign { rate: 0.25 };
         let router = RouterConfig::new().with_balancing_bias(bias).init(4, 3, &Device::default());
         let router = router.update_balancing_bias(&[9, 3, 6]).update_balancing_bias(&[9, 9, 0]);
-        assert_eq!(router.selection_bias().unwrap(), [-0.5, 0.0, 0.25]);
+        let bias: Vec<f32> = router.balancing_bias.unwrap().val().try_into_vec_as().unwrap();
+        assert_eq!(bias, [-0.5, 0.0, 0.25]);
         let without = RouterConfig::new().init(4, 3, &Device::default()).update_balancing_bias(&[1, 2, 3]);
-        assert_eq!(without.selection_bias(), None);
+        assert!(without.balancing_bias.is_none());
     }
 
     #[test]

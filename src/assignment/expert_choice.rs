@@ -4,7 +4,7 @@ use burn::config::Config;
 use burn::tensor::Tensor;
 use burn::tensor::TensorData;
 
-use super::{AssignmentInput, TokenGroups};
+use super::{AssignmentInput, HostInput, TokenGroups};
 use crate::{
     capacity::Capacity,
     error::ConfigError,
@@ -57,17 +57,16 @@ impl ExpertChoiceConfig {
 
     pub(super) fn assign(&self, input: &AssignmentInput) -> DispatchPlan {
         assert!(input.protected.is_none(), "expert choice has no protected tokens: an expert that chooses owes no token a slot");
-        let [num_tokens, num_experts] = input.scores.dims();
-        let scores = input.read_scores();
-        let routable = input.routable(&scores);
+        let host = HostInput::new(input);
+        let HostInput { num_tokens, num_experts, .. } = host;
         let mut seats = vec![Seat::Unasked; num_tokens * num_experts];
         let mut seated = vec![0; num_experts];
         for group in self.groups.ranges(num_tokens, input.tokens_per_sample) {
             let slots = self.capacity.slots(group.len(), 1, num_experts).unwrap_or(usize::MAX);
-            let candidates: Vec<usize> = group.filter(|&token| routable[token]).collect();
+            let candidates: Vec<usize> = group.filter(|&token| host.routable[token]).collect();
             for expert in 0..num_experts {
                 // A balancing bias would add the same to all of an expert's tokens.
-                let score = |token: usize| scores[token * num_experts + expert];
+                let score = |token: usize| host.scores[token * num_experts + expert];
                 let mut order = candidates.clone();
                 // Stable, so that ties stay in token order.
                 order.sort_by(|&a, &b| score(b).total_cmp(&score(a)));
@@ -80,20 +79,21 @@ impl ExpertChoiceConfig {
         let unseated: Vec<bool> = seats.iter().map(|seat| !matches!(seat, Seat::Kept { .. })).collect();
         let unseated = Tensor::from_data(TensorData::new(unseated, [num_tokens, num_experts]), &input.scores.device());
         let gates = input.scores.clone().mask_fill(unseated, 0.0);
-        DispatchPlan::new(num_experts, num_experts, &seats, gates, input.unroutable(&routable))
+        DispatchPlan::new(num_experts, num_experts, &seats, gates, host.unroutable())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::Device;
+    use burn::tensor::{Bool, Device};
 
-    use crate::{assignment::AssignmentConfig, phase::Phase};
+    use crate::{assignment::AssignmentConfig, mask::TokenMask, phase::Phase};
 
     fn plan(config: ExpertChoiceConfig, scores: &[[f32; 2]], valid: Option<&[bool]>, tokens_per_sample: usize) -> DispatchPlan {
         let flat: Vec<f32> = scores.iter().flatten().copied().collect();
         let scores = Tensor::from_data(TensorData::new(flat, [scores.len(), 2]), &Device::default());
+        let valid = valid.map(|valid| TokenMask::new(Tensor::<1, Bool>::from_data(valid, &Device::default())));
         let input = AssignmentInput { valid, tokens_per_sample, ..AssignmentInput::new(scores, Phase::Training) };
         AssignmentConfig::from(config).assign(&input)
     }

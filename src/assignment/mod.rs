@@ -1,6 +1,6 @@
 //! Turning probabilities into a [`DispatchPlan`]; nothing here is learned.
 //!
-//! Seats are handed out on the host, from one read of the probabilities: the same order, the same ties and the same seats on
+//! Seats are handed out on the host, from one read of the scores, or by a GPU itself: the same order, the same ties and the same seats on
 //! every backend.
 
 mod expert_choice;
@@ -46,34 +46,22 @@ impl Default for AssignmentConfig {
 
 /// What an assignment is made from.
 #[derive(Clone, Debug)]
-pub struct AssignmentInput<'a> {
+pub struct AssignmentInput {
     /// What gates are made of, `[T, E]`, f32.
     pub scores: Tensor<2>,
     /// Added to each expert's scores when tokens choose, and never part of a gate, `[E]`. `None`: nothing.
-    pub selection_bias: Option<&'a [f32]>,
+    pub selection_bias: Option<Tensor<1>>,
     /// Which tokens are not padding, `T` flags. `None`: all.
-    pub valid: Option<&'a [bool]>,
+    pub valid: Option<TokenMask>,
     /// Which tokens are seated before all others, `T` flags. `None`: none.
-    pub protected: Option<&'a [bool]>,
+    pub protected: Option<TokenMask>,
     /// Tokens of one sample, for [`TokenGroups::PerSample`].
     pub tokens_per_sample: usize,
     /// Training or inference.
     pub phase: Phase,
 }
 
-/// The same, where the device that has the scores hands out the seats.
-pub(crate) struct DeviceAssignmentInput<'a> {
-    /// `[T, E]`, f32.
-    pub scores: &'a Tensor<2>,
-    /// `[E]`
-    pub selection_bias: Option<Tensor<1>>,
-    pub valid: Option<&'a TokenMask>,
-    pub protected: Option<&'a TokenMask>,
-    pub tokens_per_sample: usize,
-    pub phase: Phase,
-}
-
-impl<'a> AssignmentInput<'a> {
+impl AssignmentInput {
     /// Scores `[T, E]` of tokens that are all valid, none protected, and one sample.
     pub fn new(scores: Tensor<2>, phase: Phase) -> Self {
         let [tokens_per_sample, _] = scores.dims();
@@ -83,35 +71,58 @@ impl<'a> AssignmentInput<'a> {
     /// Refuses flags and biases of another number than the scores have rows and columns.
     fn expect_fits(&self) {
         let [num_tokens, num_experts] = self.scores.dims();
-        let given = [("valid", self.valid.map(<[bool]>::len)), ("protected", self.protected.map(<[bool]>::len))];
-        for (name, len) in given.into_iter().filter_map(|(name, len)| len.map(|len| (name, len))) {
-            assert!(len == num_tokens, "`{name}` has {len} flags, but the scores are of {num_tokens} tokens");
+        for (name, mask) in [("valid", &self.valid), ("protected", &self.protected)] {
+            if let Some(len) = mask.as_ref().map(TokenMask::len) {
+                assert!(len == num_tokens, "`{name}` has {len} flags, but the scores are of {num_tokens} tokens");
+            }
         }
-        if let Some(bias) = self.selection_bias {
-            let len = bias.len();
+        if let Some(bias) = &self.selection_bias {
+            let [len] = bias.dims();
             assert!(len == num_experts, "`selection_bias` has {len} entries, but the scores are of {num_experts} experts");
         }
     }
+}
 
-    /// The one read of the scores: seats are handed out on the host.
-    fn read_scores(&self) -> Vec<f32> {
-        self.scores.clone().detach().try_into_vec_as().expect("scores are f32")
-    }
-
+/// The same as the host sees it: one read of the scores, the bias and each mask.
+struct HostInput<'a> {
+    num_tokens: usize,
+    num_experts: usize,
+    /// `[T · E]`
+    scores: Vec<f32>,
+    /// `[E]`
+    selection_bias: Option<Vec<f32>>,
+    valid: Option<&'a [bool]>,
+    protected: Option<&'a [bool]>,
+    tokens_per_sample: usize,
     /// Tokens that may ask for a slot. One whose scores are not finite may not: it must not take a seat from another token.
-    fn routable(&self, scores: &[f32]) -> Vec<bool> {
-        let [_, num_experts] = self.scores.dims();
+    routable: Vec<bool>,
+}
+
+impl<'a> HostInput<'a> {
+    fn new(input: &'a AssignmentInput) -> Self {
+        let [num_tokens, num_experts] = input.scores.dims();
+        let scores: Vec<f32> = input.scores.clone().detach().try_into_vec_as().expect("scores are f32");
+        let bias = |bias: &Tensor<1>| bias.clone().detach().try_into_vec_as().expect("a bias is a float");
+        let [valid, protected] = [&input.valid, &input.protected].map(|mask| mask.as_ref().map(TokenMask::as_slice));
         let rows = scores.chunks_exact(num_experts).enumerate();
-        rows.map(|(token, scores)| self.is_valid(token) && scores.iter().all(|score| score.is_finite())).collect()
+        let is_valid = |token: usize| valid.is_none_or(|valid| valid[token]);
+        let routable = rows.map(|(token, scores)| is_valid(token) && scores.iter().all(|score| score.is_finite())).collect();
+        Self {
+            num_tokens,
+            num_experts,
+            selection_bias: input.selection_bias.as_ref().map(bias),
+            valid,
+            protected,
+            tokens_per_sample: input.tokens_per_sample,
+            routable,
+            scores,
+        }
     }
 
     /// Valid tokens that may not ask.
-    fn unroutable(&self, routable: &[bool]) -> Vec<usize> {
-        (0..routable.len()).filter(|&token| self.is_valid(token) && !routable[token]).collect()
-    }
-
-    fn is_valid(&self, token: usize) -> bool {
-        self.valid.is_none_or(|valid| valid[token])
+    fn unroutable(&self) -> Vec<usize> {
+        let is_valid = |token: usize| self.valid.is_none_or(|valid| valid[token]);
+        (0..self.num_tokens).filter(|&token| is_valid(token) && !self.routable[token]).collect()
     }
 }
 
@@ -141,18 +152,6 @@ impl AssignmentConfig {
             (Self::TokenChoice(config), Phase::Training) => config.training_capacity,
             (Self::TokenChoice(config), Phase::Inference) => config.inference_capacity,
             (Self::ExpertChoice(config), _) => config.capacity,
-        }
-    }
-
-    /// As [`assign`](Self::assign), without a wait for the device; nothing where that cannot be: expert choice, a capacity or an order that
-    /// depends on the scores, a device without kernels, no tokens.
-    ///
-    /// # Panics
-    /// As [`assign`](Self::assign).
-    pub(crate) fn assign_on_device(&self, input: &DeviceAssignmentInput) -> Option<DispatchPlan> {
-        match self {
-            Self::TokenChoice(config) => config.assign_on_device(input, self.capacity(input.phase)),
-            Self::ExpertChoice(_) => None,
         }
     }
 
@@ -208,7 +207,8 @@ impl AssignmentConfig {
         self
     }
 
-    /// Seats the tokens of one batch.
+    /// Seats the tokens of one batch: on the device of the scores where that can be (token choice with a fixed capacity and a fill order that
+    /// does not depend on the scores, on a GPU with this crate's kernels), so that nothing waits for it, and else on the host.
     ///
     /// # Panics
     /// When a mask does not have `T` flags, the bias does not have `E` entries, there are fewer than `top_k` experts, samples do not divide

@@ -4,7 +4,7 @@ use burn::config::Config;
 use burn::tensor::{Bool, FloatDType, Int, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::{AssignmentInput, DeviceAssignmentInput, TokenGroups};
+use super::{AssignmentInput, HostInput, TokenGroups};
 use crate::{
     capacity::Capacity,
     error::ConfigError,
@@ -81,28 +81,31 @@ impl TokenChoiceConfig {
     }
 
     pub(super) fn assign(&self, input: &AssignmentInput, capacity: Capacity) -> DispatchPlan {
-        let [num_tokens, num_experts] = input.scores.dims();
-        let top_k = self.top_k;
-        let scores = input.read_scores();
-        let routable = input.routable(&scores);
-        let chosen = choose(input, &scores, &routable, top_k);
-        let seats = self.seat(input, &scores, &chosen, capacity);
+        self.assign_on_device(input, capacity).unwrap_or_else(|| self.assign_on_host(input, capacity))
+    }
+
+    fn assign_on_host(&self, input: &AssignmentInput, capacity: Capacity) -> DispatchPlan {
+        let host = HostInput::new(input);
+        let shape = [host.num_tokens, self.top_k];
+        let chosen = choose(&host, self.top_k);
+        let seats = self.seat(&host, &chosen, capacity);
 
         let device = input.scores.device();
         // A token that asks for nothing still needs an index to gather; its gate is masked to zero below.
         let index: Vec<i32> = chosen.iter().map(|expert| expert.unwrap_or(0) as i32).collect();
-        let index = Tensor::<2, Int>::from_data(TensorData::new(index, [num_tokens, top_k]), &device);
+        let index = Tensor::<2, Int>::from_data(TensorData::new(index, shape), &device);
         let raw = input.scores.clone().gather(1, index);
         let unseated: Vec<bool> = seats.iter().map(|seat| !matches!(seat, Seat::Kept { .. })).collect();
-        let unseated = unseated.contains(&true).then(|| Tensor::from_data(TensorData::new(unseated, [num_tokens, top_k]), &device));
-        let gates = self.gates(raw, unseated);
-        DispatchPlan::new(num_experts, top_k, &seats, gates, input.unroutable(&routable))
+        let unseated = unseated.contains(&true).then(|| Tensor::from_data(TensorData::new(unseated, shape), &device));
+        DispatchPlan::new(host.num_experts, self.top_k, &seats, self.gates(raw, unseated), host.unroutable())
     }
 
-    pub(super) fn assign_on_device(&self, input: &DeviceAssignmentInput, capacity: Capacity) -> Option<DispatchPlan> {
+    /// Nothing where seats depend on more than the device can tell: a capacity or an order that depends on the scores, a device without
+    /// kernels.
+    fn assign_on_device(&self, input: &AssignmentInput, capacity: Capacity) -> Option<DispatchPlan> {
         let [num_tokens, num_experts] = input.scores.dims();
         let device = input.scores.device();
-        if num_tokens == 0 || self.fill_order == FillOrder::BatchPriority || !ops::can_seat(&device, self.top_k) {
+        if self.fill_order == FillOrder::BatchPriority || !ops::can_seat(&device, self.top_k) {
             return None;
         }
         let group_size = self.groups.size(num_tokens, input.tokens_per_sample);
@@ -117,9 +120,9 @@ impl TokenChoiceConfig {
             return None;
         }
         let rules = SeatRules { top_k: self.top_k, group_size, slots, token_major: self.fill_order == FillOrder::TokenMajor };
-        let flags = |mask: Option<&TokenMask>| mask.map(|mask| mask.tensor(&device).int());
+        let flags = |mask: &Option<TokenMask>| mask.as_ref().map(|mask| mask.tensor(&device).int());
         let bias = input.selection_bias.clone().map(|bias| bias.cast(FloatDType::F32));
-        let seats = ops::seat_on_device(input.scores.clone(), bias, flags(input.valid), flags(input.protected), rules);
+        let seats = ops::seat_on_device(input.scores.clone(), bias, flags(&input.valid), flags(&input.protected), rules);
 
         let shape = [num_tokens, self.top_k];
         // A token that asks for nothing still needs an index to gather; its gate is masked to zero below.
@@ -129,8 +132,8 @@ impl TokenChoiceConfig {
     }
 
     /// One seat per choice, in token-major order, whatever the fill order.
-    fn seat(&self, input: &AssignmentInput, scores: &[f32], chosen: &[Option<usize>], capacity: Capacity) -> Vec<Seat> {
-        let [num_tokens, num_experts] = input.scores.dims();
+    fn seat(&self, input: &HostInput, chosen: &[Option<usize>], capacity: Capacity) -> Vec<Seat> {
+        let HostInput { num_tokens, num_experts, .. } = *input;
         let mut seats = vec![Seat::Unasked; chosen.len()];
         // Rows of earlier groups come first.
         let mut seated = vec![0; num_experts];
@@ -151,7 +154,7 @@ impl TokenChoiceConfig {
             for mut tokens in [protected, others] {
                 if self.fill_order == FillOrder::BatchPriority {
                     let largest =
-                        |token: usize| scores[token * num_experts..][..num_experts].iter().copied().fold(f32::MIN, f32::max);
+                        |token: usize| input.scores[token * num_experts..][..num_experts].iter().copied().fold(f32::MIN, f32::max);
                     tokens.sort_by(|&a, &b| largest(b).total_cmp(&largest(a)));
                 }
                 let choices = tokens.iter().map(|token| token * self.top_k);
@@ -191,14 +194,14 @@ fn share(scores: Tensor<2>) -> Tensor<2> {
 }
 
 /// The `top_k` experts of each token by descending score, ties to the lower index, `[T · K]`; nothing for a token that may not ask.
-fn choose(input: &AssignmentInput, scores: &[f32], routable: &[bool], top_k: usize) -> Vec<Option<usize>> {
-    let [_, num_experts] = input.scores.dims();
-    let mut chosen = vec![None; routable.len() * top_k];
+fn choose(input: &HostInput, top_k: usize) -> Vec<Option<usize>> {
+    let mut chosen = vec![None; input.num_tokens * top_k];
     let mut best: Vec<(f32, usize)> = Vec::with_capacity(top_k + 1);
-    for (token, scores) in scores.chunks_exact(num_experts).enumerate().filter(|(token, _)| routable[*token]) {
+    let rows = input.scores.chunks_exact(input.num_experts).enumerate();
+    for (token, scores) in rows.filter(|(token, _)| input.routable[*token]) {
         best.clear();
         for (expert, &score) in scores.iter().enumerate() {
-            let score = score + input.selection_bias.map_or(0.0, |bias| bias[expert]);
+            let score = score + input.selection_bias.as_ref().map_or(0.0, |bias| bias[expert]);
             let rank = best.iter().position(|(other, _)| score > *other).unwrap_or(best.len());
             if rank < top_k {
                 best.truncate(top_k - 1);
@@ -221,7 +224,16 @@ mod tests {
     fn plan(config: &TokenChoiceConfig, probs: &[[f32; 3]], valid: Option<&[bool]>, capacity: Capacity) -> DispatchPlan {
         let flat: Vec<f32> = probs.iter().flatten().copied().collect();
         let probs = Tensor::from_data(TensorData::new(flat, [probs.len(), 3]), &Device::default());
+        let valid = valid.map(flags);
         config.assign(&AssignmentInput { valid, ..AssignmentInput::new(probs, Phase::Training) }, capacity)
+    }
+
+    fn flags(flags: &[bool]) -> TokenMask {
+        TokenMask::new(Tensor::<1, Bool>::from_data(flags, &Device::default()))
+    }
+
+    fn bias(values: [f32; 3]) -> Option<Tensor<1>> {
+        Some(Tensor::from_floats(values, &Device::default()))
     }
 
     fn gates(plan: &DispatchPlan) -> Vec<f32> {
@@ -267,6 +279,7 @@ mod tests {
         let flat: Vec<f32> = probs.iter().flatten().copied().collect();
         let probs = Tensor::from_data(TensorData::new(flat, [3, 3]), &Device::default());
         let protected = Some(&[false, false, true][..]);
+        let protected = protected.map(flags);
         let input = AssignmentInput { protected, ..AssignmentInput::new(probs, Phase::Training) };
         let plan = TokenChoiceConfig::new().assign(&input, Capacity::Fixed(1));
         assert_eq!(plan.row_token(), [2, 2]);
@@ -295,7 +308,7 @@ mod tests {
     #[test]
     fn a_selection_bias_changes_who_is_chosen_and_not_the_gate() {
         let probs = Tensor::from_data(TensorData::new(vec![0.6f32, 0.3, 0.1], [1, 3]), &Device::default());
-        let input = AssignmentInput { selection_bias: Some(&[0.0, 0.0, 1.0]), ..AssignmentInput::new(probs, Phase::Training) };
+        let input = AssignmentInput { selection_bias: bias([0.0, 0.0, 1.0]), ..AssignmentInput::new(probs, Phase::Training) };
         let config = TokenChoiceConfig::new().with_gate_normalization(GateNormalization::None);
         let plan = config.assign(&input, Capacity::Dropless);
         assert_eq!(plan.load(), [1, 0, 1]);
@@ -328,7 +341,7 @@ mod tests {
     #[test]
     fn experts_that_only_a_bias_chose_get_zero_gates_and_not_nan() {
         let probs = Tensor::from_data(TensorData::new(vec![1.0f32, 0.0, 0.0], [1, 3]), &Device::default());
-        let input = AssignmentInput { selection_bias: Some(&[0.0, 2.0, 2.0]), ..AssignmentInput::new(probs, Phase::Training) };
+        let input = AssignmentInput { selection_bias: bias([0.0, 2.0, 2.0]), ..AssignmentInput::new(probs, Phase::Training) };
         for normalization in [GateNormalization::BeforeDrop, GateNormalization::AfterDrop] {
             let plan = TokenChoiceConfig::new().with_gate_normalization(normalization).assign(&input, Capacity::Dropless);
             assert_eq!((plan.load(), gates(&plan)), (vec![0, 1, 1], vec![0.0, 0.0]));

@@ -11,13 +11,17 @@ use burn::tensor::{Bool, DType, Device, Distribution, FloatDType, Int, Tensor};
 use burn_moe::{
     Activation, AssignmentConfig, AssignmentInput, AuxiliaryLossConfig, BalancingBias, Capacity, DispatchPlan, Dispatcher,
     EncoderConfig, ExpertChoiceConfig, ExpertMlpConfig, Kernels, MlpConfig, MoeFeedForward, MoeFeedForwardConfig, MoeInput, Phase,
-    Probe, RouterConfig, RouterScore, RoutingStats, SoftMoeFeedForwardConfig, TokenChoiceConfig, TokenGroups, UpcycleFromDense,
-    UpcycleOptions,
+    Probe, RouterConfig, RouterScore, RoutingStats, SoftMoeFeedForwardConfig, TokenChoiceConfig, TokenGroups, TokenMask,
+    UpcycleFromDense, UpcycleOptions,
     clip::{ClipConfig, SparseClipConfig, TextConfig, VisionConfig, tokenizer::ClipTokenizer},
     with_kernels,
 };
 
 use super::support::values;
+
+fn flags<const N: usize>(flags: [bool; N]) -> Option<TokenMask> {
+    Some(TokenMask::new(Tensor::<1, Bool>::from_data(flags, &Device::default())))
+}
 
 /// The text of a panic.
 fn panic_of<R>(body: impl FnOnce() -> R) -> String {
@@ -142,8 +146,7 @@ fn a_batch_without_tokens_comes_out_empty() {
 fn a_dispatcher_of_an_empty_plan_gives_zeros() {
     let device = Device::default();
     let scores = Tensor::<2>::full([3, 4], 0.25, &device);
-    let valid = [false; 3];
-    let input = AssignmentInput { valid: Some(&valid), ..AssignmentInput::new(scores, Phase::Inference) };
+    let input = AssignmentInput { valid: flags([false; 3]), ..AssignmentInput::new(scores, Phase::Inference) };
     let plan = AssignmentConfig::default().assign(&input);
     let tokens = Tensor::<2>::ones([3, 6], &device);
     let dispatcher = Dispatcher::new(&plan, &tokens);
@@ -217,10 +220,10 @@ fn assignments_name_the_sizes_that_do_not_fit() {
     let input = || AssignmentInput::new(scores(), Phase::Training);
     let token_choice = AssignmentConfig::default();
     let text = |input: AssignmentInput| panic_of(|| token_choice.assign(&input));
-    assert_eq!(text(AssignmentInput { valid: Some(&[true; 2]), ..input() }), "`valid` has 2 flags, but the scores are of 3 tokens");
-    let protected = text(AssignmentInput { protected: Some(&[true; 4]), ..input() });
+    assert_eq!(text(AssignmentInput { valid: flags([true; 2]), ..input() }), "`valid` has 2 flags, but the scores are of 3 tokens");
+    let protected = text(AssignmentInput { protected: flags([true; 4]), ..input() });
     assert_eq!(protected, "`protected` has 4 flags, but the scores are of 3 tokens");
-    let bias = text(AssignmentInput { selection_bias: Some(&[0.0; 5]), ..input() });
+    let bias = text(AssignmentInput { selection_bias: Some(Tensor::zeros([5], &Device::default())), ..input() });
     assert_eq!(bias, "`selection_bias` has 5 entries, but the scores are of 4 experts");
     let many = AssignmentConfig::from(TokenChoiceConfig::new().with_top_k(5));
     assert_eq!(panic_of(|| many.assign(&input())), "`top_k` is 5, but the scores are of only 4 experts");

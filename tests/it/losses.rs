@@ -184,10 +184,10 @@ fn routing_of(logits: Tensor<2>, noise: Tensor<2>, chosen_by: Tensor<2>, valid: 
     let noisy = logits.clone() + noise;
     let (clean_probs, probs) = (softmax(logits.clone()), softmax(noisy.clone()));
     let assignment: AssignmentConfig = TokenChoiceConfig::new().into();
-    let input = AssignmentInput { valid: valid.as_deref(), ..AssignmentInput::new(softmax(chosen_by), Phase::Training) };
+    let valid = valid.map(|valid| TokenMask::new(mask(&valid, &logits.device())));
+    let input = AssignmentInput { valid: valid.clone(), ..AssignmentInput::new(softmax(chosen_by), Phase::Training) };
     let plan = assignment.assign(&input);
     let noise = Some(RouterNoise { logits: noisy, std: 0.25 });
-    let valid = valid.map(|valid| TokenMask::new(mask(&valid, &logits.device())));
     Routing { logits, clean_probs, probs, noise, score: RouterScore::Softmax, valid, plan, token_dtype: DType::F32 }
 }
 

@@ -1,11 +1,13 @@
 //! The training loop.
 
 mod checkpointing;
+mod checks;
+mod error;
 
 pub use checkpointing::Checkpointing;
+pub use error::TrainError;
 
 use std::{
-    path::PathBuf,
     thread,
     time::{Duration, Instant},
 };
@@ -15,20 +17,17 @@ use burn::module::{Module, ParamGroup};
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Tensor};
 use checkpointing::{Progress, fingerprint_of, resume, save};
+use checks::{check_losses, check_model, check_preprocessing};
 
 use super::{
     CompactVocabulary, Evaluation, OptimizerState, WarmupCosine,
-    data::{Batch, BatchConfig, Batches, DataError, ImageTextSet},
+    data::{Batch, BatchConfig, Batches, ImageTextSet},
     evaluate,
 };
 use crate::{
-    clip::{
-        Clip, ClipAuxiliaryLossConfig, EndOfText, ImagePreprocessing, RetrievalError, contrastive_loss, tokenizer::ClipTokenizer,
-    },
+    clip::{Clip, ClipAuxiliaryLossConfig, contrastive_loss},
     error::ConfigError,
-    finite::{NonFiniteError, check_finite, check_finite_module},
-    router::RouterScore,
-    transformer::FeedForward,
+    finite::{check_finite, check_finite_module},
 };
 
 /// AdamW and its learning rate. Biases, norms, embeddings, the logit scale and routers are not decayed.
@@ -167,63 +166,6 @@ pub trait Observer {
 
 impl Observer for () {}
 
-/// Why a run stopped.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum TrainError {
-    /// The data cannot be trained on.
-    #[error(transparent)]
-    Data(#[from] DataError),
-    /// The model cannot be evaluated.
-    #[error(transparent)]
-    Evaluation(#[from] RetrievalError),
-    /// A setting cannot be used.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// A value is NaN or infinite. The first tensor that is affected is named.
-    #[error("{arm}, step {step}: {source}; a lower learning rate is the usual cure")]
-    NonFinite {
-        /// Name of the arm.
-        arm: String,
-        /// Counts from 1.
-        step: usize,
-        /// The tensor.
-        source: NonFiniteError,
-    },
-    /// A model that does not speak CLIP's own tokens, or does not take RGB images of the data's size.
-    #[error("{arm}: `{what}` should be {expected}, but is {found}")]
-    Model {
-        /// Name of the arm.
-        arm: String,
-        /// What was compared.
-        what: &'static str,
-        /// What the data and CLIP's tokenizer need.
-        expected: String,
-        /// What the model has.
-        found: String,
-    },
-    /// The images were prepared in another way than the model expects.
-    #[error(
-        "{arm}: the model expects images prepared with {expected}; the data has {found}: load it with the model's own preprocessing"
-    )]
-    Preprocessing {
-        /// Name of the arm.
-        arm: String,
-        /// What the model expects.
-        expected: String,
-        /// How the data was prepared.
-        found: String,
-    },
-    /// A checkpoint of the run cannot be read or written.
-    #[error("{}: {reason}", path.display())]
-    Checkpoint {
-        /// The file or folder.
-        path: PathBuf,
-        /// What went wrong.
-        reason: String,
-    },
-}
-
 /// Trains all arms on the same batches, step by step, and evaluates each on `test` at the start, every
 /// [`eval_every`](TrainConfig::eval_every) steps and at the end.
 ///
@@ -287,74 +229,6 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
         }
     }
     runs.into_iter().map(|run| run.finish(config.steps, &vocabulary)).collect()
-}
-
-/// Refuses loss weights that the routers of a model have no use for.
-fn check_losses(arm: &Arm) -> Result<(), TrainError> {
-    let refused = |what, expected: &str, found: f64| {
-        Err(TrainError::Model { arm: arm.name.clone(), what, expected: expected.into(), found: found.to_string() })
-    };
-    let towers = [(&arm.model.vision.encoder, &arm.auxiliary.image), (&arm.model.text.encoder, &arm.auxiliary.text)];
-    for (feed_forward, weights) in
-        towers.into_iter().flat_map(|(encoder, weights)| encoder.blocks.iter().map(move |block| (&block.feed_forward, weights)))
-    {
-        let (score, noise) = match feed_forward {
-            FeedForward::Dense(_) => continue,
-            FeedForward::Moe(moe) => (moe.router.score, moe.router.noise),
-            FeedForward::SoftMoe(_) => (RouterScore::Softmax, 0.0),
-        };
-        if score != RouterScore::Softmax && weights.router_z > 0.0 {
-            return refused("weight of the router z-loss", "0 without softmax scores", weights.router_z);
-        }
-        if noise == 0.0 && weights.load > 0.0 {
-            return refused("weight of the load loss", "0 without router noise", weights.load);
-        }
-    }
-    Ok(())
-}
-
-/// Refuses images that were prepared in another way than the model expects.
-fn check_preprocessing(arm: &Arm, set: &ImageTextSet) -> Result<(), TrainError> {
-    let (expected, found) = (&arm.model.vision.preprocessing, set.preprocessing());
-    if expected == found {
-        return Ok(());
-    }
-    let text = |p: &ImagePreprocessing| {
-        format!("mean {:?}, std {:?}, resize {:?}, interpolation {:?}", p.mean, p.std, p.resize_mode, p.interpolation)
-    };
-    Err(TrainError::Preprocessing { arm: arm.name.clone(), expected: text(expected), found: text(found) })
-}
-
-/// Refuses a model that would not understand the batches.
-fn check_model(arm: &Arm, set: &ImageTextSet, config: &TrainConfig) -> Result<(), TrainError> {
-    let (vision, text) = (&arm.model.vision, &arm.model.text);
-    let [patch_pixels, _] = vision.patch_embedding.weight.dims();
-    let [vision_tokens, _] = vision.position_embedding.dims();
-    let [context, _] = text.position_embedding.dims();
-    let [vocabulary, _] = text.token_embedding.weight.dims();
-    let pixels = 3 * set.image_size() * set.image_size();
-    let needed = config.batch.context_length;
-    let end = EndOfText::Id(ClipTokenizer::END_OF_TEXT.into());
-    let checks = [
-        ("vocabulary", vocabulary == ClipTokenizer::VOCAB_SIZE, ClipTokenizer::VOCAB_SIZE.to_string(), vocabulary.to_string()),
-        ("context length", context >= needed, format!("at least {needed}"), context.to_string()),
-        (
-            "pixel values",
-            patch_pixels * (vision_tokens - 1) == pixels,
-            pixels.to_string(),
-            (patch_pixels * (vision_tokens - 1)).to_string(),
-        ),
-        (
-            "end of text",
-            [EndOfText::HighestId, end].contains(&text.end_of_text),
-            format!("{:?} or {end:?}", EndOfText::HighestId),
-            format!("{:?}", text.end_of_text),
-        ),
-    ];
-    match checks.into_iter().find(|(_, good, ..)| !good) {
-        None => Ok(()),
-        Some((what, _, expected, found)) => Err(TrainError::Model { arm: arm.name.clone(), what, expected, found }),
-    }
 }
 
 /// One pool of threads for each arm, which together have as many threads as there are cores. Models this small leave most of a shared

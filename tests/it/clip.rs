@@ -483,7 +483,7 @@ fn hugging_faces_settings_are_checked() {
         fs::write(folder.path().join("config.json"), text.replace(from, to)).unwrap();
         ClipCheckpoint::load(folder.path(), &device).unwrap_err().to_string()
     };
-    assert!(with("\"gelu\"", "\"gelu_new\"").contains("`vision_config.hidden_act` = \"gelu_new\" is not supported"));
+    assert!(with("\"gelu\"", "\"mish\"").contains("`vision_config.hidden_act` = \"mish\" is not supported"));
     assert!(with("\"text_config\"", "\"txt_config\"").contains("`text_config` is missing"));
     assert!(with("\"patch_size\": 8", "\"patch_size\": 5").contains("`patch_size` (5) must divide `image_size` (32)"));
 }

@@ -32,6 +32,7 @@ mod cost;
 mod dispatch;
 mod error;
 mod experts;
+#[cfg(feature = "store")]
 mod files;
 mod finite;
 mod loss;

@@ -19,6 +19,7 @@ pub(crate) fn with_value<const D: usize>(param: Param<Tensor<D>>, f: impl FnOnce
 ///
 /// # Panics
 /// When the shape is another one.
+#[cfg(feature = "store")]
 pub(crate) fn replaced<const D: usize>(param: Param<Tensor<D>>, data: TensorData) -> Param<Tensor<D>> {
     let device = param.lazy_device();
     replaced_in(param, data, &device)

@@ -11,7 +11,10 @@
 mod support;
 
 use burn::tensor::{Distribution, Tensor};
-use burn_moe::{AssignmentConfig, AssignmentInput, Capacity, Dispatcher, Phase, TokenChoiceConfig};
+use burn_moe::{
+    AssignmentConfig, Capacity, TokenChoiceConfig,
+    routing::{AssignmentInput, Dispatcher, Phase},
+};
 use criterion::{Criterion, criterion_group, criterion_main};
 use support::{EXPERTS, Load, TOP_K, backward, device, finish, median_seconds, shapes, sparse_layer, tokens};
 

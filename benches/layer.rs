@@ -13,7 +13,7 @@ mod support;
 use burn::module::Module;
 use burn::nn::{Gelu, Linear, LinearConfig};
 use burn::tensor::{Device, Tensor};
-use burn_moe::{Capacity, MlpConfig};
+use burn_moe::{Capacity, transformer::MlpConfig};
 use criterion::{Criterion, criterion_group, criterion_main};
 use support::{
     EXPERTS, Load, Shape, TOP_K, assert_load, backward, device, finish, paired, print_peak, shapes, sparse_layer, tokens,

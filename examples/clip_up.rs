@@ -17,7 +17,7 @@ use std::{
 };
 
 use burn_moe::{
-    BlockSelection, Capacity, Cost, Probe, SparseEncoderConfig, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
+    Capacity, Cost, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{
         ClipAuxiliaryLossConfig, SparseClipConfig, VisionConfig,
         checkpoint::{ClipCheckpoint, Precision},
@@ -29,6 +29,8 @@ use burn_moe::{
         data::{DataError, EmojiPack, EmojiVendor, ImageTextSet, load_folder},
         paired_bootstrap, train,
     },
+    transformer::{BlockSelection, SparseEncoderConfig},
+    upcycle::Probe,
 };
 use clap::Parser;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};

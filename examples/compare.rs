@@ -21,9 +21,8 @@ use std::{
 
 use burn::tensor::Device;
 use burn_moe::{
-    AuxiliaryLossConfig, BalancingBias, BlockSelection, Capacity, EncoderConfig, ExpertChoiceConfig, FillOrder, GateNormalization,
-    Padding, Probe, Protection, RouterConfig, RouterScore, SparseEncoderConfig, SparseLayer, TokenChoiceConfig, UpcycleFromDense,
-    UpcycleOptions, UpcycleStrategy,
+    AuxiliaryLossConfig, BalancingBias, Capacity, ExpertChoiceConfig, FillOrder, GateNormalization, RouterConfig, RouterScore,
+    TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{
         Clip, ClipAuxiliaryLossConfig, ClipConfig, SparseClipConfig, TextConfig, VisionConfig, checkpoint::ClipCheckpoint,
         checkpoint::Precision, tokenizer::ClipTokenizer,
@@ -34,6 +33,8 @@ use burn_moe::{
         data::{EmojiPack, EmojiVendor, ImageTextSet},
         train,
     },
+    transformer::{BlockSelection, EncoderConfig, Padding, Protection, SparseEncoderConfig, SparseLayer},
+    upcycle::{Probe, UpcycleStrategy},
 };
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};

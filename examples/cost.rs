@@ -8,8 +8,9 @@
 use std::{error::Error, path::PathBuf};
 
 use burn_moe::{
-    BlockSelection, SparseEncoderConfig, TokenChoiceConfig,
+    TokenChoiceConfig,
     clip::{ClipConfig, SparseClipConfig, checkpoint::ClipCheckpoint},
+    transformer::{BlockSelection, SparseEncoderConfig},
 };
 use clap::Parser;
 

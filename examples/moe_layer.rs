@@ -14,7 +14,7 @@ use burn::{
     optim::{AdamWConfig, GradientsParams},
     tensor::{Device, Distribution, Tensor},
 };
-use burn_moe::{AuxiliaryLossConfig, MoeFeedForward, MoeFeedForwardConfig, Routing, RoutingStats, check_finite};
+use burn_moe::{AuxiliaryLossConfig, MoeFeedForward, MoeFeedForwardConfig, Routing, finite::check_finite, stats::RoutingStats};
 
 #[derive(Config, Debug)]
 struct BlockConfig {

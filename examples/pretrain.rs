@@ -13,7 +13,6 @@ mod support;
 use std::{error::Error, path::PathBuf};
 
 use burn_moe::{
-    EncoderConfig,
     clip::{
         ClipAuxiliaryLossConfig, ClipConfig, TextConfig, VisionConfig,
         checkpoint::{ClipCheckpoint, Precision},
@@ -23,6 +22,7 @@ use burn_moe::{
         data::{EmojiPack, EmojiVendor},
         train,
     },
+    transformer::EncoderConfig,
 };
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};

@@ -14,11 +14,13 @@ use std::{error::Error, fs, path::PathBuf, time::Instant};
 
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
 use burn_moe::{
-    BlockSelection, Probe, SparseEncoderConfig, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
+    TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{
         ClipConfig, SparseClipConfig,
         checkpoint::{ClipCheckpoint, Precision},
     },
+    transformer::{BlockSelection, SparseEncoderConfig},
+    upcycle::Probe,
 };
 use clap::{Parser, ValueEnum};
 use support::{device_by_name, write_atomic};
@@ -96,7 +98,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let back = ClipCheckpoint::load(&args.out, &device)?;
     clock.lap("load the sparse one");
     let embedding = back.model.encode_image(images(&back.config, 1, &device)).embedding;
-    burn_moe::check_finite("the embedding", &embedding)?;
+    burn_moe::finite::check_finite("the embedding", &embedding)?;
     clock.lap("embed an image");
     write_atomic(args.out.join("report.json"), serde_json::to_string_pretty(&upcycled.report)?.as_bytes())?;
 

@@ -25,8 +25,10 @@ use burn::{
 };
 use burn_moe::{
     Activation, AssignmentConfig, Capacity, ExpertChoiceConfig, ExpertMlpConfig, FillOrder, GateNormalization,
-    MoeFeedForwardConfig, MoeInput, RoutingStats, TokenChoiceConfig, clip::checkpoint::ClipCheckpoint, global_entropy_loss,
-    importance_loss, load_balancing_loss, router_z_loss,
+    MoeFeedForwardConfig, MoeInput, TokenChoiceConfig,
+    clip::checkpoint::ClipCheckpoint,
+    loss::{global_entropy_loss, importance_loss, load_balancing_loss, router_z_loss},
+    stats::RoutingStats,
 };
 use clap::Parser;
 use safetensors::{Dtype, SafeTensors};

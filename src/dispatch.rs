@@ -14,7 +14,7 @@ use crate::{
 ///
 /// ```
 /// # use burn::tensor::{Device, Distribution, Tensor};
-/// # use burn_moe::{AssignmentConfig, AssignmentInput, Dispatcher, Phase, Router, RouterConfig};
+/// # use burn_moe::{AssignmentConfig, Router, RouterConfig, routing::{AssignmentInput, Dispatcher, Phase}};
 /// # let device = Device::default();
 /// let tokens = Tensor::<2>::random([6, 8], Distribution::Default, &device);
 /// let router = RouterConfig::new().init(8, 4, &device);

@@ -15,11 +15,12 @@
 //! ```
 //!
 //! # Where things are
-//! - The layer: [`MoeFeedForward`], and what it is made of: [`Router`], [`AssignmentConfig`] and [`Capacity`], [`DispatchPlan`],
-//!   [`ExpertMlp`]. What it decided is a value, [`Routing`], which losses ([`AuxiliaryLoss`]) and statistics ([`RoutingStats`]) read.
+//! - The layer: [`MoeFeedForward`], and what it is made of: [`Router`], [`AssignmentConfig`] and [`Capacity`], [`ExpertMlp`]. What it
+//!   decided is a value, [`Routing`], which losses ([`AuxiliaryLoss`], [`loss`]) and statistics ([`stats`]) read. The pieces for a router of
+//!   your own are in [`routing`].
 //! - From dense to sparse: [`UpcycleFromDense`], for this crate's modules, burn's own feed-forward network, and yours through
-//!   [`DenseFeedForward`].
-//! - A transformer with sparse blocks: [`Encoder`]; a CLIP of two of them: `clip` (feature `clip`), its checkpoints (feature
+//!   [`DenseFeedForward`](upcycle::DenseFeedForward); strategies, reports and the way back are in [`upcycle`].
+//! - A transformer with sparse blocks: [`transformer::Encoder`]; a CLIP of two of them: `clip` (feature `clip`), its checkpoints (feature
 //!   `store`), and the training recipe: `recipe` (feature `train`).
 //!
 //! # Guides
@@ -34,8 +35,8 @@ mod error;
 mod experts;
 #[cfg(feature = "store")]
 mod files;
-mod finite;
-mod loss;
+pub mod finite;
+pub mod loss;
 mod mask;
 mod moe;
 mod ops;
@@ -43,49 +44,33 @@ mod param;
 mod phase;
 mod plan;
 mod router;
-mod routing;
+pub mod routing;
 mod soft_moe;
-mod stats;
-mod transformer;
-mod upcycle;
+pub mod stats;
+pub mod transformer;
+pub mod upcycle;
 
 #[cfg(feature = "clip")]
 pub mod clip;
 #[cfg(feature = "train")]
 pub mod recipe;
 
-pub use assignment::{
-    AssignmentConfig, AssignmentInput, ExpertChoiceConfig, FillOrder, GateNormalization, TokenChoiceConfig, TokenGroups,
-};
+pub use assignment::{AssignmentConfig, ExpertChoiceConfig, FillOrder, GateNormalization, TokenChoiceConfig, TokenGroups};
 pub use capacity::Capacity;
 pub use cost::Cost;
-pub use dispatch::Dispatcher;
 pub use error::ConfigError;
 pub use experts::{Activation, ExpertMlp, ExpertMlpConfig, FeedForwardForm};
-pub use finite::{NonFiniteError, check_finite, check_finite_module};
-pub use loss::{
-    AuxiliaryLoss, AuxiliaryLossConfig, AuxiliaryLossOutput, LossTerm, global_entropy_loss, importance_loss, load_balancing_loss,
-    load_loss, local_entropy_loss, router_z_loss,
-};
-pub use mask::TokenMask;
+pub use loss::{AuxiliaryLoss, AuxiliaryLossConfig};
 pub use moe::{MoeFeedForward, MoeFeedForwardConfig};
-pub use ops::{Kernels, release_idle_memory, with_kernels};
-pub use phase::Phase;
-pub use plan::DispatchPlan;
-pub use router::{BalancingBias, Router, RouterConfig, RouterNoise, RouterOutput, RouterScore};
+pub use router::{BalancingBias, Router, RouterConfig, RouterScore};
 pub use routing::{MoeInput, MoeOutput, Routing};
 pub use soft_moe::{SoftMoeFeedForward, SoftMoeFeedForwardConfig};
-pub use stats::{RoutingStats, co_firing};
-pub use transformer::{
-    BlockSelection, Encoder, EncoderConfig, EncoderOutput, FeedForward, FeedForwardInputs, Mlp, MlpConfig, Padding, Protection,
-    SparseEncoderConfig, SparseLayer, TokenMarks, TransformerBlock,
-};
-#[cfg(feature = "train")]
-pub use upcycle::upcycle_optimizer;
-pub use upcycle::{
-    DenseFeedForward, DenseWeights, Probe, Reduced, Reduction, ReductionReport, UpcycleError, UpcycleFromDense, UpcycleOptions,
-    UpcycleReport, UpcycleStrategy, Upcycled, UpcycledLayer, expert_similarity,
-};
+pub use upcycle::{UpcycleFromDense, UpcycleOptions};
+
+/// Whether layers use this crate's kernels, and the memory that the kernels keep.
+pub mod kernels {
+    pub use crate::ops::{Kernels, release_idle_memory, with_kernels};
+}
 
 /// The guides of `docs/`, so that their code is compiled and run.
 pub mod guide {

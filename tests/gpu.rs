@@ -9,9 +9,10 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor};
 use burn_moe::{
     Activation, AuxiliaryLossConfig, BalancingBias, Capacity, ExpertChoiceConfig, ExpertMlpConfig, FillOrder, GateNormalization,
-    Kernels, MoeFeedForward, MoeFeedForwardConfig, MoeInput, RouterConfig, Routing, TokenChoiceConfig, TokenGroups,
+    MoeFeedForward, MoeFeedForwardConfig, MoeInput, RouterConfig, Routing, TokenChoiceConfig, TokenGroups,
     clip::{ClipConfig, SparseClipConfig, contrastive_loss},
-    load_balancing_loss,
+    kernels::Kernels,
+    loss::load_balancing_loss,
 };
 
 #[path = "it/outcome.rs"]

@@ -84,7 +84,7 @@ fn activations(encoder: &EncoderConfig, tokens: usize) -> (u64, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{SparseEncoderConfig, clip::SparseClipConfig};
+    use crate::{clip::SparseClipConfig, transformer::SparseEncoderConfig};
 
     #[test]
     fn more_experts_need_more_and_gates_and_shared_experts_add_to_it() {

@@ -22,7 +22,7 @@ thread_local! {
 ///
 /// ```
 /// # use burn::tensor::{Device, Distribution, Tensor};
-/// # use burn_moe::{Kernels, MoeFeedForwardConfig, with_kernels};
+/// # use burn_moe::{MoeFeedForwardConfig, kernels::{Kernels, with_kernels}};
 /// # let device = Device::default();
 /// # let layer = MoeFeedForwardConfig::new(8, 16, 4).init(&device);
 /// # let x = Tensor::<2>::random([6, 8], Distribution::Default, &device);

@@ -1,17 +1,21 @@
-//! What one sparse layer decided on one batch: data for losses and statistics.
+//! What one sparse layer decided on one batch, and what a routing is made from: scores, masks, assignments, plans.
 
 mod input;
 
+pub use crate::{
+    assignment::AssignmentInput,
+    dispatch::Dispatcher,
+    mask::TokenMask,
+    phase::Phase,
+    plan::DispatchPlan,
+    router::{RouterNoise, RouterOutput},
+};
 pub(crate) use input::{FlatTokens, shaped};
 pub use input::{MoeInput, MoeOutput};
 
 use burn::tensor::{Bool, DType, Tensor};
 
-use crate::{
-    mask::TokenMask,
-    plan::DispatchPlan,
-    router::{RouterNoise, RouterScore, non_finite_rows},
-};
+use crate::router::{RouterScore, non_finite_rows};
 
 /// The routing of one layer on one batch. Everything that losses and statistics need is in here; nothing is kept elsewhere.
 #[derive(Debug, Clone)]

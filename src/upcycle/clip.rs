@@ -55,7 +55,7 @@ impl UpcycleFromDense<Clip> for Clip {
 }
 
 /// Copies all but the blocks, and returns the blocks to copy.
-fn vision<'a>(target: &mut VisionTower, source: &'a VisionTower) -> Result<&'a crate::Encoder, UpcycleError> {
+fn vision<'a>(target: &mut VisionTower, source: &'a VisionTower) -> Result<&'a crate::transformer::Encoder, UpcycleError> {
     let weights = (&source.patch_embedding.weight, &target.patch_embedding.weight);
     UpcycleError::shapes("patch_embedding", &weights.0.dims(), &weights.1.dims())?;
     UpcycleError::shapes("position_embedding", &source.position_embedding.dims(), &target.position_embedding.dims())?;
@@ -71,7 +71,7 @@ fn vision<'a>(target: &mut VisionTower, source: &'a VisionTower) -> Result<&'a c
 }
 
 /// Copies all but the blocks, and returns the blocks to copy.
-fn text<'a>(target: &mut TextTower, source: &'a TextTower) -> Result<&'a crate::Encoder, UpcycleError> {
+fn text<'a>(target: &mut TextTower, source: &'a TextTower) -> Result<&'a crate::transformer::Encoder, UpcycleError> {
     let weights = (&source.token_embedding.weight, &target.token_embedding.weight);
     UpcycleError::shapes("token_embedding", &weights.0.dims(), &weights.1.dims())?;
     UpcycleError::shapes("position_embedding", &source.position_embedding.dims(), &target.position_embedding.dims())?;

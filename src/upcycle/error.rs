@@ -93,7 +93,7 @@ pub enum UpcycleError {
     },
     /// Dense weights, or what the models say on the probe, are not finite.
     #[error(transparent)]
-    NonFinite(#[from] crate::NonFiniteError),
+    NonFinite(#[from] crate::finite::NonFiniteError),
 }
 
 fn of(parameter: &str) -> String {

@@ -184,7 +184,7 @@ fn check(
             return refused("it is for plain networks, not for gated ones".into());
         }
         UpcycleError::shapes("w_gate", &w_gate.dims(), &[d_model, d_ff * shards])?;
-        crate::check_finite("w_gate", w_gate)?;
+        crate::finite::check_finite("w_gate", w_gate)?;
     }
     if weights.activation != experts.activation {
         let dense = format!("{:?}", weights.activation);
@@ -200,11 +200,11 @@ fn check(
         }
         if let Some(dense) = dense {
             UpcycleError::shapes(what, &dense.dims(), &[width])?;
-            crate::check_finite(what, dense)?;
+            crate::finite::check_finite(what, dense)?;
         }
     }
-    crate::check_finite("w_in", &weights.w_in)?;
-    crate::check_finite("w_out", &weights.w_out)?;
+    crate::finite::check_finite("w_in", &weights.w_in)?;
+    crate::finite::check_finite("w_out", &weights.w_out)?;
     Ok(())
 }
 

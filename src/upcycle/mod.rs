@@ -43,7 +43,7 @@ pub trait UpcycleFromDense<Dense>: Sized {
     /// let sparse = MoeFeedForwardConfig::new(16, 64, 8).init(&device);
     /// let upcycled = sparse.upcycle_from_dense(&dense, &UpcycleOptions::default())?;
     /// # assert_eq!(upcycled.report.layers.len(), 1);
-    /// # Ok::<(), burn_moe::UpcycleError>(())
+    /// # Ok::<(), burn_moe::upcycle::UpcycleError>(())
     /// ```
     ///
     /// # Errors

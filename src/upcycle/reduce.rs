@@ -55,7 +55,7 @@ pub struct ReductionReport {
 
 impl MoeFeedForward {
     /// The layer with fewer experts. `load` is the share of rows that each expert computed, as in
-    /// [`RoutingStats::load`](crate::RoutingStats::load); `calibration` tokens `[T, D]` tell what the reduction costs.
+    /// [`RoutingStats::load`](crate::stats::RoutingStats::load); `calibration` tokens `[T, D]` tell what the reduction costs.
     ///
     /// `Average` leaves a layer of one expert and `top_k` 1; [`dense`](Self::dense) makes a network without a router of it. Otherwise
     /// `top_k` stays.

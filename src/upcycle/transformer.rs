@@ -104,7 +104,7 @@ fn block(
     let layer;
     (sparse.feed_forward, layer) = match sparse.feed_forward {
         FeedForward::Dense(target) => {
-            let widths = |mlp: &crate::Mlp| mlp.linear_in.weight.dims();
+            let widths = |mlp: &crate::transformer::Mlp| mlp.linear_in.weight.dims();
             UpcycleError::shapes("linear_in", &widths(mlp), &widths(&target)).map_err(within)?;
             UpcycleError::settings("activation", mlp.activation, target.activation).map_err(within)?;
             (FeedForward::Dense(same_place(mlp, &target)), None)

@@ -6,7 +6,6 @@ use std::{cell::RefCell, fs, path::Path};
 
 use burn::tensor::Device;
 use burn_moe::{
-    EncoderConfig,
     clip::{
         ClipConfig, TextConfig, VisionConfig,
         checkpoint::{ClipCheckpoint, Precision},
@@ -15,6 +14,7 @@ use burn_moe::{
         tokenizer::ClipTokenizer,
     },
     recipe::data::load_folder,
+    transformer::EncoderConfig,
 };
 use tempfile::TempDir;
 

@@ -4,13 +4,14 @@ use std::fs;
 
 use burn::tensor::{Device, Tensor};
 use burn_moe::{
-    EncoderConfig, check_finite, check_finite_module,
     clip::{Clip, ClipAuxiliaryLossConfig, ClipConfig, EndOfText, TextConfig, VisionConfig, preprocess::ImagePreprocessor},
+    finite::{check_finite, check_finite_module},
     recipe::{
         Arm, OptimizerConfig, TrainConfig, TrainError, TrainInput, WarmupCosine,
         data::{BatchConfig, Batches, Concept, EmojiPack, EmojiVendor, ImageTextSet, load_folder},
         evaluate, train,
     },
+    transformer::EncoderConfig,
 };
 
 use super::support::ROOT;

@@ -5,12 +5,12 @@ use std::{fs, path::Path};
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use burn_moe::{
-    BalancingBias, EncoderConfig, FeedForward, FeedForwardForm, Padding, RouterConfig, SparseEncoderConfig, SparseLayer,
-    UpcycleFromDense, UpcycleOptions,
+    BalancingBias, FeedForwardForm, RouterConfig, UpcycleFromDense, UpcycleOptions,
     clip::{
         ClipConfig, ImagePreprocessing, Interpolation, MAX_LOGIT_SCALE, ResizeMode, SparseClipConfig, TextConfig, VisionConfig,
         checkpoint::{CheckpointError, ClipCheckpoint, Precision},
     },
+    transformer::{EncoderConfig, FeedForward, Padding, SparseEncoderConfig, SparseLayer},
 };
 
 use super::support::{ROOT, numbers, values};

@@ -9,12 +9,15 @@ use burn::nn::{
 };
 use burn::tensor::{Bool, DType, Device, Distribution, FloatDType, Int, Tensor};
 use burn_moe::{
-    Activation, AssignmentConfig, AssignmentInput, AuxiliaryLossConfig, BalancingBias, Capacity, DispatchPlan, Dispatcher,
-    EncoderConfig, ExpertChoiceConfig, ExpertMlpConfig, Kernels, MlpConfig, MoeFeedForward, MoeFeedForwardConfig, MoeInput, Phase,
-    Probe, RouterConfig, RouterScore, RoutingStats, SoftMoeFeedForwardConfig, TokenChoiceConfig, TokenGroups, TokenMask,
-    UpcycleFromDense, UpcycleOptions,
+    Activation, AssignmentConfig, AuxiliaryLossConfig, BalancingBias, Capacity, ExpertChoiceConfig, ExpertMlpConfig,
+    MoeFeedForward, MoeFeedForwardConfig, MoeInput, RouterConfig, RouterScore, SoftMoeFeedForwardConfig, TokenChoiceConfig,
+    TokenGroups, UpcycleFromDense, UpcycleOptions,
     clip::{ClipConfig, SparseClipConfig, TextConfig, VisionConfig, tokenizer::ClipTokenizer},
-    with_kernels,
+    kernels::{Kernels, with_kernels},
+    routing::{AssignmentInput, DispatchPlan, Dispatcher, Phase, TokenMask},
+    stats::RoutingStats,
+    transformer::{EncoderConfig, MlpConfig},
+    upcycle::Probe,
 };
 
 use super::support::values;

@@ -171,8 +171,8 @@ fn retrieval_and_classification_have_the_figures_of_clip_benchmark() {
 #[test]
 fn an_embedding_does_not_depend_on_its_batch() {
     let device = Device::default();
-    let sparse = burn_moe::SparseEncoderConfig::new();
-    let encoder = || burn_moe::EncoderConfig::new(16, 2, 2, 32).with_sparse(Some(sparse.clone()));
+    let sparse = burn_moe::transformer::SparseEncoderConfig::new();
+    let encoder = || burn_moe::transformer::EncoderConfig::new(16, 2, 2, 32).with_sparse(Some(sparse.clone()));
     let text = TextConfig::new(encoder()).with_context_length(12);
     let model: Clip = ClipConfig::new(VisionConfig::new(encoder(), 32, 8), text, 10).init(&device);
     let paths: Vec<PathBuf> =

@@ -3,8 +3,9 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use burn_moe::{
-    Activation, Capacity, ExpertChoiceConfig, ExpertMlpConfig, Kernels, Mlp, MlpConfig, MoeFeedForwardConfig, MoeInput,
-    TokenChoiceConfig, with_kernels,
+    Activation, Capacity, ExpertChoiceConfig, ExpertMlpConfig, MoeFeedForwardConfig, MoeInput, TokenChoiceConfig,
+    kernels::{Kernels, with_kernels},
+    transformer::{Mlp, MlpConfig},
 };
 
 use super::{

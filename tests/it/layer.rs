@@ -3,11 +3,12 @@
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use burn_moe::{
-    Activation, BalancingBias, Capacity, EncoderConfig, ExpertChoiceConfig, ExpertMlpConfig, FillOrder, GateNormalization, Kernels,
-    MoeFeedForward, MoeFeedForwardConfig, MoeInput, Padding, Protection, RouterConfig, RouterScore, Routing, RoutingStats,
-    SoftMoeFeedForwardConfig, SparseEncoderConfig, TokenChoiceConfig, TokenGroups, TokenMarks,
+    Activation, BalancingBias, Capacity, ExpertChoiceConfig, ExpertMlpConfig, FillOrder, GateNormalization, MoeFeedForward,
+    MoeFeedForwardConfig, MoeInput, RouterConfig, RouterScore, Routing, SoftMoeFeedForwardConfig, TokenChoiceConfig, TokenGroups,
     clip::{ClipConfig, TextConfig, VisionConfig},
-    with_kernels,
+    kernels::{Kernels, with_kernels},
+    stats::RoutingStats,
+    transformer::{EncoderConfig, Padding, Protection, SparseEncoderConfig, TokenMarks},
 };
 use proptest::prelude::*;
 

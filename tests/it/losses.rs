@@ -2,9 +2,11 @@
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use burn_moe::{
-    AssignmentConfig, AssignmentInput, AuxiliaryLossConfig, GateNormalization, MoeFeedForwardConfig, MoeInput, Phase, RouterConfig,
-    RouterNoise, RouterScore, Routing, TokenChoiceConfig, TokenMask, clip::ClipAuxiliaryLossConfig, global_entropy_loss,
-    importance_loss, load_balancing_loss, load_loss, local_entropy_loss, router_z_loss,
+    AssignmentConfig, AuxiliaryLossConfig, GateNormalization, MoeFeedForwardConfig, MoeInput, RouterConfig, RouterScore, Routing,
+    TokenChoiceConfig,
+    clip::ClipAuxiliaryLossConfig,
+    loss::{global_entropy_loss, importance_loss, load_balancing_loss, load_loss, local_entropy_loss, router_z_loss},
+    routing::{AssignmentInput, Phase, RouterNoise, TokenMask},
 };
 
 use super::support::{mask, numbers, values};

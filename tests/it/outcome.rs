@@ -2,7 +2,10 @@
 
 use burn::module::Param;
 use burn::tensor::Tensor;
-use burn_moe::{Kernels, MoeFeedForward, MoeInput, with_kernels};
+use burn_moe::{
+    MoeFeedForward, MoeInput,
+    kernels::{Kernels, with_kernels},
+};
 
 use super::support::{largest_difference, mask, numbers, values};
 

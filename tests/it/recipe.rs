@@ -2,7 +2,7 @@
 
 use burn::tensor::Device;
 use burn_moe::{
-    EncoderConfig, UpcycleFromDense, UpcycleOptions,
+    UpcycleFromDense, UpcycleOptions,
     clip::{
         Clip, ClipAuxiliaryLossConfig, ClipConfig, Embedder, ImagePreprocessing, Interpolation, ResizeMode, RetrievalMetrics,
         SparseClipConfig, TextConfig, VisionConfig, preprocess::ImagePreprocessor, tokenizer::ClipTokenizer,
@@ -12,6 +12,7 @@ use burn_moe::{
         data::{AugmentConfig, Batch, BatchConfig, Batches, Concept, EmojiPack, EmojiVendor, ImageTextSet, load_folder},
         evaluate, train,
     },
+    transformer::EncoderConfig,
 };
 
 use super::support::{ROOT, values};

@@ -5,11 +5,13 @@ use burn::nn::{Linear, LinearConfig, activation::ActivationConfig, transformer::
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Bool, Device, Int, Tensor};
 use burn_moe::{
-    Activation, BalancingBias, Capacity, DenseFeedForward, DenseWeights, Encoder, EncoderConfig, ExpertMlpConfig,
-    GateNormalization, MlpConfig, MoeFeedForwardConfig, Probe, Reduction, RouterConfig, RouterScore, SoftMoeFeedForwardConfig,
-    SparseEncoderConfig, TokenChoiceConfig, TokenMarks, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleStrategy,
+    Activation, BalancingBias, Capacity, ExpertMlpConfig, GateNormalization, MoeFeedForwardConfig, RouterConfig, RouterScore,
+    SoftMoeFeedForwardConfig, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{Clip, ClipConfig, EndOfText, SparseClipConfig, TextConfig, VisionConfig},
-    expert_similarity, upcycle_optimizer,
+    transformer::{Encoder, EncoderConfig, MlpConfig, SparseEncoderConfig, TokenMarks},
+    upcycle::{
+        DenseFeedForward, DenseWeights, Probe, Reduction, UpcycleError, UpcycleStrategy, expert_similarity, upcycle_optimizer,
+    },
 };
 
 use super::support::{largest_difference, numbers, values};
@@ -182,7 +184,9 @@ fn an_upcycled_model_trains_on_the_training_device() {
     let (_, sparse) = upcycled_clip(&device);
     let (images, tokens) = batch(&device);
     let gradients = sparse.forward(images, tokens).logits_per_image.sum().backward();
-    let burn_moe::FeedForward::Moe(moe) = &sparse.vision.encoder.blocks[1].feed_forward else { panic!("block 1 is sparse") };
+    let burn_moe::transformer::FeedForward::Moe(moe) = &sparse.vision.encoder.blocks[1].feed_forward else {
+        panic!("block 1 is sparse")
+    };
     assert!(moe.experts.w_in.grad(&gradients).is_some() && sparse.logit_scale.grad(&gradients).is_some());
 }
 
@@ -406,8 +410,9 @@ fn an_upcycled_encoder_goes_back_to_the_dense_one() {
     let sparse = config.with_sparse(Some(SparseEncoderConfig::new())).init(&device);
     let sparse = sparse.upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap().model;
     let back = sparse.clone().to_dense(&[vec![0.125; 8], vec![0.125; 8]]).unwrap();
-    let run =
-        |encoder: &burn_moe::Encoder| values(&encoder.forward(numbers([2, 5, 8], 1, &device), TokenMarks::default(), false).hidden);
+    let run = |encoder: &burn_moe::transformer::Encoder| {
+        values(&encoder.forward(numbers([2, 5, 8], 1, &device), TokenMarks::default(), false).hidden)
+    };
     assert!(largest_difference(&run(&back), &run(&dense)) < 1e-5);
     assert_eq!(back.num_params(), dense.num_params());
     let error = sparse.to_dense(&[vec![0.125; 8]]).unwrap_err().to_string();

@@ -109,7 +109,7 @@ pub enum CheckpointError {
         /// The file.
         path: PathBuf,
         /// The tensor.
-        source: crate::NonFiniteError,
+        source: crate::finite::NonFiniteError,
     },
     /// A value that is not finite, or does not fit the precision it should be written with.
     #[error("`{tensor}` holds {count} values that cannot be written: not finite, or beyond what the precision holds")]

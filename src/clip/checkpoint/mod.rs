@@ -277,7 +277,7 @@ fn load_weights(files: &TensorFiles, config: &ClipConfig, layout: Layout, device
         })?;
         let count = values.iter().filter(|v| !v.is_finite()).count();
         if count > 0 {
-            let source = crate::NonFiniteError { tensor: entry.key, count, total: values.len() };
+            let source = crate::finite::NonFiniteError { tensor: entry.key, count, total: values.len() };
             return Err(CheckpointError::NonFinite { path: file.to_path_buf(), source });
         }
         Ok(entry.load(values))

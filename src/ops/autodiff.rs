@@ -12,17 +12,16 @@ use burn::backend::autodiff::{
 use burn::backend::tensor::{FloatTensor, IntTensor};
 
 #[cfg(feature = "cube")]
-use super::extension::RouterOps;
-use super::{Activation, extension::MoeOps};
-
-/// Backward passes call the helpers on the backend below. They are required of autodiff all the same, because a default body would let a
-/// backend forget one.
-const BELOW_AUTODIFF: &str = "a backward pass runs on the backend below autodiff";
+use super::extension::{RouterBackwardOps, RouterOps};
+use super::{
+    Activation,
+    extension::{MoeBackwardOps, MoeOps},
+};
 
 #[derive(Debug)]
 struct ActivationStep;
 
-impl<B: MoeOps> Backward<B, 1> for ActivationStep {
+impl<B: MoeBackwardOps> Backward<B, 1> for ActivationStep {
     type State = (FloatTensor<B>, Activation);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -37,7 +36,7 @@ impl<B: MoeOps> Backward<B, 1> for ActivationStep {
 #[derive(Debug)]
 struct DispatchStep;
 
-impl<B: MoeOps> Backward<B, 1> for DispatchStep {
+impl<B: MoeBackwardOps> Backward<B, 1> for DispatchStep {
     type State = (IntTensor<B>, usize);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -52,7 +51,7 @@ impl<B: MoeOps> Backward<B, 1> for DispatchStep {
 #[derive(Debug)]
 struct CombineStep;
 
-impl<B: MoeOps> Backward<B, 2> for CombineStep {
+impl<B: MoeBackwardOps> Backward<B, 2> for CombineStep {
     type State = (FloatTensor<B>, FloatTensor<B>, IntTensor<B>, IntTensor<B>);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -72,7 +71,7 @@ struct GroupedLinearStep;
 
 /// What [`GroupedLinearStep`] keeps; `pre` only where an activation follows.
 #[derive(Debug, Clone)]
-struct GroupedLinearState<B: MoeOps> {
+struct GroupedLinearState<B: MoeBackwardOps> {
     x: FloatTensor<B>,
     weight: FloatTensor<B>,
     offsets: IntTensor<B>,
@@ -80,7 +79,7 @@ struct GroupedLinearState<B: MoeOps> {
     activation: Option<(Activation, FloatTensor<B>)>,
 }
 
-impl<B: MoeOps> Backward<B, 3> for GroupedLinearStep {
+impl<B: MoeBackwardOps> Backward<B, 3> for GroupedLinearStep {
     type State = GroupedLinearState<B>;
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -109,7 +108,7 @@ impl<B: MoeOps> Backward<B, 3> for GroupedLinearStep {
 struct RouterStep;
 
 #[cfg(feature = "cube")]
-impl<B: RouterOps> Backward<B, 2> for RouterStep {
+impl<B: RouterBackwardOps> Backward<B, 2> for RouterStep {
     type State = (FloatTensor<B>, FloatTensor<B>);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -125,7 +124,7 @@ impl<B: RouterOps> Backward<B, 2> for RouterStep {
 }
 
 #[cfg(feature = "cube")]
-impl<B: RouterOps, C: CheckpointStrategy> RouterOps for Autodiff<B, C> {
+impl<B: RouterOps + RouterBackwardOps, C: CheckpointStrategy> RouterOps for Autodiff<B, C> {
     fn moe_router_logits(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
         let step = RouterStep.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful();
         let (x, weight) = (x.into_primitive(), weight.into_primitive());
@@ -135,17 +134,9 @@ impl<B: RouterOps, C: CheckpointStrategy> RouterOps for Autodiff<B, C> {
             OpsKind::UnTracked(prep) => prep.finish(out),
         }
     }
-
-    fn moe_router_logits_backward_x(_: FloatTensor<Self>, _: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
-        unreachable!("{BELOW_AUTODIFF}")
-    }
-
-    fn moe_router_logits_backward_weight(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
-        unreachable!("{BELOW_AUTODIFF}")
-    }
 }
 
-impl<B: MoeOps, C: CheckpointStrategy> MoeOps for Autodiff<B, C> {
+impl<B: MoeOps + MoeBackwardOps, C: CheckpointStrategy> MoeOps for Autodiff<B, C> {
     fn moe_activation(x: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
         match ActivationStep.prepare::<C>([x.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
@@ -190,59 +181,23 @@ impl<B: MoeOps, C: CheckpointStrategy> MoeOps for Autodiff<B, C> {
         offsets: IntTensor<Self>,
         host_offsets: Arc<[usize]>,
         activation: Option<Activation>,
-        _keep_pre: bool,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+    ) -> FloatTensor<Self> {
         let step = GroupedLinearStep.prepare::<C>([x.node(), weight.node(), bias.node()]).compute_bound().stateful();
         let (x, weight, bias) = (x.into_primitive(), weight.into_primitive(), bias.into_primitive());
-        let forward = |x, weight, offsets, host_offsets, keep_pre| {
-            B::moe_grouped_linear(x, weight, bias, offsets, host_offsets, activation, keep_pre)
-        };
-        let out = match step {
-            OpsKind::Tracked(prep) => {
-                let (out, pre) = forward(x.clone(), weight.clone(), offsets.clone(), host_offsets.clone(), true);
-                let activation = activation.map(|activation| (activation, pre));
-                prep.finish(GroupedLinearState { x, weight, offsets, host_offsets, activation }, out)
+        let prep = match step {
+            OpsKind::Tracked(prep) => prep,
+            OpsKind::UnTracked(prep) => {
+                return prep.finish(B::moe_grouped_linear(x, weight, bias, offsets, host_offsets, activation));
             }
-            OpsKind::UnTracked(prep) => prep.finish(forward(x, weight, offsets, host_offsets, false).0),
         };
-        (out.clone(), out)
-    }
-
-    fn moe_activation_backward(_: FloatTensor<Self>, _: FloatTensor<Self>, _: Activation) -> FloatTensor<Self> {
-        unreachable!("{BELOW_AUTODIFF}")
-    }
-
-    fn moe_dispatch_backward(_: FloatTensor<Self>, _: IntTensor<Self>, _: usize) -> FloatTensor<Self> {
-        unreachable!("{BELOW_AUTODIFF}")
-    }
-
-    fn moe_combine_backward_rows(_: FloatTensor<Self>, _: FloatTensor<Self>, _: IntTensor<Self>) -> FloatTensor<Self> {
-        unreachable!("{BELOW_AUTODIFF}")
-    }
-
-    fn moe_combine_backward_gates(_: FloatTensor<Self>, _: FloatTensor<Self>, _: IntTensor<Self>) -> FloatTensor<Self> {
-        unreachable!("{BELOW_AUTODIFF}")
-    }
-
-    fn moe_grouped_linear_backward_x(
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: IntTensor<Self>,
-        _: Arc<[usize]>,
-    ) -> FloatTensor<Self> {
-        unreachable!("{BELOW_AUTODIFF}")
-    }
-
-    fn moe_grouped_linear_backward_weight(
-        _: FloatTensor<Self>,
-        _: FloatTensor<Self>,
-        _: IntTensor<Self>,
-        _: Arc<[usize]>,
-    ) -> FloatTensor<Self> {
-        unreachable!("{BELOW_AUTODIFF}")
-    }
-
-    fn moe_grouped_linear_backward_bias(_: FloatTensor<Self>, _: IntTensor<Self>, _: Arc<[usize]>) -> FloatTensor<Self> {
-        unreachable!("{BELOW_AUTODIFF}")
+        let inputs = (x.clone(), weight.clone(), offsets.clone(), host_offsets.clone());
+        let (out, activation) = match activation {
+            None => (B::moe_grouped_linear(inputs.0, inputs.1, bias, inputs.2, inputs.3, None), None),
+            Some(activation) => {
+                let (out, pre) = B::moe_grouped_linear_keeping(inputs.0, inputs.1, bias, inputs.2, inputs.3, activation);
+                (out, Some((activation, pre)))
+            }
+        };
+        prep.finish(GroupedLinearState { x, weight, offsets, host_offsets, activation }, out)
     }
 }

@@ -58,15 +58,14 @@ mod shape {
         _bias: &TensorSpec,
         _offsets: &TensorSpec,
         _host_offsets: &Arc<[usize]>,
-        _activation: &Option<Activation>,
-        _keep_pre: &bool,
+        _activation: &Activation,
     ) -> (TensorSpec, TensorSpec) {
         let out = TensorSpec::new([x.shape[0], weight.shape[2]].into(), x.dtype);
         (out.clone(), out)
     }
 }
 
-/// Kernels and the helpers of their backwards; first order only.
+/// Kernels with a gradient, of first order.
 ///
 /// `R` rows are sorted by expert, `offsets [E + 1]` says where each expert's begin, on the device and on the host; `row_choice [R]` names the choice
 /// `t · M + m` of a row, `choice_row [T · M]` the row of a choice; −1 is none in both, and a choice may be [`LOST`](super::LOST).
@@ -81,17 +80,9 @@ pub(crate) trait MoeOps: Backend {
     #[fusion(dtype = x, shape = x)]
     fn moe_activation(x: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self>;
 
-    /// `grad · act'(x)`, any shape.
-    #[fusion(dtype = x, shape = x)]
-    fn moe_activation_backward(x: FloatTensor<Self>, grad: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self>;
-
     /// `out[r] = x[t(r)]`: `[T, D] -> [R, D]`.
     #[fusion(dtype = x, shape = shape::rows(row_choice, x))]
     fn moe_dispatch(x: FloatTensor<Self>, row_choice: IntTensor<Self>, choice_row: IntTensor<Self>) -> FloatTensor<Self>;
-
-    /// `out[t] = Σ_m grad[row of (t, m)]`: `[R, D] -> [T, D]`.
-    #[fusion(dtype = grad, shape = shape::tokens(num_tokens, grad))]
-    fn moe_dispatch_backward(grad: FloatTensor<Self>, choice_row: IntTensor<Self>, num_tokens: usize) -> FloatTensor<Self>;
 
     /// `out[t] = Σ_m gates[t, m] · rows[row of (t, m)]`: `[R, D], [T, M] -> [T, D]`.
     #[fusion(dtype = rows, shape = shape::rows(gates, rows))]
@@ -101,6 +92,44 @@ pub(crate) trait MoeOps: Backend {
         row_choice: IntTensor<Self>,
         choice_row: IntTensor<Self>,
     ) -> FloatTensor<Self>;
+
+    /// `out[r] = act(x[r] · weight[e(r)] + bias[e(r)])`: `[R, D], [E, D, F], [E, F] -> [R, F]`.
+    #[fusion(dtype = x, shape = [x[0], weight[2]].into())]
+    fn moe_grouped_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        host_offsets: Arc<[usize]>,
+        activation: Option<Activation>,
+    ) -> FloatTensor<Self>;
+}
+
+/// What the backward passes of [`MoeOps`] call on the backend below autodiff.
+#[backend_extension(
+    Cube: cfg(feature = "cube"),
+    Flex: cfg(feature = "flex"),
+    Fusion: cfg(all(feature = "fusion", feature = "cube"))
+)]
+pub(crate) trait MoeBackwardOps: Backend {
+    /// As [`MoeOps::moe_grouped_linear`], with what the activation was applied to, which its slope needs: `out` first.
+    #[fusion(meta = shape::linear)]
+    fn moe_grouped_linear_keeping(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        host_offsets: Arc<[usize]>,
+        activation: Activation,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// `grad · act'(x)`, any shape.
+    #[fusion(dtype = x, shape = x)]
+    fn moe_activation_backward(x: FloatTensor<Self>, grad: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self>;
+
+    /// `out[t] = Σ_m grad[row of (t, m)]`: `[R, D] -> [T, D]`.
+    #[fusion(dtype = grad, shape = shape::tokens(num_tokens, grad))]
+    fn moe_dispatch_backward(grad: FloatTensor<Self>, choice_row: IntTensor<Self>, num_tokens: usize) -> FloatTensor<Self>;
 
     /// `out[r] = gates[choice of r] · grad[t(r)]`: `[T, D], [T, M] -> [R, D]`.
     #[fusion(dtype = grad, shape = shape::rows(row_choice, grad))]
@@ -117,19 +146,6 @@ pub(crate) trait MoeOps: Backend {
         rows: FloatTensor<Self>,
         choice_row: IntTensor<Self>,
     ) -> FloatTensor<Self>;
-
-    /// `pre[r] = x[r] · weight[e(r)] + bias[e(r)]` and `out = act(pre)`: `[R, D], [E, D, F], [E, F] -> ([R, F], [R, F])`, `out` first.
-    /// Without an activation, or when `pre` is not kept, the second is the first.
-    #[fusion(meta = shape::linear)]
-    fn moe_grouped_linear(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-        offsets: IntTensor<Self>,
-        host_offsets: Arc<[usize]>,
-        activation: Option<Activation>,
-        keep_pre: bool,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// `out[r] = grad[r] · weight[e(r)]ᵀ`: `[R, F], [E, D, F] -> [R, D]`.
     #[fusion(dtype = grad, shape = [grad[0], weight[1]].into())]
@@ -158,14 +174,19 @@ pub(crate) trait MoeOps: Backend {
     ) -> FloatTensor<Self>;
 }
 
-/// The router's product in f32, and its gradients.
+/// The router's product in f32.
 #[cfg(feature = "cube")]
 #[backend_extension(Cube: cfg(feature = "cube"), Autodiff, Fusion: cfg(all(feature = "fusion", feature = "cube")))]
 pub(crate) trait RouterOps: Backend {
     /// `logits[t, e] = Σ_d x[t, d] · weight[e, d]`: `[T, D], [E, D] -> [T, E]`; all but `x` are f32.
     #[fusion(dtype = weight, shape = [x[0], weight[0]].into())]
     fn moe_router_logits(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
+}
 
+/// The gradients of [`RouterOps`], on the backend below autodiff.
+#[cfg(feature = "cube")]
+#[backend_extension(Cube: cfg(feature = "cube"), Fusion: cfg(all(feature = "fusion", feature = "cube")))]
+pub(crate) trait RouterBackwardOps: Backend {
     /// `out[t, d] = Σ_e grad[t, e] · weight[e, d]`: `[T, E], [E, D] -> [T, D]`, with the numbers of `x`.
     #[fusion(dtype = x, shape = x)]
     fn moe_router_logits_backward_x(grad: FloatTensor<Self>, weight: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self>;

@@ -305,16 +305,14 @@ mod kernel {
     ) -> Tensor<2> {
         let [num_experts, _, d_out] = weight.dims();
         let bias = bias.unwrap_or_else(|| Tensor::zeros([num_experts, d_out], &weight.device()));
-        let (out, _) = Dispatch::moe_grouped_linear(
+        Tensor::from_dispatch(Dispatch::moe_grouped_linear(
             rows.into_dispatch(),
             weight.into_dispatch(),
             bias.into_dispatch(),
             offsets.device.into_dispatch(),
             offsets.host,
             activation,
-            false,
-        );
-        Tensor::from_dispatch(out)
+        ))
     }
 
     pub(super) fn combine(rows: Tensor<2>, gates: Tensor<2>, index: &RaggedIndex) -> Tensor<2> {

@@ -18,7 +18,7 @@ use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::{
     Activation, SeatRules,
-    extension::{MoeOps, RouterOps, SeatOps},
+    extension::{MoeBackwardOps, MoeOps, RouterBackwardOps, RouterOps, SeatOps},
 };
 use grouped::Maps;
 
@@ -27,18 +27,10 @@ impl MoeOps for CubeBackend {
         pointwise::activation(into_contiguous(x), activation)
     }
 
-    fn moe_activation_backward(x: FloatTensor<Self>, grad: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
-        pointwise::activation_backward(into_contiguous(x), into_contiguous(grad), activation)
-    }
-
     fn moe_dispatch(x: FloatTensor<Self>, row_choice: IntTensor<Self>, choice_row: IntTensor<Self>) -> FloatTensor<Self> {
         let [num_tokens, _] = x.meta.shape().dims();
         let num_choices = choice_row.meta.num_elements() / num_tokens;
         rows::gather(into_contiguous(x), None, into_contiguous(row_choice), num_choices)
-    }
-
-    fn moe_dispatch_backward(grad: FloatTensor<Self>, choice_row: IntTensor<Self>, num_tokens: usize) -> FloatTensor<Self> {
-        rows::sum(into_contiguous(grad), None, into_contiguous(choice_row), num_tokens)
     }
 
     fn moe_combine(
@@ -49,6 +41,40 @@ impl MoeOps for CubeBackend {
     ) -> FloatTensor<Self> {
         let [num_tokens, _] = gates.meta.shape().dims();
         rows::sum(into_contiguous(rows), Some(into_contiguous(gates)), into_contiguous(choice_row), num_tokens)
+    }
+
+    fn moe_grouped_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        host_offsets: Arc<[usize]>,
+        activation: Option<Activation>,
+    ) -> FloatTensor<Self> {
+        let (weight, bias) = (into_contiguous(weight), Some(into_contiguous(bias)));
+        linear(x, Maps { weight, transposed: false, bias, activation, keep_pre: false }, offsets, &host_offsets).0
+    }
+}
+
+impl MoeBackwardOps for CubeBackend {
+    fn moe_grouped_linear_keeping(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        host_offsets: Arc<[usize]>,
+        activation: Activation,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (weight, bias, activation) = (into_contiguous(weight), Some(into_contiguous(bias)), Some(activation));
+        linear(x, Maps { weight, transposed: false, bias, activation, keep_pre: true }, offsets, &host_offsets)
+    }
+
+    fn moe_activation_backward(x: FloatTensor<Self>, grad: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
+        pointwise::activation_backward(into_contiguous(x), into_contiguous(grad), activation)
+    }
+
+    fn moe_dispatch_backward(grad: FloatTensor<Self>, choice_row: IntTensor<Self>, num_tokens: usize) -> FloatTensor<Self> {
+        rows::sum(into_contiguous(grad), None, into_contiguous(choice_row), num_tokens)
     }
 
     fn moe_combine_backward_rows(
@@ -66,21 +92,6 @@ impl MoeOps for CubeBackend {
         choice_row: IntTensor<Self>,
     ) -> FloatTensor<Self> {
         rows::products(into_contiguous(grad), into_contiguous(rows), into_contiguous(choice_row))
-    }
-
-    fn moe_grouped_linear(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-        offsets: IntTensor<Self>,
-        host_offsets: Arc<[usize]>,
-        activation: Option<Activation>,
-        keep_pre: bool,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let weight = into_contiguous(weight);
-        let keep_pre = keep_pre && activation.is_some();
-        let maps = Maps { weight, transposed: false, bias: Some(into_contiguous(bias)), activation, keep_pre };
-        linear(x, maps, offsets, &host_offsets)
     }
 
     fn moe_grouped_linear_backward_x(
@@ -120,7 +131,9 @@ impl RouterOps for CubeBackend {
     fn moe_router_logits(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
         router::logits(into_contiguous(x), into_contiguous(weight))
     }
+}
 
+impl RouterBackwardOps for CubeBackend {
     fn moe_router_logits_backward_x(grad: FloatTensor<Self>, weight: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
         router::tokens_gradient(into_contiguous(grad), into_contiguous(weight), &x)
     }

@@ -15,7 +15,10 @@ use burn::backend::{
 };
 use burn::tensor::DType;
 
-use super::{Activation, extension::MoeOps};
+use super::{
+    Activation,
+    extension::{MoeBackwardOps, MoeOps},
+};
 use buffer::Buffer;
 
 pub(super) fn release_idle_memory() {
@@ -28,23 +31,12 @@ impl MoeOps for Flex {
         tensor(pointwise::activation(floats(&x), activation), &x.layout().shape().to_vec())
     }
 
-    fn moe_activation_backward(x: FloatTensor<Self>, grad: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
-        let (x, grad) = (x.to_contiguous(), grad.to_contiguous());
-        tensor(pointwise::activation_backward(floats(&x), floats(&grad), activation), &x.layout().shape().to_vec())
-    }
-
     fn moe_dispatch(x: FloatTensor<Self>, row_choice: IntTensor<Self>, choice_row: IntTensor<Self>) -> FloatTensor<Self> {
         let x = x.to_contiguous();
         let [num_tokens, width] = x.layout().shape().dims();
         let num_choices = choice_row.layout().num_elements() / num_tokens;
         let row_choice = indices(&row_choice);
         tensor(rows::gather(floats(&x), width, &row_choice, num_choices), &[row_choice.len(), width])
-    }
-
-    fn moe_dispatch_backward(grad: FloatTensor<Self>, choice_row: IntTensor<Self>, num_tokens: usize) -> FloatTensor<Self> {
-        let grad = grad.to_contiguous();
-        let [_, width] = grad.layout().shape().dims();
-        tensor(rows::sum(floats(&grad), width, &indices(&choice_row), num_tokens), &[num_tokens, width])
     }
 
     fn moe_combine(
@@ -56,6 +48,42 @@ impl MoeOps for Flex {
         let (rows, gates) = (rows.to_contiguous(), gates.to_contiguous());
         let ([_, width], [num_tokens, _]) = (rows.layout().shape().dims(), gates.layout().shape().dims());
         tensor(rows::weighted_sum(floats(&rows), width, floats(&gates), &indices(&choice_row), num_tokens), &[num_tokens, width])
+    }
+
+    fn moe_grouped_linear(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        _offsets: IntTensor<Self>,
+        host_offsets: Arc<[usize]>,
+        activation: Option<Activation>,
+    ) -> FloatTensor<Self> {
+        grouped_linear(x, weight, bias, &host_offsets, activation, false).0
+    }
+}
+
+impl MoeBackwardOps for Flex {
+    fn moe_grouped_linear_keeping(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        _offsets: IntTensor<Self>,
+        host_offsets: Arc<[usize]>,
+        activation: Activation,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (out, pre) = grouped_linear(x, weight, bias, &host_offsets, Some(activation), true);
+        (out, pre.expect("it was asked for"))
+    }
+
+    fn moe_activation_backward(x: FloatTensor<Self>, grad: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
+        let (x, grad) = (x.to_contiguous(), grad.to_contiguous());
+        tensor(pointwise::activation_backward(floats(&x), floats(&grad), activation), &x.layout().shape().to_vec())
+    }
+
+    fn moe_dispatch_backward(grad: FloatTensor<Self>, choice_row: IntTensor<Self>, num_tokens: usize) -> FloatTensor<Self> {
+        let grad = grad.to_contiguous();
+        let [_, width] = grad.layout().shape().dims();
+        tensor(rows::sum(floats(&grad), width, &indices(&choice_row), num_tokens), &[num_tokens, width])
     }
 
     fn moe_combine_backward_rows(
@@ -79,24 +107,6 @@ impl MoeOps for Flex {
         let choice_row = indices(&choice_row);
         let num_choices = choice_row.len() / num_tokens;
         tensor(rows::products(floats(&grad), floats(&rows), width, &choice_row, num_choices), &[num_tokens, num_choices])
-    }
-
-    fn moe_grouped_linear(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-        _offsets: IntTensor<Self>,
-        host_offsets: Arc<[usize]>,
-        activation: Option<Activation>,
-        keep_pre: bool,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let (x, weight, bias) = (x.to_contiguous(), weight.to_contiguous(), bias.to_contiguous());
-        let ([num_rows, _], [_, d_in, d_out]) = (x.layout().shape().dims(), weight.layout().shape().dims());
-        let maps = grouped::Maps { weight: floats(&weight), d_in, d_out };
-        let (out, pre) = grouped::linear(floats(&x), &maps, floats(&bias), &host_offsets, activation, keep_pre);
-        let out = tensor(out, &[num_rows, d_out]);
-        let pre = pre.map_or_else(|| out.clone(), |pre| tensor(pre, &[num_rows, d_out]));
-        (out, pre)
     }
 
     fn moe_grouped_linear_backward_x(
@@ -134,6 +144,22 @@ impl MoeOps for Flex {
         let [_, d_out] = grad.layout().shape().dims();
         tensor(grouped::backward_bias(floats(&grad), d_out, &host_offsets), &[host_offsets.len() - 1, d_out])
     }
+}
+
+/// Also what the activation was applied to, if asked.
+fn grouped_linear(
+    x: FlexTensor,
+    weight: FlexTensor,
+    bias: FlexTensor,
+    offsets: &[usize],
+    activation: Option<Activation>,
+    keep_pre: bool,
+) -> (FlexTensor, Option<FlexTensor>) {
+    let (x, weight, bias) = (x.to_contiguous(), weight.to_contiguous(), bias.to_contiguous());
+    let ([num_rows, _], [_, d_in, d_out]) = (x.layout().shape().dims(), weight.layout().shape().dims());
+    let maps = grouped::Maps { weight: floats(&weight), d_in, d_out };
+    let (out, pre) = grouped::linear(floats(&x), &maps, floats(&bias), offsets, activation, keep_pre);
+    (tensor(out, &[num_rows, d_out]), pre.map(|pre| tensor(pre, &[num_rows, d_out])))
 }
 
 fn floats(x: &FlexTensor) -> &[f32] {

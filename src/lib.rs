@@ -83,6 +83,10 @@ pub mod guide {
     /// Which routing option to take when.
     #[doc = include_str!("../docs/routing.md")]
     pub mod routing {}
+    /// A network of your own, upcycled, trained and saved.
+    #[cfg(feature = "train")]
+    #[doc = include_str!("../docs/own_model.md")]
+    pub mod own_model {}
     /// Routers of your own.
     #[doc = include_str!("../docs/own_router.md")]
     pub mod own_router {}

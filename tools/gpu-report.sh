@@ -8,6 +8,9 @@
 # `tar cJ` a few dozen megabytes). CUDA programs need the driver and the toolkit's headers (CUDA_PATH) and NVRTC there. Where burn's build
 # script cannot download LLVM, run .ci/offline-llvm.sh once and build with EXTRA_FEATURES=cubecl/cuda-cpp.
 #
+# Compiling takes longer than all else. With EXTRA_FEATURES=cubecl/persistence, kernels are compiled once and kept in target/environment;
+# tools/cuda-without-a-card/compile.sh compiles them beforehand, on a machine without a card.
+#
 # BATCH (64) is the batch of the benches, SHAPES ('image|l14') says which, DTYPES (bf16 f32) in which numbers, TESTS may name some of the
 # tests, and MAIN_JOB (--quick) is how the main job is run. PYTHON (python3) needs the packages of benches/peers/requirements.txt for
 # PyTorch's part, which is left out on other devices than CUDA or without them. Sections end after LIMIT (240) seconds.
@@ -46,6 +49,8 @@ built_in=$(cat "$folder/built-in")
 [ -e "$built_in" ] || { mkdir -p "$(dirname "$built_in")" && ln -s "$PWD" "$built_in"; } || exit
 
 limit="timeout ${LIMIT:-240}"
+# Where the programs can keep compiled kernels, they do.
+[ -e cubecl.toml ] || { printf '[compilation]\ncache = true\n' > cubecl.toml && trap 'rm -f cubecl.toml' EXIT; }
 python=${PYTHON:-python3}
 section() { printf '\n## %s (%d s)\n\n' "$1" "$SECONDS"; }
 # What criterion says of itself is left out.

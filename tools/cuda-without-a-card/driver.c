@@ -85,7 +85,7 @@ CUresult cuMemAlloc_v2(CUdeviceptr *pointer, size_t bytes) {
   void *memory;
   if (posix_memalign(&memory, 512, bytes ? bytes : 512))
     return OUT_OF_MEMORY;
-  return *pointer = (CUdeviceptr)memory, OK;
+  return *pointer = (CUdeviceptr)memset(memory, 0, bytes), OK;
 }
 CUresult cuMemAllocAsync(CUdeviceptr *pointer, size_t bytes, void *stream) { return cuMemAlloc_v2(pointer, bytes); }
 CUresult cuMemFree_v2(CUdeviceptr pointer) { return free((void *)pointer), OK; }

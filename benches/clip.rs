@@ -6,17 +6,15 @@
 
 mod support;
 
-use std::hint::black_box;
-
-use burn::tensor::{Device, Distribution, Int, Tensor};
+use burn::tensor::{Distribution, Int, Tensor};
 use burn_moe::clip::{Clip, ClipConfig, SparseClipConfig};
 use criterion::{Criterion, criterion_group, criterion_main};
-use support::paired;
+use support::{device, finish, paired};
 
 const BATCH: usize = 8;
 
 fn clip(criterion: &mut Criterion) {
-    let device = Device::default();
+    let device = device();
     let dense = ClipConfig::vit_b_16();
     let sparse = dense.clone().sparse(SparseClipConfig::clip_up());
     println!("FLOP ratio of sparse over dense: {:.3}", sparse.cost().gflops() / dense.cost().gflops());
@@ -26,10 +24,7 @@ fn clip(criterion: &mut Criterion) {
     let text = Tensor::<1, Int>::from_ints(&text[..], &device).reshape([BATCH, 77]);
     let flops = 1e9 * BATCH as f64 * sparse.cost().gflops();
     let (dense, sparse) = (dense.init(&device), sparse.init(&device));
-    let run = |model: &Clip| {
-        black_box(model.forward(images.clone(), text.clone()));
-        device.sync().expect("the device is there");
-    };
+    let run = |model: &Clip| finish(|| model.forward(images.clone(), text.clone()).logits_per_image, &device);
     paired(criterion, "clip/b16/forward", 1.0, Some(flops), &mut || run(&dense), &mut || run(&sparse));
 }
 

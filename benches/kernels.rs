@@ -30,7 +30,7 @@ fn kernels(criterion: &mut Criterion) {
 
         // As many bytes as a dispatch moves.
         let rows = Tensor::<2>::random([TOP_K * shape.tokens, shape.d_model], Distribution::Default, &inner);
-        let copied = median_seconds(criterion, &name("copy"), &mut || finish(rows.clone() + 1.0, &inner));
+        let copied = median_seconds(criterion, &name("copy"), &mut || finish(|| rows.clone() + 1.0, &inner));
         let copy_rate = copied.map(|seconds| 2.0 * row_bytes / seconds);
         if let Some(rate) = copy_rate {
             println!("gigabytes {} {:.1}", name("copy"), rate / 1e9);
@@ -48,28 +48,28 @@ fn kernels(criterion: &mut Criterion) {
                 println!("share {} {:.3}", name(operation), bytes / seconds / rate);
             }
         };
-        let seconds = median_seconds(criterion, &name("dispatch"), &mut || finish(dispatcher.dispatch(x.clone()), &inner));
+        let seconds = median_seconds(criterion, &name("dispatch"), &mut || finish(|| dispatcher.dispatch(x.clone()), &inner));
         report("dispatch", token_bytes + row_bytes, seconds);
-        let seconds = median_seconds(criterion, &name("combine"), &mut || finish(dispatcher.combine(rows.clone()), &inner));
+        let seconds = median_seconds(criterion, &name("combine"), &mut || finish(|| dispatcher.combine(rows.clone()), &inner));
         report("combine", token_bytes + row_bytes, seconds);
         // The forward pass, a gradient of ones, and the backward pass: three times the bytes, one third of them written only.
-        let mut there_and_back = || backward(dispatcher.dispatch(tracked_x.clone()), &tracked_device);
+        let mut there_and_back = || backward(|| dispatcher.dispatch(tracked_x.clone()), &tracked_device);
         let seconds = median_seconds(criterion, &name("dispatch-backward"), &mut there_and_back);
         report("dispatch-backward", 2.0 * (token_bytes + row_bytes) + row_bytes, seconds);
-        let mut there_and_back = || backward(dispatcher.combine(tracked_rows.clone()), &tracked_device);
+        let mut there_and_back = || backward(|| dispatcher.combine(tracked_rows.clone()), &tracked_device);
         let seconds = median_seconds(criterion, &name("combine-backward"), &mut there_and_back);
         report("combine-backward", 2.0 * (token_bytes + row_bytes) + token_bytes, seconds);
 
         let [lhs, rhs] = [[TOP_K * shape.tokens, shape.d_model], [shape.d_model, shape.d_ff]]
             .map(|dims| Tensor::<2>::random(dims, Distribution::Default, &inner));
-        let product = median_seconds(criterion, &name("matmul"), &mut || finish(lhs.clone().matmul(rhs.clone()), &inner));
+        let product = median_seconds(criterion, &name("matmul"), &mut || finish(|| lhs.clone().matmul(rhs.clone()), &inner));
         let product_rate = product.map(|seconds| shape.flops() / 2.0 / seconds);
         if let Some(rate) = product_rate {
             println!("teraflops {} {:.2}", name("matmul"), rate / 1e12);
         }
         let layer = sparse_layer(shape.d_model, shape.d_ff, EXPERTS, Capacity::Dropless, &inner);
         let slots = rows.clone().reshape([EXPERTS, TOP_K * shape.tokens / EXPERTS, shape.d_model]);
-        let mut experts = || finish(layer.experts.forward(slots.clone()).flatten::<2>(0, 1), &inner);
+        let mut experts = || finish(|| layer.experts.forward(slots.clone()).flatten::<2>(0, 1), &inner);
         if let Some(seconds) = median_seconds(criterion, &name("experts"), &mut experts) {
             println!("teraflops {} {:.2}", name("experts"), shape.flops() / seconds / 1e12);
             if let Some(rate) = product_rate {

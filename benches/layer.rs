@@ -60,16 +60,16 @@ fn both_passes<M: Module>(
         &format!("{name}/forward"),
         1.0,
         Some(flops),
-        &mut || finish(dense_valid.forward(x.clone()), &device),
-        &mut || finish(forward(&ours_valid, x.clone()), &device),
+        &mut || finish(|| dense_valid.forward(x.clone()), &device),
+        &mut || finish(|| forward(&ours_valid, x.clone()), &device),
     );
     paired(
         criterion,
         &format!("{name}/forward-backward"),
         1.0,
         Some(3.0 * flops),
-        &mut || backward(dense.forward(tracked.clone()), &device),
-        &mut || backward(forward(ours, tracked.clone()), &device),
+        &mut || backward(|| dense.forward(tracked.clone()), &device),
+        &mut || backward(|| forward(ours, tracked.clone()), &device),
     );
 }
 

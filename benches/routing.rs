@@ -1,4 +1,4 @@
-//! Everything but the experts: scoring, seating, dispatch and combine, as a share of the layer's time.
+//! Everything but the experts: scoring, slot assignment, dispatch and combine, as a share of the layer's time.
 //!
 //! ```sh
 //! cargo bench --bench routing
@@ -30,16 +30,16 @@ fn routing(criterion: &mut Criterion) {
                 &format!("routing/{}/{name}/forward", shape.name),
                 1.0,
                 None,
-                &mut || finish(whole_valid.forward(x.clone()).output, &inner),
-                &mut || finish(rest_valid.forward(x.clone()).output, &inner),
+                &mut || finish(|| whole_valid.forward(x.clone()).output, &inner),
+                &mut || finish(|| rest_valid.forward(x.clone()).output, &inner),
             );
             paired(
                 criterion,
                 &format!("routing/{}/{name}/forward-backward", shape.name),
                 1.0,
                 None,
-                &mut || backward(whole.forward(tracked.clone()).output, &device),
-                &mut || backward(rest.forward(tracked.clone()).output, &device),
+                &mut || backward(|| whole.forward(tracked.clone()).output, &device),
+                &mut || backward(|| rest.forward(tracked.clone()).output, &device),
             );
         }
     }

@@ -27,12 +27,11 @@ fn compare(
     ours: (&MoeFeedForward, &Tensor<2>),
 ) {
     let device = base.1.device();
-    let forward = |layer: &MoeFeedForward, x: &Tensor<2>| finish(layer.forward(x.clone()).output, &device);
-    let both = |layer: &MoeFeedForward, x: &Tensor<2>| {
-        backward(layer.forward(x.clone().autodiff().require_grad()).output, &device);
-    };
+    let forward = |layer: &MoeFeedForward, x: &Tensor<2>| finish(|| layer.forward(x.clone()).output, &device);
+    let both =
+        |layer: &MoeFeedForward, x: &Tensor<2>| backward(|| layer.forward(x.clone().autodiff().require_grad()).output, &device);
     let (base_valid, ours_valid) = (base.0.valid(), ours.0.valid());
-    let mut pass = |pass, base: &mut dyn FnMut(), ours: &mut dyn FnMut()| {
+    let mut pass = |pass, base: &mut dyn FnMut() -> f64, ours: &mut dyn FnMut() -> f64| {
         paired(criterion, &format!("{name}/{pass}"), scale, None, base, ours);
     };
     pass("forward", &mut || forward(&base_valid, base.1), &mut || forward(&ours_valid, ours.1));

@@ -122,31 +122,41 @@ pub(crate) fn sparse_layer(d_model: usize, d_ff: usize, experts: usize, capacity
 /// Checks that the loads are what the bench says they are.
 pub(crate) fn assert_load(layer: &MoeFeedForward, x: &Tensor<2>, load: Load) {
     let routing = layer.forward(x.clone()).routing;
-    let asked = routing.plan.asked();
-    let (busiest, mean) = (*asked.iter().max().unwrap() as f64, asked.iter().sum::<usize>() as f64 / asked.len() as f64);
+    let requested = routing.plan.requested();
+    let (busiest, mean) =
+        (*requested.iter().max().unwrap() as f64, requested.iter().sum::<usize>() as f64 / requested.len() as f64);
     let expected = if load == Load::Even { 1.0 } else { 2.0 };
-    assert!((busiest / mean - expected).abs() < 0.01, "loads {asked:?}: expected the busiest at {expected} times the mean");
+    assert!((busiest / mean - expected).abs() < 0.01, "loads {requested:?}: expected the busiest at {expected} times the mean");
 }
 
-/// Forward and backward of `Σ y`, and the wait for both.
-pub(crate) fn backward(y: Tensor<2>, device: &Device) {
-    let gradients = y.sum().backward();
-    device.sync().expect("the device is there");
-    black_box(gradients);
+/// Calls of what is timed before the device is waited for: one on a CPU, and elsewhere `BURN_MOE_CALLS` (20), so that the time is that of the
+/// device's work and not that of starting it and hearing of its end.
+fn calls(device: &Device) -> usize {
+    if *device == Device::default() || *device == Device::default().autodiff() {
+        return 1;
+    }
+    std::env::var("BURN_MOE_CALLS").map_or(20, |calls| calls.parse().expect("BURN_MOE_CALLS is a number"))
 }
 
-/// Forward alone, and the wait for it.
-///
-/// The result lives until then: a device that works lazily may leave out what nobody holds.
-pub(crate) fn finish(y: Tensor<2>, device: &Device) {
-    device.sync().expect("the device is there");
-    black_box(y);
+/// Seconds of one call of `forward` and of the backward pass of its sum, waited for.
+pub(crate) fn backward(forward: impl Fn() -> Tensor<2>, device: &Device) -> f64 {
+    timed(|| forward().sum().backward(), device)
 }
 
-fn timed(body: &mut dyn FnMut()) -> Duration {
+/// Seconds of one call of `forward`, waited for.
+pub(crate) fn finish(forward: impl Fn() -> Tensor<2>, device: &Device) -> f64 {
+    timed(forward, device)
+}
+
+fn timed<R>(call: impl Fn() -> R, device: &Device) -> f64 {
+    let calls = calls(device);
     let start = Instant::now();
-    body();
-    start.elapsed()
+    // Results live to the end: a device that works lazily may leave out what nobody holds.
+    let results: Vec<R> = (0..calls).map(|_| call()).collect();
+    device.sync().expect("the device is there");
+    let seconds = start.elapsed().as_secs_f64() / calls as f64;
+    black_box(results);
+    seconds
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -154,13 +164,13 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// Criterion's report of `body`, and the median of its times in seconds; none when a filter on the command line left it out.
-pub(crate) fn median_seconds(criterion: &mut Criterion, name: &str, body: &mut dyn FnMut()) -> Option<f64> {
+/// Criterion's report of `body`, which says how many seconds a call took, and the median of them; none when a filter on the command line left it out.
+pub(crate) fn median_seconds(criterion: &mut Criterion, name: &str, body: &mut dyn FnMut() -> f64) -> Option<f64> {
     let mut times = Vec::new();
     sampled(criterion, name, &mut || {
-        let time = timed(body);
-        times.push(time.as_secs_f64());
-        time
+        let seconds = body();
+        times.push(seconds);
+        Duration::from_secs_f64(seconds)
     });
     let times = times.split_off(1.min(times.len()));
     (!times.is_empty()).then(|| median(times))
@@ -183,14 +193,14 @@ pub(crate) fn paired(
     name: &str,
     scale: f64,
     flops: Option<f64>,
-    base: &mut dyn FnMut(),
-    ours: &mut dyn FnMut(),
+    base: &mut dyn FnMut() -> f64,
+    ours: &mut dyn FnMut() -> f64,
 ) {
     let mut pairs = Vec::new();
     sampled(criterion, name, &mut || {
-        let pair = (timed(base), timed(ours));
-        pairs.push((pair.0.as_secs_f64(), pair.1.as_secs_f64()));
-        pair.1
+        let pair = (base(), ours());
+        pairs.push(pair);
+        Duration::from_secs_f64(pair.1)
     });
     // The first pair pays for cold caches; nothing was run when a filter on the command line left this bench out.
     let pairs = pairs.split_off(1.min(pairs.len()));
@@ -209,9 +219,6 @@ pub(crate) fn paired(
 pub(crate) fn print_peak(rows: usize, inner: usize, cols: usize, device: &Device) {
     let random = |shape: [usize; 2]| Tensor::<2>::random(shape, Distribution::Default, device);
     let (lhs, rhs) = (random([rows, inner]), random([inner, cols]));
-    let rates = (0..6).map(|_| {
-        let time = timed(&mut || finish(lhs.clone().matmul(rhs.clone()), device));
-        (2 * rows * inner * cols) as f64 / time.as_secs_f64() / 1e9
-    });
+    let rates = (0..6).map(|_| (2 * rows * inner * cols) as f64 / finish(|| lhs.clone().matmul(rhs.clone()), device) / 1e9);
     println!("gflops matmul/{rows}x{inner}x{cols} {:.1}", median(rates.skip(1).collect()));
 }

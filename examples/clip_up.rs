@@ -6,7 +6,8 @@
 //!
 //! It takes the small CLIP of this repository (`data/clip-tiny`) and the emoji pack (`data/emoji`): five vendors' drawings to
 //! train on, Twemoji's to test on. Everything is written into `--out`: the sparse checkpoint, `report.json` and `clip_up.png`.
-//! With `--data pairs.csv` (or `.jsonl`; image path, caption) it takes your own images, of which every tenth is held out. Images are prepared as the dense checkpoint says.
+//! With `--data pairs.csv` (or `.jsonl`; image path, caption) it takes your own images, of which every tenth is held out. Images are
+//! prepared as the dense checkpoint says.
 
 mod support;
 
@@ -24,12 +25,12 @@ use burn_moe::{
         preprocess::{ImagePreprocessor, Orientation},
         tokenizer::ClipTokenizer,
     },
-    recipe::{
+    train::{
         Arm, Evaluation, Observer, OptimizerConfig, PairedBootstrap, StepLosses, TrainConfig, TrainInput, TrainedArm, WarmupCosine,
         data::{DataError, EmojiPack, EmojiVendor, ImageTextSet, load_folder},
         paired_bootstrap, train,
     },
-    transformer::{BlockSelection, SparseEncoderConfig},
+    transformer::{BlockSelection, RoutedLayerConfig, SparseEncoderConfig},
     upcycle::Probe,
 };
 use clap::Parser;
@@ -107,10 +108,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("{} images to train on, {} to test on", set.len(), test.len());
 
     let capacity = args.capacity.map_or(Capacity::Dropless, Capacity::OfTokens);
+    let tokens = TokenChoiceConfig::new().with_training_capacity(capacity);
     let experts = SparseEncoderConfig::new()
         .with_blocks(BlockSelection::EveryNth(args.every))
         .with_num_experts(args.experts)
-        .with_assignment(TokenChoiceConfig::new().with_training_capacity(capacity).into());
+        .with_layer(RoutedLayerConfig::new().with_assignment(tokens.into()).into());
     let towers = SparseClipConfig::new().with_vision(Some(experts.clone())).with_text(Some(experts));
     let sparse_config = dense.config.clone().sparse(towers);
     sparse_config.validate()?;

@@ -21,19 +21,19 @@ use std::{
 
 use burn::tensor::Device;
 use burn_moe::{
-    AuxiliaryLossConfig, BalancingBias, Capacity, ExpertChoiceConfig, FillOrder, GateNormalization, RouterConfig, RouterScore,
+    AssignmentConfig, AuxiliaryLossConfig, Capacity, ExpertChoiceConfig, FillOrder, GateNormalization, RouterOptions, RouterScore,
     TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{
         Clip, ClipAuxiliaryLossConfig, ClipConfig, SparseClipConfig, TextConfig, VisionConfig, checkpoint::ClipCheckpoint,
         checkpoint::Precision, tokenizer::ClipTokenizer,
     },
-    recipe::{
+    train::{
         Arm, Checkpointing, Evaluation, Observer, OptimizerConfig, OptimizerState, StepLosses, TrainConfig, TrainInput,
         WarmupCosine,
         data::{EmojiPack, EmojiVendor, ImageTextSet},
         train,
     },
-    transformer::{BlockSelection, EncoderConfig, Padding, Protection, SparseEncoderConfig, SparseLayer},
+    transformer::{BlockSelection, EncoderConfig, Padding, Protection, RoutedLayerConfig, SparseEncoderConfig, SparseLayer},
     upcycle::{Probe, UpcycleStrategy},
 };
 use clap::Parser;
@@ -109,20 +109,25 @@ impl Recipe {
 
 fn recipes(d_ff: usize) -> Vec<Recipe> {
     let tokens = || TokenChoiceConfig::new().with_training_capacity(Capacity::Dropless);
-    let plain = || SparseEncoderConfig::new().with_blocks(BlockSelection::EveryNth(1)).with_assignment(tokens().into());
-    let routed = |router: RouterConfig| plain().with_router(router);
+    let layer = || RoutedLayerConfig::new().with_assignment(tokens().into());
+    let every_block =
+        |layer: RoutedLayerConfig| SparseEncoderConfig::new().with_blocks(BlockSelection::EveryNth(1)).with_layer(layer.into());
+    let plain = || every_block(layer());
+    let routed = |router: RouterOptions| every_block(layer().with_router(router));
+    let assigned = |assignment: AssignmentConfig| every_block(layer().with_assignment(assignment));
     let losses = AuxiliaryLossConfig::new;
     // Half of an even share, in training and at inference: what a tight budget does.
-    let tight = |order: FillOrder| {
+    let tight_with = |order: FillOrder, protection: Protection| {
         let capacity = Capacity::OfTokens(1.0);
         let tokens = tokens().with_fill_order(order).with_training_capacity(capacity).with_inference_capacity(capacity);
-        plain().with_assignment(tokens.into())
+        every_block(layer().with_assignment(tokens.into()).with_protection(protection))
     };
+    let tight = |order: FillOrder| tight_with(order, Protection::Pooled);
     let shards = |shards: usize| {
         let tokens = tokens().with_top_k(2 * shards);
-        plain().with_num_experts(8 * shards).with_d_ff(Some(d_ff / shards)).with_assignment(tokens.into())
+        assigned(tokens.into()).with_num_experts(8 * shards).with_d_ff(Some(d_ff / shards))
     };
-    let bias = RouterConfig::new().with_balancing_bias(BalancingBias::Sign { rate: 1e-3 });
+    let bias = RouterOptions::new().with_balancing_rate(Some(1e-3));
     let top_1 = tokens().with_top_k(1).with_gate_normalization(GateNormalization::None);
     vec![
         Recipe::dense("dense_continued"),
@@ -139,15 +144,14 @@ fn recipes(d_ff: usize) -> Vec<Recipe> {
         Recipe::dense("dense_moments").with_moments(),
         Recipe::new("copy_moments", plain()).with_moments(),
         Recipe::new("every_second", plain().with_blocks(BlockSelection::EveryNth(2))),
-        Recipe::new("top_1", plain().with_assignment(top_1.into())),
-        Recipe::new("top_4", plain().with_assignment(tokens().with_top_k(4).into())),
-        Recipe::new("router_noise", routed(RouterConfig::new().with_noise(1.0))),
-        Recipe::new("router_jitter", routed(RouterConfig::new().with_jitter(0.01))),
+        Recipe::new("top_1", assigned(top_1.into())),
+        Recipe::new("top_4", assigned(tokens().with_top_k(4).into())),
+        Recipe::new("router_noise", routed(RouterOptions::new().with_noise(1.0))),
+        Recipe::new("router_jitter", routed(RouterOptions::new().with_jitter(0.01))),
         Recipe::new("bias", routed(bias.clone())).auxiliary(losses().with_load_balancing(0.0)),
         Recipe::new("sigmoid_bias", routed(bias.with_score(RouterScore::Sigmoid)))
             .auxiliary(losses().with_load_balancing(0.0).with_router_z(0.0)),
-        Recipe::new("expert_choice", plain().with_assignment(ExpertChoiceConfig::new().into()))
-            .auxiliary(losses().with_load_balancing(0.0)),
+        Recipe::new("expert_choice", assigned(ExpertChoiceConfig::new().into())).auxiliary(losses().with_load_balancing(0.0)),
         Recipe::new(
             "soft",
             SparseEncoderConfig::new()
@@ -161,10 +165,10 @@ fn recipes(d_ff: usize) -> Vec<Recipe> {
         Recipe::new("entropies", plain()).auxiliary(
             losses().with_load_balancing(0.0).with_local_entropy(0.01).with_global_entropy(0.01).with_experts_in_use(8.0),
         ),
-        Recipe::new("capacity_2", plain().with_assignment(TokenChoiceConfig::new().into())),
+        Recipe::new("capacity_2", assigned(TokenChoiceConfig::new().into())),
         Recipe::new("padding_routed", plain().with_padding(Padding::Routed)),
         Recipe::new("tight", tight(FillOrder::ChoiceMajor)),
-        Recipe::new("tight_unprotected", tight(FillOrder::ChoiceMajor).with_protection(Protection::None)),
+        Recipe::new("tight_unprotected", tight_with(FillOrder::ChoiceMajor, Protection::None)),
         Recipe::new("tight_padding_routed", tight(FillOrder::ChoiceMajor).with_padding(Padding::Routed)),
         Recipe::new("tight_token_major", tight(FillOrder::TokenMajor)),
         Recipe::new("tight_batch_priority", tight(FillOrder::BatchPriority)),

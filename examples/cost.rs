@@ -10,7 +10,7 @@ use std::{error::Error, path::PathBuf};
 use burn_moe::{
     TokenChoiceConfig,
     clip::{ClipConfig, SparseClipConfig, checkpoint::ClipCheckpoint},
-    transformer::{BlockSelection, SparseEncoderConfig},
+    transformer::{BlockSelection, RoutedLayerConfig, SparseEncoderConfig},
 };
 use clap::Parser;
 
@@ -50,10 +50,11 @@ fn main() -> Result<(), Box<dyn Error>> {
             })
             .collect::<Result<_, String>>()?,
     };
+    let tokens = TokenChoiceConfig::new().with_top_k(args.top_k);
     let sparse = SparseEncoderConfig::new()
         .with_blocks(BlockSelection::EveryNth(args.every))
         .with_num_experts(args.experts)
-        .with_assignment(TokenChoiceConfig::new().with_top_k(args.top_k).into());
+        .with_layer(RoutedLayerConfig::new().with_assignment(tokens.into()).into());
     println!(
         "{:<24} {:>10} {:>10} {:>12} {:>12} {:>10} {:>12} {:>12}",
         "", "parameters", "active", "GFLOPs", "GFLOPs", "weights", "inference", "training"

@@ -17,7 +17,7 @@ use burn_moe::{
         ClipAuxiliaryLossConfig, ClipConfig, TextConfig, VisionConfig,
         checkpoint::{ClipCheckpoint, Precision},
     },
-    recipe::{
+    train::{
         Arm, Checkpointing, Evaluation, Observer, OptimizerConfig, StepLosses, TrainConfig, TrainInput, WarmupCosine,
         data::{EmojiPack, EmojiVendor},
         train,

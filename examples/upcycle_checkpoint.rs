@@ -19,7 +19,7 @@ use burn_moe::{
         ClipConfig, SparseClipConfig,
         checkpoint::{ClipCheckpoint, Precision},
     },
-    transformer::{BlockSelection, SparseEncoderConfig},
+    transformer::{BlockSelection, RoutedLayerConfig, SparseEncoderConfig},
     upcycle::Probe,
 };
 use clap::{Parser, ValueEnum};
@@ -74,10 +74,11 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let dense = ClipCheckpoint::load(&args.dense, &device)?;
     clock.lap("load");
+    let tokens = TokenChoiceConfig::new().with_top_k(args.top_k);
     let experts = SparseEncoderConfig::new()
         .with_blocks(BlockSelection::EveryNth(args.every))
         .with_num_experts(args.experts)
-        .with_assignment(TokenChoiceConfig::new().with_top_k(args.top_k).into());
+        .with_layer(RoutedLayerConfig::new().with_assignment(tokens.into()).into());
     let tower = |stays_dense: bool| (!stays_dense).then(|| experts.clone());
     let towers = SparseClipConfig::new().with_vision(tower(args.dense_vision)).with_text(tower(args.dense_text));
     let config = dense.config.clone().sparse(towers);

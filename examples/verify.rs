@@ -24,8 +24,8 @@ use burn::{
     tensor::{Bool, Device, Int, Tensor, TensorData},
 };
 use burn_moe::{
-    Activation, AssignmentConfig, Capacity, ExpertChoiceConfig, ExpertMlpConfig, FillOrder, GateNormalization,
-    MoeFeedForwardConfig, MoeInput, TokenChoiceConfig,
+    Activation, AssignmentConfig, Capacity, ExpertChoiceConfig, ExpertOptions, FillOrder, GateNormalization, MoeFeedForwardConfig,
+    MoeInput, TokenChoiceConfig,
     clip::checkpoint::ClipCheckpoint,
     loss::{global_entropy_loss, importance_loss, load_balancing_loss, router_z_loss},
     stats::RoutingStats,
@@ -243,7 +243,7 @@ impl Case {
         };
         let config = MoeFeedForwardConfig::new(self.d_model, self.d_ff, self.num_experts)
             .with_assignment(assignment)
-            .with_experts(ExpertMlpConfig::new().with_activation(activation));
+            .with_experts(ExpertOptions::new().with_activation(activation));
         config.validate()?;
         Ok(config)
     }
@@ -275,13 +275,14 @@ fn layer_case(folder: &Path, device: &Device, errors: &mut Errors) -> Result<(),
         input = input.protected(Tensor::<1, Bool>::from_data(TensorData::new(protected, [t]), &device));
     }
     let result = moe.forward(input);
-    let (routing, plan) = (&result.routing, &result.routing.plan);
+    let routing = &result.routing;
+    let (router, plan) = (&routing.router, &routing.plan);
 
     // What the router says of padding is of no consequence.
     let of_valid = |flat: &[f64]| -> Vec<f64> {
         flat.chunks(e).zip(&valid).filter(|(_, valid)| **valid).flat_map(|(row, _)| row.to_vec()).collect()
     };
-    for (name, found) in [("logits", &routing.logits), ("probs", &routing.probs)] {
+    for (name, found) in [("logits", &router.logits), ("probs", &router.probs)] {
         errors.check(name, &of_valid(&values(found.clone())), &of_valid(reference.values(name)?), FORWARD);
     }
     let mut gates = vec![0.0; t * e];

@@ -21,50 +21,35 @@
 //! - From dense to sparse: [`UpcycleFromDense`], for this crate's modules, burn's own feed-forward network, and yours through
 //!   [`DenseFeedForward`](upcycle::DenseFeedForward); strategies, reports and the way back are in [`upcycle`].
 //! - A transformer with sparse blocks: [`transformer::Encoder`]; a CLIP of two of them: `clip` (feature `clip`), its checkpoints (feature
-//!   `store`), and the training recipe: `recipe` (feature `train`).
+//!   `store`), and the training recipe: `train` (feature `train`).
 //!
 //! # Guides
-//! The modules of [`guide`]: notation, architecture, routing, upcycling, kernels, training. What was measured is in `docs/results.md`.
+//! See [`guide`]: `own_model`, `own_router`, `routing`, `upcycling`, `training` and others. Measurements are in `docs/results.md`.
 #![warn(clippy::print_stdout)]
 
-mod assignment;
-mod capacity;
-mod cost;
-mod dispatch;
-mod error;
-mod experts;
-#[cfg(feature = "store")]
-mod files;
-pub mod finite;
+mod layer;
 pub mod loss;
-mod mask;
-mod moe;
 mod ops;
-mod param;
-mod phase;
-mod plan;
-mod router;
 pub mod routing;
-mod soft_moe;
 pub mod stats;
+mod support;
 pub mod transformer;
 pub mod upcycle;
 
 #[cfg(feature = "clip")]
 pub mod clip;
 #[cfg(feature = "train")]
-pub mod recipe;
+pub mod train;
 
-pub use assignment::{AssignmentConfig, ExpertChoiceConfig, FillOrder, GateNormalization, TokenChoiceConfig, TokenGroups};
-pub use capacity::Capacity;
-pub use cost::Cost;
-pub use error::ConfigError;
-pub use experts::{Activation, ExpertMlp, ExpertMlpConfig, FeedForwardForm};
+pub use layer::experts::{Activation, ExpertMlp, ExpertMlpConfig, ExpertOptions, FeedForwardForm};
+pub use layer::moe::{MoeFeedForward, MoeFeedForwardConfig};
+pub use layer::soft_moe::{SoftMoeFeedForward, SoftMoeFeedForwardConfig, SoftMoeOutput};
 pub use loss::{AuxiliaryLoss, AuxiliaryLossConfig};
-pub use moe::{MoeFeedForward, MoeFeedForwardConfig};
-pub use router::{BalancingBias, Router, RouterConfig, RouterScore};
+pub use routing::assignment::{AssignmentConfig, ExpertChoiceConfig, FillOrder, GateNormalization, TokenChoiceConfig, TokenGroups};
+pub use routing::capacity::Capacity;
+pub use routing::router::{Router, RouterConfig, RouterOptions, RouterScore};
 pub use routing::{MoeInput, MoeOutput, Routing};
-pub use soft_moe::{SoftMoeFeedForward, SoftMoeFeedForwardConfig};
+pub use support::{cost::Cost, error::ConfigError, finite};
 pub use upcycle::{UpcycleFromDense, UpcycleOptions};
 
 /// Whether layers use this crate's kernels, and the memory that the kernels keep.
@@ -74,33 +59,33 @@ pub mod kernels {
 
 /// The guides of `docs/`, so that their code is compiled and run.
 pub mod guide {
-    /// Letters and words.
+    /// Notation: letters and terms.
     #[doc = include_str!("../docs/notation.md")]
     pub mod notation {}
-    /// How the crate is built, and why.
+    /// Architecture and design decisions.
     #[doc = include_str!("../docs/architecture.md")]
     pub mod architecture {}
-    /// Which routing option to take when.
+    /// Routing options.
     #[doc = include_str!("../docs/routing.md")]
     pub mod routing {}
-    /// A network of your own, upcycled, trained and saved.
+    /// Upcycling, training and saving a network of your own.
     #[cfg(feature = "train")]
     #[doc = include_str!("../docs/own_model.md")]
     pub mod own_model {}
     /// Routers of your own.
     #[doc = include_str!("../docs/own_router.md")]
     pub mod own_router {}
-    /// Which upcycling strategy to take when.
+    /// Upcycling strategies.
     #[doc = include_str!("../docs/upcycling.md")]
     pub mod upcycling {}
-    /// What the layers compute with.
+    /// Kernels.
     #[doc = include_str!("../docs/kernels.md")]
     pub mod kernels {}
-    /// Checkpoints, name by name.
+    /// Checkpoint formats and tensor names.
     #[cfg(feature = "store")]
     #[doc = include_str!("../docs/checkpoints.md")]
     pub mod checkpoints {}
-    /// From a dense CLIP to a better sparse one.
+    /// Training after upcycling.
     #[cfg(feature = "train")]
     #[doc = include_str!("../docs/training.md")]
     pub mod training {}

@@ -1,4 +1,6 @@
-//! What a researcher asks of a routing, read only from [`Routing`].
+//! Routing statistics, computed from [`Routing`] alone.
+
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::Tensor;
 
@@ -7,9 +9,9 @@ use crate::routing::{Routing, entropy};
 /// Figures of one layer on one batch, on the host.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct RoutingStats {
-    /// Share of all rows that each expert computes, `[E]`; sums to one unless nothing is seated.
+    /// Share of all rows that each expert computes, `[E]`; sums to one unless no choice has a slot.
     pub load: Vec<f64>,
-    /// Share of asked choices without a slot, `1 − kept / asked`.
+    /// Share of requested choices without a slot, `1 − kept / requested`.
     pub dropped: f64,
     /// The same by rank: first choices, second choices, … (by expert for expert choice), `[M]`.
     pub dropped_per_choice: Vec<f64>,
@@ -26,13 +28,14 @@ impl RoutingStats {
     pub fn new(routing: &Routing) -> Self {
         let plan = &routing.plan;
         let rows = plan.num_rows();
-        let probs = routing.clean_probs.clone().detach();
+        let probs = routing.router.clean_probs.clone().detach();
         let mean = |per_token: Tensor<2>| f64::from(routing.mean_over_valid(per_token).into_scalar::<f32>());
-        let share_dropped = |(&kept, &asked): (&usize, &usize)| if asked == 0 { 0.0 } else { 1.0 - kept as f64 / asked as f64 };
+        let share_dropped =
+            |(&kept, &requested): (&usize, &usize)| if requested == 0 { 0.0 } else { 1.0 - kept as f64 / requested as f64 };
         Self {
             load: plan.load().into_iter().map(|load| load as f64 / rows.max(1) as f64).collect(),
             dropped: plan.dropped(),
-            dropped_per_choice: plan.kept_per_choice().iter().zip(plan.asked_per_choice()).map(share_dropped).collect(),
+            dropped_per_choice: plan.kept_per_choice().iter().zip(plan.requested_per_choice()).map(share_dropped).collect(),
             confidence: mean(probs.clone().max_dim(1)),
             entropy: mean(entropy(probs)),
             num_valid: routing.num_valid(),
@@ -61,8 +64,37 @@ impl RoutingStats {
     }
 }
 
-/// How often two experts compute the same token, `[E][E]`: the number of tokens that both have a row of, over the number that the first has
-/// a row of (0 when it has none). The diagonal is 1. Compare that of images with that of texts to see what a modality uses together.
+/// Counts the requested choices of each expert over micro-batches, threads and devices, to update a balancing bias once per batch. Clones share
+/// the counts, so that a model can hold a counter as a `#[module(skip)]` field and count in a step that borrows the model.
+#[derive(Debug, Clone, Default)]
+pub struct LoadCounter(Arc<Mutex<Vec<Vec<usize>>>>);
+
+impl LoadCounter {
+    /// Counts the routings of one micro-batch, one per layer.
+    ///
+    /// # Panics
+    /// When there are not as many layers, or experts in one of them, as before.
+    pub fn add(&self, routings: &[Routing]) {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if counts.is_empty() {
+            *counts = routings.iter().map(|routing| vec![0; routing.plan.num_experts()]).collect();
+        }
+        let fits = counts.iter().map(Vec::len).eq(routings.iter().map(|routing| routing.plan.num_experts()));
+        assert!(fits, "routings of {} layers do not fit a count of {} layers, or have other experts", routings.len(), counts.len());
+        for (counts, routing) in counts.iter_mut().zip(routings) {
+            counts.iter_mut().zip(routing.plan.requested()).for_each(|(count, requested)| *count += requested);
+        }
+    }
+
+    /// What was counted since the last call, `[layers][E]`, for [`Router::update_balancing_bias`](crate::Router::update_balancing_bias); empty
+    /// when nothing was.
+    pub fn take(&self) -> Vec<Vec<usize>> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// How often two experts compute the same token, `[E][E]`: the tokens that have a row of both, divided by the tokens that have a row of the
+/// first; 0 if the first has no rows, otherwise 1 on the diagonal. Compare the values of images and texts.
 pub fn co_firing(routing: &Routing) -> Vec<Vec<f64>> {
     let plan = &routing.plan;
     let row_expert = plan.row_expert();
@@ -103,6 +135,10 @@ mod tests {
         // e⁵ / (e⁵ + e³ + 1)
         assert!((stats.confidence - 0.8756).abs() < 1e-4, "{}", stats.confidence);
         assert_eq!(co_firing(&routing), [vec![1.0, 1.0, 0.0], vec![1.0, 1.0, 0.0], vec![0.0, 0.0, 1.0]]);
+        let counter = LoadCounter::default();
+        counter.add(std::slice::from_ref(&routing));
+        counter.clone().add(&[routing]);
+        assert_eq!((counter.take(), counter.take()), (vec![vec![4, 6, 2]], vec![]));
         assert_eq!(RoutingStats::mean(&[stats.clone(), stats.clone()]).unwrap().confidence, stats.confidence);
     }
 }

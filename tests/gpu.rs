@@ -8,8 +8,8 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor};
 use burn_moe::{
-    Activation, AuxiliaryLossConfig, BalancingBias, Capacity, ExpertChoiceConfig, ExpertMlpConfig, FillOrder, GateNormalization,
-    MoeFeedForward, MoeFeedForwardConfig, MoeInput, RouterConfig, Routing, TokenChoiceConfig, TokenGroups,
+    Activation, AuxiliaryLossConfig, Capacity, ExpertChoiceConfig, ExpertOptions, FillOrder, GateNormalization, MoeFeedForward,
+    MoeFeedForwardConfig, MoeInput, RouterOptions, Routing, TokenChoiceConfig, TokenGroups,
     clip::{ClipConfig, SparseClipConfig, contrastive_loss},
     kernels::Kernels,
     loss::load_balancing_loss,
@@ -75,7 +75,7 @@ fn the_layer_and_its_gradients_are_those_of_the_cpu() {
         {
             let activation = ACTIVATIONS[i % ACTIVATIONS.len()];
             let assignment = TokenChoiceConfig::new().with_training_capacity(capacity);
-            let experts = ExpertMlpConfig::new().with_bias(bias).with_activation(activation);
+            let experts = ExpertOptions::new().with_bias(bias).with_activation(activation);
             let layer = init(&MoeFeedForwardConfig::new(d, f, e).with_assignment(assignment.into()).with_experts(experts), &device);
             let layer = if skewed { biased_router(layer) } else { layer };
             let x = if skewed { numbers([t, d], 3, &device).abs() } else { numbers([t, d], 3, &device) };
@@ -107,7 +107,7 @@ fn gated_and_shared_experts_and_expert_choice_are_those_of_the_cpu() {
     let device = Device::flex().autodiff();
     let config = MoeFeedForwardConfig::new(10, 24, 4);
     for config in [
-        config.clone().with_experts(ExpertMlpConfig::swiglu()).with_shared_expert(Some(12)),
+        config.clone().with_experts(ExpertOptions::swiglu()).with_shared_expert(Some(12)),
         config.with_assignment(ExpertChoiceConfig::new().into()),
     ] {
         let layer = init(&config, &device);
@@ -164,9 +164,9 @@ fn results_are_the_same_to_the_bit_in_every_run() {
     }
 }
 
-/// Seats of the GPU against seats of the host, with everything that decides about them.
+/// The slots that the GPU assigns against those of the host, with everything that decides about them.
 #[test]
-fn seats_are_handed_out_as_on_the_host() {
+fn slots_are_assigned_as_on_the_host() {
     let cpu = Device::flex();
     for (t, e, k, groups) in [
         (1, 3, 2, TokenGroups::Whole),
@@ -180,8 +180,7 @@ fn seats_are_handed_out_as_on_the_host() {
             let normalization = if k == 1 { GateNormalization::None } else { GateNormalization::AfterDrop };
             let assignment = TokenChoiceConfig::new().with_top_k(k).with_inference_capacity(capacity).with_fill_order(order);
             let assignment = assignment.with_groups(groups).with_gate_normalization(normalization);
-            let bias = if case % 2 == 1 { BalancingBias::Sign { rate: 0.02 } } else { BalancingBias::None };
-            let router = RouterConfig::new().with_balancing_bias(bias);
+            let router = RouterOptions::new().with_balancing_rate((case % 2 == 1).then_some(0.02));
             let mut layer = init(&MoeFeedForwardConfig::new(6, 8, e).with_router(router).with_assignment(assignment.into()), &cpu);
             layer.router = layer.router.update_balancing_bias(&(0..e).collect::<Vec<_>>());
             let mut x = values(&numbers([t, 6], case as u64 + 1, &cpu));
@@ -207,8 +206,8 @@ fn seats_are_handed_out_as_on_the_host() {
             assert_eq!(plan.choice_row(), host.choice_row(), "{name}");
             assert_eq!(plan.row_token(), host.row_token(), "{name}");
             assert_eq!(
-                (plan.asked(), plan.offsets(), plan.unroutable()),
-                (host.asked(), host.offsets(), host.unroutable()),
+                (plan.requested(), plan.offsets(), plan.non_finite_tokens()),
+                (host.requested(), host.offsets(), host.non_finite_tokens()),
                 "{name}"
             );
             assert_eq!(plan.kept_per_choice(), host.kept_per_choice(), "{name}");
@@ -221,11 +220,11 @@ fn seats_are_handed_out_as_on_the_host() {
     }
 }
 
-/// Both passes and the losses leave seats and masks where they are; the host has them once it asks.
+/// Both passes and the losses leave the assignment and the masks where they are; the host has them once it reads them.
 #[test]
-fn the_host_reads_no_seats_where_a_capacity_is_fixed() {
+fn the_host_reads_no_assignment_where_a_capacity_is_fixed() {
     let device = gpu().autodiff();
-    let router = RouterConfig::new().with_balancing_bias(BalancingBias::Sign { rate: 0.1 });
+    let router = RouterOptions::new().with_balancing_rate(Some(0.1));
     let assignment = TokenChoiceConfig::new().with_training_capacity(Capacity::OfTokens(4.0));
     let layer = init(&MoeFeedForwardConfig::new(8, 16, 4).with_router(router).with_assignment(assignment.into()), &device);
     let input =

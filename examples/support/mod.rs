@@ -10,7 +10,7 @@ pub(crate) use device::device_by_name;
 /// Writes a file beside `path` and renames it into place: whoever stops the program finds the old file or the new one.
 pub(crate) fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> io::Result<()> {
     let path = path.as_ref();
-    let aside = path.with_extension("tmp");
-    fs::write(&aside, bytes)?;
-    fs::rename(&aside, path)
+    let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path has no file name"))?;
+    let aside = path.with_file_name(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
+    fs::write(&aside, bytes).and_then(|()| fs::rename(&aside, path)).inspect_err(|_| drop(fs::remove_file(&aside)))
 }

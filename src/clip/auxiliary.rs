@@ -4,9 +4,9 @@ use burn::config::Config;
 use burn::tensor::Tensor;
 
 use crate::{
-    error::{ConfigError, expect_valid},
     loss::{AuxiliaryLoss, AuxiliaryLossConfig, AuxiliaryLossOutput},
     routing::Routing,
+    support::error::{ConfigError, expect_valid},
 };
 
 /// Weights of the auxiliary losses, images and texts apart: a modality may need another balance, or LIMoE's entropies

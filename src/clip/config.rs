@@ -4,9 +4,8 @@ use burn::config::Config;
 
 use super::{TextConfig, VisionConfig};
 use crate::{
-    cost::Cost,
-    error::ConfigError,
-    experts::Activation,
+    layer::experts::Activation,
+    support::{cost::Cost, error::ConfigError},
     transformer::{EncoderConfig, SparseEncoderConfig},
 };
 

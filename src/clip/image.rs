@@ -5,7 +5,7 @@ use std::hash::{Hash, Hasher};
 use burn::config::Config;
 use serde::{Deserialize, Serialize};
 
-use crate::error::ConfigError;
+use crate::support::error::ConfigError;
 
 /// Mean of each channel, red first, as CLIP's preprocessing subtracts it (values from 0 to 1).
 pub const IMAGE_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];

@@ -2,7 +2,7 @@
 
 use super::ClipConfig;
 use crate::{
-    experts::FeedForwardForm,
+    layer::experts::FeedForwardForm,
     transformer::{EncoderConfig, SparseLayer},
 };
 
@@ -64,13 +64,13 @@ fn activations(encoder: &EncoderConfig, tokens: usize) -> (u64, u64) {
         let (rows, d_ff, maps, others) = match encoder.sparse_block(index) {
             None => (tokens, encoder.d_ff, 1, 0),
             Some(sparse) => {
-                let rows = match sparse.layer {
-                    SparseLayer::Routed => sparse.assignment.rows(tokens, sparse.num_experts),
-                    SparseLayer::Soft { slots_per_expert } => slots_per_expert * sparse.num_experts,
+                let (rows, shared) = match &sparse.layer {
+                    SparseLayer::Routed(routed) => (routed.assignment.rows(tokens, sparse.num_experts), routed.shared_expert),
+                    SparseLayer::Soft { slots_per_expert } => (slots_per_expert * sparse.num_experts, None),
                 };
                 // Gated experts have a second hidden map; a shared one sees every token.
                 let maps = if sparse.form == FeedForwardForm::Gated { 2 } else { 1 };
-                let shared = sparse.shared_expert.map_or(0, |width| tokens * (d + 2 * maps * width));
+                let shared = shared.map_or(0, |width| tokens * (d + 2 * maps * width));
                 (rows, sparse.d_ff.unwrap_or(encoder.d_ff), maps, shared + 3 * tokens * sparse.num_experts)
             }
         };
@@ -84,7 +84,10 @@ fn activations(encoder: &EncoderConfig, tokens: usize) -> (u64, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{clip::SparseClipConfig, transformer::SparseEncoderConfig};
+    use crate::{
+        clip::SparseClipConfig,
+        transformer::{RoutedLayerConfig, SparseEncoderConfig},
+    };
 
     #[test]
     fn more_experts_need_more_and_gates_and_shared_experts_add_to_it() {
@@ -97,7 +100,7 @@ mod tests {
         assert!(plain.weights > dense.memory(8).weights);
         assert!(plain.training_activations > dense.memory(8).training_activations);
         let gated = of(SparseEncoderConfig::new().with_form(FeedForwardForm::Gated));
-        let shared = of(SparseEncoderConfig::new().with_shared_expert(Some(64)));
+        let shared = of(SparseEncoderConfig::new().with_layer(RoutedLayerConfig::new().with_shared_expert(Some(64)).into()));
         assert!(gated.training_activations > plain.training_activations);
         assert!(shared.training_activations > plain.training_activations);
         assert_eq!(dense.memory(16).training_activations, 2 * dense.memory(8).training_activations);

@@ -13,18 +13,18 @@ mod zero_shot;
 
 #[cfg(feature = "store")]
 pub mod checkpoint;
-#[cfg(feature = "input")]
+#[cfg(feature = "preprocess")]
 mod embed;
-#[cfg(feature = "input")]
+#[cfg(feature = "preprocess")]
 pub mod lists;
-#[cfg(feature = "input")]
+#[cfg(feature = "preprocess")]
 pub mod preprocess;
-#[cfg(feature = "input")]
+#[cfg(feature = "preprocess")]
 pub mod tokenizer;
 
 pub use auxiliary::{ClipAuxiliaryLoss, ClipAuxiliaryLossConfig, ClipAuxiliaryLossOutput};
 pub use config::{ClipConfig, SparseClipConfig};
-#[cfg(feature = "input")]
+#[cfg(feature = "preprocess")]
 pub use embed::{Embedder, TextEmbeddings};
 pub use image::{IMAGE_MEAN, IMAGE_STD, ImagePreprocessing, Interpolation, ResizeMode};
 pub use loss::contrastive_loss;

@@ -4,7 +4,10 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
 
 use super::{ClipConfig, TextOutput, TextTower, VisionOutput, VisionTower};
-use crate::{error::expect_valid, param::with_value, routing::Routing};
+use crate::{
+    routing::Routing,
+    support::{error::expect_valid, param::with_value},
+};
 
 /// ln 100: similarities are scaled by at most 100 (CLIP, section 2.5).
 pub const MAX_LOGIT_SCALE: f64 = 4.605170185988092;
@@ -29,9 +32,9 @@ pub struct ClipOutput {
     pub text_embeds: Tensor<2>,
     /// Scaled cosine similarities, images by texts.
     pub logits_per_image: Tensor<2>,
-    /// One per sparse block of the vision tower.
+    /// One per routed block of the vision tower.
     pub image_routings: Vec<Routing>,
-    /// One per sparse block of the text tower.
+    /// One per routed block of the text tower.
     pub text_routings: Vec<Routing>,
 }
 
@@ -71,8 +74,12 @@ impl Clip {
     /// # Panics
     /// When a shape does not fit its tower.
     pub fn forward(&self, images: Tensor<4>, tokens: Tensor<2, Int>) -> ClipOutput {
-        let image = self.encode_image(images);
-        let text = self.encode_text(tokens);
+        self.compare(self.encode_image(images), self.encode_text(tokens))
+    }
+
+    /// Scaled similarities and normalised embeddings of what the towers returned: what [`forward`](Self::forward) ends with, for towers that you
+    /// ran yourself, with routers of your own for instance.
+    pub fn compare(&self, image: VisionOutput, text: TextOutput) -> ClipOutput {
         let (image_embeds, text_embeds) = (normalize(image.embedding), normalize(text.embedding));
         let logits_per_image = image_embeds.clone().matmul(text_embeds.clone().transpose()) * self.scale().unsqueeze();
         ClipOutput { image_embeds, text_embeds, logits_per_image, image_routings: image.routings, text_routings: text.routings }
@@ -83,7 +90,8 @@ impl Clip {
         self.logit_scale.val().exp()
     }
 
-    /// Moves the balancing biases of both towers by what one training step routed; see [`BalancingBias`](crate::BalancingBias).
+    /// Moves the balancing biases of both towers by what one training step routed; see
+    /// [`RouterOptions::balancing_rate`](crate::RouterOptions::balancing_rate).
     pub fn update_balancing_bias(mut self, image_routings: &[Routing], text_routings: &[Routing]) -> Self {
         self.vision.encoder = self.vision.encoder.update_balancing_bias(image_routings);
         self.text.encoder = self.text.encoder.update_balancing_bias(text_routings);

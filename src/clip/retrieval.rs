@@ -88,7 +88,7 @@ pub enum RetrievalError {
     },
     /// A similarity that is not a number cannot be ranked.
     #[error(transparent)]
-    NonFinite(#[from] crate::finite::NonFiniteError),
+    NonFinite(#[from] crate::support::finite::NonFiniteError),
 }
 
 impl RetrievalMetrics {
@@ -120,8 +120,8 @@ impl RetrievalMetrics {
         if let Some(image) = texts_of_image.iter().position(Vec::is_empty) {
             return Err(RetrievalError::NoText { image });
         }
-        crate::finite::check_finite("image embeddings", &images)?;
-        crate::finite::check_finite("text embeddings", &texts)?;
+        crate::support::finite::check_finite("image embeddings", &images)?;
+        crate::support::finite::check_finite("text embeddings", &texts)?;
 
         let (images, texts) = (super::model::normalize(images), super::model::normalize(texts));
         let image_of_text: Vec<Vec<usize>> = image_of_text.iter().map(|&image| vec![image]).collect();

@@ -7,10 +7,12 @@ use burn::tensor::{Bool, Device, Int, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    cost::Cost,
-    error::{ConfigError, expect_valid},
     routing::Routing,
-    transformer::{Encoder, EncoderConfig, FeedForwardInputs, TokenMarks},
+    support::{
+        cost::Cost,
+        error::{ConfigError, expect_valid},
+    },
+    transformer::{BlockRouter, Encoder, EncoderConfig, EncoderOutput, FeedForwardInputs, TokenMarks},
 };
 
 /// Which token of a text is its end, whose output is the embedding.
@@ -67,7 +69,7 @@ pub struct TextOutput {
     pub embedding: Tensor<2>,
     /// Tokens behind the final norm, `[B, N, D]`.
     pub hidden: Tensor<3>,
-    /// One per sparse block.
+    /// One per routed block.
     pub routings: Vec<Routing>,
 }
 
@@ -120,10 +122,21 @@ impl TextTower {
     /// # Panics
     /// When a text is longer than `context_length`.
     pub fn forward(&self, tokens: Tensor<2, Int>) -> TextOutput {
-        let [batch, _] = tokens.dims();
-        let [_, d_model] = self.position_embedding.shape().dims();
         let (x, marks, end) = self.embed(tokens);
-        let encoded = self.encoder.forward(x, marks, true);
+        self.project(self.encoder.forward(x, marks, true), end)
+    }
+
+    /// The same with a router of your own for the routed blocks; see [`Encoder::forward_with`].
+    ///
+    /// # Panics
+    /// As [`forward`](Self::forward), and when a plan does not fit its block.
+    pub fn forward_with(&self, tokens: Tensor<2, Int>, router: &mut dyn BlockRouter) -> TextOutput {
+        let (x, marks, end) = self.embed(tokens);
+        self.project(self.encoder.forward_with(x, marks, true, router), end)
+    }
+
+    fn project(&self, encoded: EncoderOutput, end: Tensor<2, Int>) -> TextOutput {
+        let [batch, _, d_model] = encoded.hidden.dims();
         let hidden = self.norm_final.forward(encoded.hidden);
         let index = end.reshape([batch, 1, 1]).expand([batch, 1, d_model]);
         let embedding = self.projection.forward::<2>(hidden.clone().gather(1, index).squeeze_dim(1));

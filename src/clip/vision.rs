@@ -7,10 +7,12 @@ use burn::tensor::{Device, Int, Tensor, assert_shape};
 
 use super::ImagePreprocessing;
 use crate::{
-    cost::Cost,
-    error::{ConfigError, expect_valid},
     routing::Routing,
-    transformer::{Encoder, EncoderConfig, FeedForwardInputs, TokenMarks},
+    support::{
+        cost::Cost,
+        error::{ConfigError, expect_valid},
+    },
+    transformer::{BlockRouter, Encoder, EncoderConfig, EncoderOutput, FeedForwardInputs, TokenMarks},
 };
 
 /// Configuration of a [`VisionTower`].
@@ -61,7 +63,7 @@ pub struct VisionOutput {
     pub embedding: Tensor<2>,
     /// Tokens behind the last block, before the final norm, `[B, N, D]`.
     pub hidden: Tensor<3>,
-    /// One per sparse block.
+    /// One per routed block.
     pub routings: Vec<Routing>,
 }
 
@@ -132,7 +134,19 @@ impl VisionTower {
     /// When the images do not have the size the tower was made for.
     pub fn forward(&self, images: Tensor<4>) -> VisionOutput {
         let (tokens, marks) = self.embed(images);
-        let encoded = self.encoder.forward(tokens, marks, false);
+        self.project(self.encoder.forward(tokens, marks, false))
+    }
+
+    /// The same with a router of your own for the routed blocks; see [`Encoder::forward_with`].
+    ///
+    /// # Panics
+    /// As [`forward`](Self::forward), and when a plan does not fit its block.
+    pub fn forward_with(&self, images: Tensor<4>, router: &mut dyn BlockRouter) -> VisionOutput {
+        let (tokens, marks) = self.embed(images);
+        self.project(self.encoder.forward_with(tokens, marks, false, router))
+    }
+
+    fn project(&self, encoded: EncoderOutput) -> VisionOutput {
         let class = encoded.hidden.clone().narrow(1, 0, 1).squeeze_dim(1);
         let embedding = self.projection.forward(self.norm_post.forward::<2>(class));
         VisionOutput { embedding, hidden: encoded.hidden, routings: encoded.routings }

@@ -34,7 +34,7 @@ impl ZeroShotClassifier {
             if prompts.dims()[0] == 0 {
                 return Err(RetrievalError::NoPrompt { class });
             }
-            crate::finite::check_finite("prompt embeddings", prompts)?;
+            crate::support::finite::check_finite("prompt embeddings", prompts)?;
             directions.push(normalize(normalize(prompts.clone()).mean_dim(0)));
         }
         if directions.is_empty() {
@@ -58,7 +58,7 @@ impl ZeroShotClassifier {
     /// # Errors
     /// When there is no image, the lists differ in length, a class does not exist, or an embedding is not finite.
     pub fn evaluate(&self, images: Tensor<2>, classes: &[usize]) -> Result<ZeroShotMetrics, RetrievalError> {
-        crate::finite::check_finite("image embeddings", &images)?;
+        crate::support::finite::check_finite("image embeddings", &images)?;
         let [num_images, _] = images.dims();
         let [_, num_classes] = self.weights.dims();
         if num_images == 0 {

@@ -4,7 +4,7 @@ use burn::config::Config;
 use burn::tensor::Tensor;
 
 use super::{global_entropy_loss, importance_loss, load_balancing_loss, load_loss, local_entropy_loss, router_z_loss};
-use crate::{error::ConfigError, routing::Routing};
+use crate::{routing::Routing, support::error::ConfigError};
 
 /// Weights of the auxiliary losses; a loss of weight 0 is not computed. For weights that differ between modalities, make one
 /// [`AuxiliaryLoss`] for each and add up the totals.
@@ -28,7 +28,7 @@ pub struct AuxiliaryLossConfig {
     /// Weight of [`global_entropy_loss`]. Default: 0
     #[config(default = 0.0)]
     pub global_entropy: f64,
-    /// Experts that [`global_entropy_loss`] wants in use. Default: 4
+    /// Number of experts that [`global_entropy_loss`] aims at. Default: 4
     #[config(default = 4.0)]
     pub experts_in_use: f64,
 }
@@ -98,7 +98,7 @@ impl AuxiliaryLossConfig {
     /// # Panics
     /// With the text of [`validate`](Self::validate).
     pub fn init(&self) -> AuxiliaryLoss {
-        crate::error::expect_valid(self.validate());
+        crate::support::error::expect_valid(self.validate());
         AuxiliaryLoss { config: self.clone() }
     }
 }
@@ -107,10 +107,11 @@ impl AuxiliaryLoss {
     /// The losses of the layers of one forward pass.
     ///
     /// # Panics
-    /// When `routings` is empty: a model without a sparse layer has no auxiliary loss.
+    /// When `routings` is empty (a model without a routed layer has no auxiliary loss), the router z-loss meets sigmoid scores, or the load loss a
+    /// router without noise.
     pub fn forward(&self, routings: &[Routing]) -> AuxiliaryLossOutput {
         assert!(!routings.is_empty(), "auxiliary losses need the routing of at least one layer, got none");
-        let mut total = Tensor::zeros([1], &routings[0].probs.device());
+        let mut total = Tensor::zeros([1], &routings[0].router.probs.device());
         let mut term = |weight: f64, loss: &dyn Fn(&Routing) -> Tensor<1>| {
             (weight > 0.0).then(|| {
                 let per_layer = Tensor::cat(routings.iter().map(loss).collect(), 0);

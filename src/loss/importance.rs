@@ -12,5 +12,5 @@ use crate::routing::Routing;
 /// 0 at perfect balance, `E − 1` when all probability goes to one expert. Reads clean probabilities. Zero, with a zero gradient, when
 /// no token is valid. Output: `[1]`.
 pub fn importance_loss(routing: &Routing) -> Tensor<1> {
-    squared_variation(routing.mean_over_valid(routing.clean_probs.clone()))
+    squared_variation(routing.mean_over_valid(routing.router.clean_probs.clone()))
 }

@@ -3,22 +3,24 @@
 use burn::tensor::{Int, Tensor, TensorData};
 
 use super::squared_variation;
-use crate::routing::Routing;
+use crate::routing::{Routing, router::RouterOutput};
 
-/// `Var(L) / Mean(L)²` over experts, with the load `L_e = Σ_t 1 − Φ((θ_t − logit[t, e]) / σ)`: how likely expert `e` would be among the
-/// chosen if its noise were drawn again. `θ_t` is the `K`-th largest noisy logit, `σ` the standard deviation of the noise (V-MoE,
+/// `Var(L) / Mean(L)²` over experts, with the load `L_e = Σ_t 1 − Φ((θ_t − logit[t, e]) / σ)`: the probability that expert `e` is
+/// chosen when its noise is drawn anew (`Φ` is the normal distribution function). `θ_t` is the `K`-th largest noisy logit, `σ` the standard deviation of the noise (V-MoE,
 /// [arXiv 2106.05974](https://arxiv.org/abs/2106.05974), appendix A).
 ///
-/// For token choice, where `K` is the plan's choices per token. 0 at perfect balance. Zero, with a zero gradient, when no token is valid. Output: `[1]`.
+/// For token choice, where `K` is the plan's choices per token. 0 at perfect balance. Zero, with a zero gradient, when no token is valid.
+/// Output: `[1]`.
 ///
 /// # Panics
 /// Without noise, as outside of training: the load is then a count, which has no gradient.
 pub fn load_loss(routing: &Routing) -> Tensor<1> {
-    let noise = routing.noise.as_ref().expect("the load loss needs router noise: `RouterConfig::noise` above 0, in training");
-    let [num_tokens, num_experts] = noise.logits.dims();
+    let RouterOutput { logits, clean_logits, noise_std, .. } = &routing.router;
+    let std = noise_std.expect("the load loss needs router noise: `RouterOptions::noise` above 0, in training");
+    let [num_tokens, num_experts] = logits.dims();
     let top_k = routing.plan.num_choices();
     // Where the K-th largest is, on the host like all choices; its value keeps its gradient.
-    let values: Vec<f32> = noise.logits.clone().detach().try_into_vec_as().expect("logits are f32");
+    let values: Vec<f32> = logits.clone().detach().try_into_vec_as().expect("logits are f32");
     let kth: Vec<i32> = values
         .chunks_exact(num_experts)
         .map(|logits| {
@@ -27,9 +29,9 @@ pub fn load_loss(routing: &Routing) -> Tensor<1> {
             order[top_k - 1] as i32
         })
         .collect();
-    let kth = Tensor::<2, Int>::from_data(TensorData::new(kth, [num_tokens, 1]), &noise.logits.device());
-    let threshold = noise.logits.clone().gather(1, kth);
-    let short_of = (threshold - routing.logits.clone()) / noise.std;
+    let kth = Tensor::<2, Int>::from_data(TensorData::new(kth, [num_tokens, 1]), &logits.device());
+    let threshold = logits.clone().gather(1, kth);
+    let short_of = (threshold - clean_logits.clone()) / std;
     // 1 − Φ(z) = (1 − erf(z / √2)) / 2
     let chosen = (short_of / std::f64::consts::SQRT_2).erf().neg().add_scalar(1.0) / 2.0;
     squared_variation(routing.mean_over_valid(chosen))

@@ -6,11 +6,11 @@ use crate::routing::Routing;
 
 /// `E · Σ_e f_e · P_e` (Switch Transformer, [arXiv 2101.03961](https://arxiv.org/abs/2101.03961), equation 4; GShard; axlearn).
 ///
-/// `f_e` is the share of all asked choices, before drops, that name expert `e`, and has no gradient; `P_e` is the mean
+/// `f_e` is the share of all requested choices, before drops, that name expert `e`, and has no gradient; `P_e` is the mean
 /// probability of `e` over valid tokens. 1 at perfect balance, `E` when every choice and all probability is on one expert
 /// (`K = 1`). Zero, with a zero gradient, when no token is valid. Output: `[1]`.
 pub fn load_balancing_loss(routing: &Routing) -> Tensor<1> {
-    let share = routing.plan.asked_share(&routing.probs.device());
-    let mean_probs = routing.mean_over_valid(routing.probs.clone());
+    let share = routing.plan.requested_share(&routing.router.probs.device());
+    let mean_probs = routing.mean_over_valid(routing.router.probs.clone());
     (share * mean_probs).sum() * routing.plan.num_experts() as f64
 }

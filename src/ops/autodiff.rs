@@ -11,7 +11,7 @@ use burn::backend::autodiff::{
 };
 use burn::backend::tensor::{FloatTensor, IntTensor};
 
-#[cfg(feature = "cube")]
+#[cfg(feature = "_gpu")]
 use super::extension::{RouterBackwardOps, RouterOps};
 use super::{
     Activation,
@@ -103,11 +103,11 @@ impl<B: MoeBackwardOps> Backward<B, 3> for GroupedLinearStep {
     }
 }
 
-#[cfg(feature = "cube")]
+#[cfg(feature = "_gpu")]
 #[derive(Debug)]
 struct RouterStep;
 
-#[cfg(feature = "cube")]
+#[cfg(feature = "_gpu")]
 impl<B: RouterBackwardOps> Backward<B, 2> for RouterStep {
     type State = (FloatTensor<B>, FloatTensor<B>);
 
@@ -123,7 +123,7 @@ impl<B: RouterBackwardOps> Backward<B, 2> for RouterStep {
     }
 }
 
-#[cfg(feature = "cube")]
+#[cfg(feature = "_gpu")]
 impl<B: RouterOps + RouterBackwardOps, C: CheckpointStrategy> RouterOps for Autodiff<B, C> {
     fn moe_router_logits(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
         let step = RouterStep.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful();

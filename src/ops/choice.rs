@@ -42,12 +42,17 @@ pub fn with_kernels<R>(kernels: Kernels, body: impl FnOnce() -> R) -> R {
     body()
 }
 
+/// What [`with_kernels`] chose for this thread.
+pub(crate) fn chosen_kernels() -> Kernels {
+    KERNELS.get()
+}
+
 /// What a device has from this crate.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Has {
     /// Nothing: plain tensor operations.
     Nothing,
-    /// Everything that experts need, seats included.
+    /// Everything that experts need, slot assignment included.
     Experts,
     /// That, and maps and activations faster than the backend's own.
     ExpertsAndDense,
@@ -63,7 +68,7 @@ fn has(device: &Device, dtype: DType) -> Has {
         #[cfg(feature = "flex")]
         (DispatchDevice::Flex(_), DType::F32) => Has::ExpertsAndDense,
         // With its own matrix products and fusion there is nothing to gain for dense layers.
-        #[cfg(feature = "cube")]
+        #[cfg(feature = "_gpu")]
         (DispatchDevice::Cube(_), DType::F32 | DType::F16 | DType::BF16) => Has::Experts,
         _ => Has::Nothing,
     }
@@ -80,17 +85,17 @@ pub(super) fn has_dense_kernels(device: &Device, dtype: DType) -> bool {
 }
 
 /// Whether the router's product has a kernel.
-#[cfg(feature = "cube")]
+#[cfg(feature = "_gpu")]
 pub(super) fn has_router_kernel(device: &Device, dtype: DType) -> bool {
     has(device, dtype) == Has::Experts
 }
 
-/// The most choices per token that a device hands out seats for: it goes through them in code without loops.
-const MAX_SEATED_CHOICES: usize = 8;
+/// The most choices per token that a device assigns slots for: it goes through them in code without loops.
+const MAX_CHOICES: usize = 8;
 
-/// Whether seats for `top_k` choices per token can be handed out on `device` itself.
-pub(crate) fn can_seat(device: &Device, top_k: usize) -> bool {
-    top_k <= MAX_SEATED_CHOICES && has(device, DType::F32) == Has::Experts
+/// Whether slots for `top_k` choices per token can be assigned on `device` itself.
+pub(crate) fn can_assign_slots(device: &Device, top_k: usize) -> bool {
+    top_k <= MAX_CHOICES && has(device, DType::F32) == Has::Experts
 }
 
 /// Gives back to the system what the CPU kernels keep for their next call: at most a quarter more than they ever had in use at once. For a

@@ -4,17 +4,17 @@ use std::sync::Arc;
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, backend_extension};
-#[cfg(all(feature = "fusion", feature = "cube"))]
+#[cfg(all(feature = "fusion", feature = "_gpu"))]
 use burn::{backend::fusion::custom::TensorSpec, tensor::Shape};
 
 use super::Activation;
-#[cfg(feature = "cube")]
-use super::SeatRules;
+#[cfg(feature = "_gpu")]
+use super::SlotRules;
 
 /// Shapes of outputs, which fusion needs before a kernel runs.
-#[cfg(all(feature = "fusion", feature = "cube"))]
+#[cfg(all(feature = "fusion", feature = "_gpu"))]
 mod shape {
-    use super::{Activation, Arc, SeatRules, Shape, TensorSpec};
+    use super::{Activation, Arc, Shape, SlotRules, TensorSpec};
 
     /// A row for each index, as wide as `x`.
     pub(super) fn rows(index: &Shape, x: &Shape) -> Shape {
@@ -38,18 +38,11 @@ mod shape {
         [offsets[0] - 1, grad[1]].into()
     }
 
-    pub(super) fn seats(
-        scores: &TensorSpec,
-        _bias: &TensorSpec,
-        valid: &TensorSpec,
-        _protected: &TensorSpec,
-        rules: &SeatRules,
-        _given: &[bool; 3],
-    ) -> (TensorSpec, TensorSpec, TensorSpec) {
+    pub(super) fn slots(scores: &TensorSpec, states: &TensorSpec, rules: &SlotRules) -> (TensorSpec, TensorSpec, TensorSpec) {
         let [num_tokens, num_experts] = [scores.shape[0], scores.shape[1]];
-        let choices = TensorSpec::new([num_tokens * rules.top_k].into(), valid.dtype);
+        let choices = TensorSpec::new([num_tokens * rules.top_k].into(), states.dtype);
         let slots = num_experts * rules.slots * num_tokens / rules.group_size;
-        (choices.clone(), choices, TensorSpec::new([slots].into(), valid.dtype))
+        (choices.clone(), choices, TensorSpec::new([slots].into(), states.dtype))
     }
 
     pub(super) fn linear(
@@ -68,12 +61,12 @@ mod shape {
 /// Kernels with a gradient, of first order.
 ///
 /// `R` rows are sorted by expert, `offsets [E + 1]` says where each expert's begin, on the device and on the host; `row_choice [R]` names the choice
-/// `t · M + m` of a row, `choice_row [T · M]` the row of a choice; −1 is none in both, and a choice may be [`LOST`](super::LOST).
+/// `t · M + m` of a row, `choice_row [T · M]` the row of a choice; −1 is none in both, and a choice may be [`NON_FINITE`](super::NON_FINITE).
 #[backend_extension(
-    Cube: cfg(feature = "cube"),
+    Cube: cfg(feature = "_gpu"),
     Flex: cfg(feature = "flex"),
     Autodiff,
-    Fusion: cfg(all(feature = "fusion", feature = "cube"))
+    Fusion: cfg(all(feature = "fusion", feature = "_gpu"))
 )]
 pub(crate) trait MoeOps: Backend {
     /// `out = act(x)`, any shape.
@@ -107,9 +100,9 @@ pub(crate) trait MoeOps: Backend {
 
 /// What the backward passes of [`MoeOps`] call on the backend below autodiff.
 #[backend_extension(
-    Cube: cfg(feature = "cube"),
+    Cube: cfg(feature = "_gpu"),
     Flex: cfg(feature = "flex"),
-    Fusion: cfg(all(feature = "fusion", feature = "cube"))
+    Fusion: cfg(all(feature = "fusion", feature = "_gpu"))
 )]
 pub(crate) trait MoeBackwardOps: Backend {
     /// As [`MoeOps::moe_grouped_linear`], with what the activation was applied to, which its slope needs: `out` first.
@@ -175,8 +168,8 @@ pub(crate) trait MoeBackwardOps: Backend {
 }
 
 /// The router's product in f32.
-#[cfg(feature = "cube")]
-#[backend_extension(Cube: cfg(feature = "cube"), Autodiff, Fusion: cfg(all(feature = "fusion", feature = "cube")))]
+#[cfg(feature = "_gpu")]
+#[backend_extension(Cube: cfg(feature = "_gpu"), Autodiff, Fusion: cfg(all(feature = "fusion", feature = "_gpu")))]
 pub(crate) trait RouterOps: Backend {
     /// `logits[t, e] = Σ_d x[t, d] · weight[e, d]`: `[T, D], [E, D] -> [T, E]`; all but `x` are f32.
     #[fusion(dtype = weight, shape = [x[0], weight[0]].into())]
@@ -184,8 +177,8 @@ pub(crate) trait RouterOps: Backend {
 }
 
 /// The gradients of [`RouterOps`], on the backend below autodiff.
-#[cfg(feature = "cube")]
-#[backend_extension(Cube: cfg(feature = "cube"), Fusion: cfg(all(feature = "fusion", feature = "cube")))]
+#[cfg(feature = "_gpu")]
+#[backend_extension(Cube: cfg(feature = "_gpu"), Fusion: cfg(all(feature = "fusion", feature = "_gpu")))]
 pub(crate) trait RouterBackwardOps: Backend {
     /// `out[t, d] = Σ_e grad[t, e] · weight[e, d]`: `[T, E], [E, D] -> [T, D]`, with the numbers of `x`.
     #[fusion(dtype = x, shape = x)]
@@ -196,19 +189,15 @@ pub(crate) trait RouterBackwardOps: Backend {
     fn moe_router_logits_backward_weight(grad: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
-/// Handing out seats; no gradient passes through it.
-#[cfg(feature = "cube")]
-#[backend_extension(Cube: cfg(feature = "cube"), Fusion: cfg(all(feature = "fusion", feature = "cube")))]
-pub(crate) trait SeatOps: Backend {
-    /// `[T, E], [E], [T], [T] -> [T · K], [T · K], [E · S]`: the expert and the slot of each choice, and the choice of each slot.
-    /// `given` says whether the bias and the two flags count.
-    #[fusion(meta = shape::seats)]
-    fn moe_seat(
+/// Assigning slots; no gradient passes through it.
+#[cfg(feature = "_gpu")]
+#[backend_extension(Cube: cfg(feature = "_gpu"), Fusion: cfg(all(feature = "fusion", feature = "_gpu")))]
+pub(crate) trait SlotOps: Backend {
+    /// `[T, E], [T] -> [T · K], [T · K], [E · S]`: the expert and the slot of each choice, and the choice of each slot.
+    #[fusion(meta = shape::slots)]
+    fn moe_assign_slots(
         scores: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-        valid: IntTensor<Self>,
-        protected: IntTensor<Self>,
-        rules: SeatRules,
-        given: [bool; 3],
+        states: IntTensor<Self>,
+        rules: SlotRules,
     ) -> (IntTensor<Self>, IntTensor<Self>, IntTensor<Self>);
 }

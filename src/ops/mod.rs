@@ -1,17 +1,16 @@
 //! The backend seam: moving rows, multiplying them by their expert's weights, and the activation in between.
 //!
-//! This module knows tensors only: no module, no configuration, no plan. Each function here picks a backend's own kernels or the
-//! reference; [`RowIndex`] carries the pick from one function to the next, because the two lay out rows differently.
+//! This module knows tensors only: no module, no configuration, no plan. Each function here picks a backend's own kernels or the reference.
 
 mod activation;
 mod choice;
 mod reference;
 
-#[cfg(any(feature = "cube", feature = "flex"))]
+#[cfg(any(feature = "_gpu", feature = "flex"))]
 mod autodiff;
-#[cfg(feature = "cube")]
+#[cfg(feature = "_gpu")]
 mod cube;
-#[cfg(any(feature = "cube", feature = "flex"))]
+#[cfg(any(feature = "_gpu", feature = "flex"))]
 mod extension;
 #[cfg(feature = "flex")]
 mod flex;
@@ -22,30 +21,10 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 pub use activation::Activation;
 use choice::has_dense_kernels;
-#[cfg(feature = "cube")]
+#[cfg(feature = "_gpu")]
 use choice::has_router_kernel;
 pub use choice::{Kernels, release_idle_memory, with_kernels};
-pub(crate) use choice::{can_seat, has_kernels};
-
-/// Which token each row of the experts' input comes from, and the way back.
-#[derive(Clone, Debug)]
-#[allow(clippy::large_enum_variant, reason = "there is one for each call of a layer")]
-pub(crate) enum RowIndex {
-    /// `N = R` rows sorted by expert, without padding: what kernels take.
-    Ragged(RaggedIndex),
-    /// `N = E · S` rows, `S` for each expert: what batched matrix products take.
-    Padded(PaddedIndex),
-}
-
-impl RowIndex {
-    /// Where each expert's rows begin, when the rows are ragged.
-    pub(crate) fn offsets(&self) -> Option<&Offsets> {
-        match self {
-            Self::Ragged(index) => Some(&index.offsets),
-            Self::Padded(_) => None,
-        }
-    }
-}
+pub(crate) use choice::{can_assign_slots, chosen_kernels, has_kernels};
 
 /// First row of each expert and the end, `[E + 1]`, in both places: a kernel reads the one, its launch the other.
 #[derive(Clone, Debug)]
@@ -57,44 +36,43 @@ pub(crate) struct Offsets {
 impl Offsets {
     pub(crate) fn new(host: impl Into<Arc<[usize]>>, device: &Device) -> Self {
         let host = host.into();
-        let values: Vec<i32> = host.iter().map(|&offset| offset as i32).collect();
-        Self { device: Tensor::from_data(TensorData::new(values, [host.len()]), device), host }
+        Self { device: int_tensor(host.iter().map(|&offset| offset as i32).collect(), device), host }
     }
 }
 
-/// See [`RowIndex::Ragged`].
+/// Integers on a device, `[N]`.
+pub(crate) fn int_tensor(values: Vec<i32>, device: &Device) -> Tensor<1, Int> {
+    let len = values.len();
+    Tensor::from_data(TensorData::new(values, [len]), device)
+}
+
+/// Which choice each row of the experts' input belongs to, and the way back. Rows are sorted by expert.
 #[derive(Clone, Debug)]
-pub(crate) struct RaggedIndex {
+pub(crate) struct RowIndex {
     /// Where each expert's rows begin.
     pub offsets: Offsets,
-    /// Choice of each row, `t · M + m`, `[R]`; −1 for a row without one, which holds zeros.
+    /// Choice of each row, `t · M + m`, `[R]`; −1 for a row without one, which holds zeros. Only slots that a device assigned have such rows.
     pub row_choice: Tensor<1, Int>,
-    /// Row of each choice, `[T · M]`; −1 for a choice without one, or [`LOST`].
+    /// Row of each choice, `[T · M]`; −1 for a choice without one, or [`NON_FINITE`].
     pub choice_row: Tensor<1, Int>,
 }
 
-/// See [`RowIndex::Padded`].
-#[derive(Clone, Debug)]
-pub(crate) struct PaddedIndex {
-    /// Some row has no token.
-    pub has_empty_slots: bool,
-    /// Some choice has no row.
-    pub has_unseated_choices: bool,
-    /// Token of each row, `[E · S]`; `T` for an empty one.
-    pub slot_token: Tensor<1, Int>,
-    /// Row of each choice, `[T · M]`; `E · S` for a choice without one.
-    pub choice_slot: Tensor<1, Int>,
+impl RowIndex {
+    /// Rows in all, `R`.
+    pub(crate) fn num_rows(&self) -> usize {
+        self.offsets.host.last().copied().unwrap_or(0)
+    }
 }
 
-/// Marks all choices of a valid token whose scores are not finite, where a device hands out seats; combining makes NaN of it.
-pub(crate) const LOST: i32 = -2;
+/// Marks all choices of a valid token whose scores are not finite, where a device assigns the slots; combining sets the token's output to NaN.
+pub(crate) const NON_FINITE: i32 = -2;
 
-/// Seats that were handed out on a device, in slots of equal number for all experts.
+/// Slots that were assigned on a device, equally many for each expert.
 #[derive(Clone, Debug)]
-pub(crate) struct DeviceSeats {
-    /// Expert of each choice, `[T · K]`; −1 for padding, or [`LOST`].
+pub(crate) struct DeviceSlots {
+    /// Expert of each choice, `[T · K]`; −1 for padding, or [`NON_FINITE`].
     pub chosen: Tensor<1, Int>,
-    /// Slot of each choice, `[T · K]`; −1 for a choice without one, or [`LOST`].
+    /// Slot of each choice, `[T · K]`; −1 for a choice without one, or [`NON_FINITE`].
     pub choice_slot: Tensor<1, Int>,
     /// Choice of each slot, `[E · S]`; −1 for an empty one.
     pub slot_choice: Tensor<1, Int>,
@@ -102,11 +80,11 @@ pub(crate) struct DeviceSeats {
     pub slots: usize,
 }
 
-impl DeviceSeats {
+impl DeviceSlots {
     /// Slots as rows.
-    pub(crate) fn index(&self, num_experts: usize, device: &Device) -> RaggedIndex {
+    pub(crate) fn index(&self, num_experts: usize, device: &Device) -> RowIndex {
         let offsets: Vec<usize> = (0..=num_experts).map(|expert| expert * self.slots).collect();
-        RaggedIndex {
+        RowIndex {
             offsets: Offsets::new(offsets, device),
             row_choice: self.slot_choice.clone(),
             choice_row: self.choice_slot.clone(),
@@ -125,7 +103,7 @@ pub(crate) fn router_logits(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
     if x.dims()[0] == 0 {
         return Tensor::zeros([0, weight.dims()[1]], (&x.device(), DType::F32));
     }
-    #[cfg(feature = "cube")]
+    #[cfg(feature = "_gpu")]
     if has_router_kernel(&x.device(), x.dtype()) {
         use extension::RouterOps;
         let logits = burn::backend::Dispatch::moe_router_logits(x.into_dispatch(), weight.transpose().into_dispatch());
@@ -134,10 +112,10 @@ pub(crate) fn router_logits(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
     x.cast(DType::F32).matmul(weight)
 }
 
-/// How seats are handed out.
+/// How slots are assigned.
 #[derive(Clone, Copy, Debug)]
-#[cfg_attr(not(feature = "cube"), allow(dead_code))]
-pub(crate) struct SeatRules {
+#[cfg_attr(not(feature = "_gpu"), allow(dead_code))]
+pub(crate) struct SlotRules {
     /// Choices per token, `K`.
     pub top_k: usize,
     /// Tokens that compete with each other, in order.
@@ -146,105 +124,80 @@ pub(crate) struct SeatRules {
     pub slots: usize,
     /// All choices of a token before the next one; otherwise all first choices, then all second ones, ….
     pub token_major: bool,
+    /// Whether some tokens get their slots before all others.
+    pub protects: bool,
 }
 
-/// Hands out seats on the device: the experts of highest score for each token, ties to the lower one, in the order of the rules.
+/// Assigns slots on the device: the experts of highest score for each token, ties to the lower one, in the order of the rules.
 ///
 /// # Shapes
-/// - scores: `[T, E]`, f32
-/// - bias: `[E]`, f32, added to scores
-/// - valid, protected: `[T]`, 0 or 1
-#[cfg(feature = "cube")]
-pub(crate) fn seat_on_device(
-    scores: Tensor<2>,
-    bias: Option<Tensor<1>>,
-    valid: Option<Tensor<1, Int>>,
-    protected: Option<Tensor<1, Int>>,
-    rules: SeatRules,
-) -> DeviceSeats {
+/// - scores: `[T, E]`, f32, what experts are chosen by
+/// - states: `[T]`, 0 for padding, 1 for other tokens, 2 for those that get their slots first
+#[cfg(feature = "_gpu")]
+pub(crate) fn assign_slots(scores: Tensor<2>, states: Tensor<1, Int>, rules: SlotRules) -> DeviceSlots {
     use burn::backend::Dispatch;
-    use extension::SeatOps;
+    use extension::SlotOps;
 
     let [num_tokens, num_experts] = scores.dims();
-    // No gradient passes through seats.
-    let (scores, bias) = (scores.inner(), bias.map(|bias| bias.inner()));
-    let (valid, protected) = (valid.map(|flags| flags.inner()), protected.map(|flags| flags.inner()));
-    let device = scores.device();
-    let given = [bias.is_some(), valid.is_some(), protected.is_some()];
-    // What stands for something that is not there is never read.
-    let bias = bias.map_or_else(|| scores.clone().into_dispatch(), |bias| bias.into_dispatch());
-    let flags = valid.clone().or(protected.clone()).unwrap_or_else(|| Tensor::zeros([1], &device));
-    let [valid, protected] = [valid, protected].map(|given| given.unwrap_or_else(|| flags.clone()).into_dispatch());
-    let (chosen, choice_slot, slot_choice) = Dispatch::moe_seat(scores.into_dispatch(), bias, valid, protected, rules, given);
+    // No gradient passes through the assignment.
+    let (scores, states) = (scores.inner().into_dispatch(), states.inner().into_dispatch());
+    let (chosen, choice_slot, slot_choice) = Dispatch::moe_assign_slots(scores, states, rules);
     let [chosen, choice_slot, slot_choice] = [chosen, choice_slot, slot_choice].map(Tensor::from_dispatch);
     let slots = rules.slots * num_tokens / rules.group_size;
     debug_assert_eq!(slot_choice.dims(), [num_experts * slots]);
-    DeviceSeats { chosen, choice_slot, slot_choice, slots }
+    DeviceSlots { chosen, choice_slot, slot_choice, slots }
 }
 
-#[cfg(not(feature = "cube"))]
-pub(crate) fn seat_on_device(
-    _: Tensor<2>,
-    _: Option<Tensor<1>>,
-    _: Option<Tensor<1, Int>>,
-    _: Option<Tensor<1, Int>>,
-    _: SeatRules,
-) -> DeviceSeats {
-    unreachable!("no backend that hands out seats is built in")
+#[cfg(not(feature = "_gpu"))]
+pub(crate) fn assign_slots(_: Tensor<2>, _: Tensor<1, Int>, _: SlotRules) -> DeviceSlots {
+    unreachable!("no backend that assigns slots is built in")
 }
 
-/// Gathers the token of each row; a padded row holds zeros.
+/// Gathers the token of each row.
 ///
 /// # Shapes
 /// - tokens: `[T, D]`
-/// - output: `[N, D]`
+/// - output: `[R, D]`
 pub(crate) fn dispatch(tokens: Tensor<2>, index: &RowIndex) -> Tensor<2> {
-    match index {
-        RowIndex::Ragged(index) => kernel::dispatch(tokens, index),
-        RowIndex::Padded(index) => reference::gather(tokens, index.slot_token.clone(), index.has_empty_slots),
-    }
+    if has_kernels(&tokens.device(), tokens.dtype()) { kernel::dispatch(tokens, index) } else { reference::dispatch(tokens, index) }
 }
 
 /// One linear map and activation per expert: `out[r] = act(rows[r] · weight[e(r)] + bias[e(r)])`.
 ///
-/// With `offsets` the kernels run; without, every expert has `N / E` rows.
-///
 /// # Shapes
-/// - rows: `[N, D]`
+/// - rows: `[R, D]`
 /// - weight: `[E, D, F]`
 /// - bias: `[E, F]`
-/// - output: `[N, F]`
+/// - output: `[R, F]`
 pub(crate) fn grouped_linear(
     rows: Tensor<2>,
     weight: Tensor<3>,
     bias: Option<Tensor<2>>,
     activation: Option<Activation>,
-    offsets: Option<&Offsets>,
+    offsets: &Offsets,
 ) -> Tensor<2> {
-    if let Some(offsets) = offsets {
+    if has_kernels(&rows.device(), rows.dtype()) {
         return kernel::grouped_linear(rows, weight, bias, activation, offsets.clone());
     }
-    let [num_experts, d_in, d_out] = weight.dims();
-    let [num_rows, _] = rows.dims();
-    let out = reference::batched_linear(rows.reshape([num_experts, num_rows / num_experts, d_in]), weight, bias);
-    let out = match activation {
+    let out = reference::grouped_linear(rows, weight, bias, &offsets.host);
+    match activation {
         Some(activation) => reference::activation(out, activation),
         None => out,
-    };
-    out.reshape([num_rows, d_out])
+    }
 }
 
 /// Sums the rows of each token's choices, weighted: `out[t] = Σ_m gates[t, m] · rows[row of choice (t, m)]`; a choice without a row
 /// adds nothing.
 ///
 /// # Shapes
-/// - rows: `[N, D]`
+/// - rows: `[R, D]`
 /// - gates: `[T, M]`
 /// - output: `[T, D]`
 pub(crate) fn combine(rows: Tensor<2>, gates: Tensor<2>, index: &RowIndex) -> Tensor<2> {
-    match index {
-        RowIndex::Ragged(index) => kernel::combine(rows, gates, index),
-        RowIndex::Padded(index) => reference::combine(rows, gates, index.choice_slot.clone(), index.has_unseated_choices),
+    if has_kernels(&rows.device(), rows.dtype()) {
+        kernel::combine(rows, gates, index)
+    } else {
+        reference::combine(rows, gates, index)
     }
 }
 
@@ -276,18 +229,18 @@ pub(crate) fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>, a
 }
 
 /// The kernels as functions of tensors.
-#[cfg(any(feature = "cube", feature = "flex"))]
+#[cfg(any(feature = "_gpu", feature = "flex"))]
 mod kernel {
     use burn::backend::Dispatch;
     use burn::tensor::Tensor;
 
-    use super::{Activation, Offsets, RaggedIndex, extension::MoeOps};
+    use super::{Activation, Offsets, RowIndex, extension::MoeOps};
 
     pub(super) fn activation<const R: usize>(x: Tensor<R>, activation: Activation) -> Tensor<R> {
         Tensor::from_dispatch(Dispatch::moe_activation(x.into_dispatch(), activation))
     }
 
-    pub(super) fn dispatch(tokens: Tensor<2>, index: &RaggedIndex) -> Tensor<2> {
+    pub(super) fn dispatch(tokens: Tensor<2>, index: &RowIndex) -> Tensor<2> {
         let (row_choice, choice_row) = (index.row_choice.clone(), index.choice_row.clone());
         Tensor::from_dispatch(Dispatch::moe_dispatch(
             tokens.into_dispatch(),
@@ -315,7 +268,7 @@ mod kernel {
         ))
     }
 
-    pub(super) fn combine(rows: Tensor<2>, gates: Tensor<2>, index: &RaggedIndex) -> Tensor<2> {
+    pub(super) fn combine(rows: Tensor<2>, gates: Tensor<2>, index: &RowIndex) -> Tensor<2> {
         let (row_choice, choice_row) = (index.row_choice.clone(), index.choice_row.clone());
         Tensor::from_dispatch(Dispatch::moe_combine(
             rows.into_dispatch(),
@@ -327,11 +280,11 @@ mod kernel {
 }
 
 /// What stands in their place where no backend has any; `has_kernels` says so.
-#[cfg(not(any(feature = "cube", feature = "flex")))]
+#[cfg(not(any(feature = "_gpu", feature = "flex")))]
 mod kernel {
     use burn::tensor::Tensor;
 
-    use super::{Activation, Offsets, RaggedIndex};
+    use super::{Activation, Offsets, RowIndex};
 
     const NONE: &str = "no backend with kernels is built in";
 
@@ -339,7 +292,7 @@ mod kernel {
         unreachable!("{NONE}")
     }
 
-    pub(super) fn dispatch(_: Tensor<2>, _: &RaggedIndex) -> Tensor<2> {
+    pub(super) fn dispatch(_: Tensor<2>, _: &RowIndex) -> Tensor<2> {
         unreachable!("{NONE}")
     }
 
@@ -347,7 +300,7 @@ mod kernel {
         unreachable!("{NONE}")
     }
 
-    pub(super) fn combine(_: Tensor<2>, _: Tensor<2>, _: &RaggedIndex) -> Tensor<2> {
+    pub(super) fn combine(_: Tensor<2>, _: Tensor<2>, _: &RowIndex) -> Tensor<2> {
         unreachable!("{NONE}")
     }
 }

@@ -1,46 +1,61 @@
 //! Reference bodies in plain tensor operations, right on every backend; the oracle for every faster one.
 
-use burn::tensor::{Int, Tensor, activation as burn_activation};
+use burn::tensor::{Tensor, activation as burn_activation};
 
-use super::Activation;
+use super::{Activation, RowIndex, int_tensor};
 
-/// Gathers the row of each slot: `out[s] = x[index[s]]`, and zero where `index[s] = T`.
-///
-/// # Shapes
-/// - x: `[T, D]`
-/// - index: `[N]`
-/// - output: `[N, D]`
-pub(super) fn gather(x: Tensor<2>, index: Tensor<1, Int>, has_empty: bool) -> Tensor<2> {
-    with_zero_row(x, has_empty).select(0, index)
+/// Gathers the token of each row, `[T, D] -> [R, D]`.
+pub(super) fn dispatch(tokens: Tensor<2>, index: &RowIndex) -> Tensor<2> {
+    let [num_tokens, _] = tokens.dims();
+    let num_choices = index.choice_row.dims()[0] / num_tokens;
+    // LibTorch's backend divides integers as f32, which is exact up to 16 million choices.
+    tokens.select(0, index.row_choice.clone() / num_choices as i32)
 }
 
-/// Sums the rows of each token's choices, weighted: `out[t] = Σ_m gates[t, m] · rows[index[t · M + m]]`; a row index `N` adds zero.
-///
-/// # Shapes
-/// - rows: `[N, D]`
-/// - gates: `[T, M]`
-/// - index: `[T · M]`
-/// - output: `[T, D]`
-pub(super) fn combine(rows: Tensor<2>, gates: Tensor<2>, index: Tensor<1, Int>, has_unseated: bool) -> Tensor<2> {
-    let [num_tokens, num_choices] = gates.dims();
-    let [_, d_model] = rows.dims();
-    let picked = with_zero_row(rows, has_unseated).select(0, index).reshape([num_tokens, num_choices, d_model]);
+/// Sums the rows of each token's choices, weighted: rows `[R, D]`, gates `[T, M]` `-> [T, D]`.
+pub(super) fn combine(rows: Tensor<2>, gates: Tensor<2>, index: &RowIndex) -> Tensor<2> {
+    let ([num_tokens, num_choices], [num_rows, d_model]) = (gates.dims(), rows.dims());
+    // Every row has a choice, so fewer rows than choices means choices without a row.
+    let (rows, choice_row) = if num_rows < num_tokens * num_choices {
+        let none = index.choice_row.clone().lower_elem(0);
+        (with_zero_row(rows), index.choice_row.clone().mask_fill(none, num_rows as i32))
+    } else {
+        (rows, index.choice_row.clone())
+    };
+    let picked = rows.select(0, choice_row).reshape([num_tokens, num_choices, d_model]);
     (picked * gates.unsqueeze_dim(2)).sum_dim(1).squeeze_dim(1)
 }
 
-/// One linear map per expert: `out[e] = x[e] · weight[e] + bias[e]`.
+/// One linear map per expert: rows `[R, D]`, weight `[E, D, F]`, bias `[E, F]` `-> [R, F]`.
 ///
-/// # Shapes
-/// - x: `[E, S, D]`
-/// - weight: `[E, D, F]`
-/// - bias: `[E, F]`
-/// - output: `[E, S, F]`
-pub(super) fn batched_linear(x: Tensor<3>, weight: Tensor<3>, bias: Option<Tensor<2>>) -> Tensor<3> {
-    let out = x.matmul(weight);
-    match bias {
+/// All experts are one batched product over a grid of equally many rows for each: a product by expert would write the gradient of all
+/// experts' weights once for each of them.
+pub(super) fn grouped_linear(rows: Tensor<2>, weight: Tensor<3>, bias: Option<Tensor<2>>, offsets: &[usize]) -> Tensor<2> {
+    let ([num_experts, d_in, d_out], [num_rows, _], device) = (weight.dims(), rows.dims(), rows.device());
+    let most = offsets.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0);
+    let is_even = most * num_experts == num_rows;
+    let grid = if is_even { rows } else { with_zero_row(rows).select(0, int_tensor(grid_rows(offsets, most), &device)) };
+    let out = grid.reshape([num_experts, most, d_in]).matmul(weight);
+    let out = match bias {
         Some(bias) => out + bias.unsqueeze_dim(1),
         None => out,
-    }
+    };
+    let out = out.reshape([num_experts * most, d_out]);
+    if is_even { out } else { out.select(0, int_tensor(rows_in_grid(offsets, most), &device)) }
+}
+
+/// The row of each place of a grid `[E, most]`; the number of rows for an empty place.
+fn grid_rows(offsets: &[usize], most: usize) -> Vec<i32> {
+    let num_rows = offsets[offsets.len() - 1];
+    let of_expert =
+        |pair: &[usize]| (pair[0]..pair[0] + most).map(|row| if row < pair[1] { row } else { num_rows } as i32).collect::<Vec<_>>();
+    offsets.windows(2).flat_map(of_expert).collect()
+}
+
+/// The place of each row in a grid `[E, most]`.
+fn rows_in_grid(offsets: &[usize], most: usize) -> Vec<i32> {
+    let of_expert = |(expert, pair): (usize, &[usize])| (0..pair[1] - pair[0]).map(move |place| (expert * most + place) as i32);
+    offsets.windows(2).enumerate().flat_map(of_expert).collect()
 }
 
 /// The activation of every element; any shape.
@@ -56,10 +71,7 @@ pub(super) fn activation<const R: usize>(x: Tensor<R>, activation: Activation) -
 
 /// A zero row behind the last one, for indices that mean "nothing". A row times a zero gate would not do: zero times an
 /// infinite value is not zero, and one token's overflow would reach another.
-fn with_zero_row(x: Tensor<2>, needed: bool) -> Tensor<2> {
-    if !needed {
-        return x;
-    }
+fn with_zero_row(x: Tensor<2>) -> Tensor<2> {
     let [_, width] = x.dims();
     let zero = Tensor::zeros([1, width], (&x.device(), x.dtype()));
     Tensor::cat(vec![x, zero], 0)

@@ -3,7 +3,7 @@
 use burn::tensor::{Bool, Shape, Tensor};
 
 use super::Routing;
-use crate::mask::TokenMask;
+use crate::routing::mask::TokenMask;
 
 /// Tokens with what is known about them.
 ///
@@ -28,7 +28,7 @@ pub struct MoeInput<const R: usize> {
 pub struct MoeOutput<const R: usize> {
     /// Same shape as the input.
     pub output: Tensor<R>,
-    /// What was decided on the way.
+    /// The router's output and the plan.
     pub routing: Routing,
 }
 
@@ -38,7 +38,7 @@ impl<const R: usize> MoeInput<R> {
         Self { x, valid: None, protected: None }
     }
 
-    /// Which tokens are not padding; the shape is that of the input without its last axis, or `[T]`. Padding gets no slot, comes out as
+    /// True for tokens that are not padding; the shape is that of the input without its last axis, or `[T]`. Padding gets no slot, comes out as
     /// exactly 0, and counts in no loss and no statistic.
     pub fn valid<const M: usize>(mut self, mask: Tensor<M, Bool>) -> Self {
         self.valid = Some(TokenMask::new(mask));
@@ -51,8 +51,8 @@ impl<const R: usize> MoeInput<R> {
         self.valid(mask.bool_not())
     }
 
-    /// Which tokens are seated before all others; the shape as for [`valid`](Self::valid). A choice of a protected token is dropped only
-    /// when more protected choices than slots name its expert. Only token choice has protected tokens.
+    /// True for tokens that get their slots before all others; the shape as for [`valid`](Self::valid). A protected choice is dropped only if its
+    /// expert has more protected choices than slots. Only token choice has protected tokens.
     pub fn protected<const M: usize>(mut self, mask: Tensor<M, Bool>) -> Self {
         self.protected = Some(TokenMask::new(mask));
         self

@@ -1,52 +1,49 @@
 //! What one sparse layer decided on one batch, and what a routing is made from: scores, masks, assignments, plans.
 
+pub(crate) mod assignment;
+pub(crate) mod capacity;
+mod dispatch;
 mod input;
+mod mask;
+mod phase;
+mod plan;
+pub(crate) mod router;
 
-pub use crate::{
-    assignment::AssignmentInput,
-    dispatch::Dispatcher,
-    mask::TokenMask,
-    phase::Phase,
-    plan::DispatchPlan,
-    router::{RouterNoise, RouterOutput},
-};
+pub use assignment::AssignmentInput;
+pub use dispatch::Dispatcher;
 pub(crate) use input::{FlatTokens, shaped};
 pub use input::{MoeInput, MoeOutput};
+pub use mask::TokenMask;
+pub use phase::Phase;
+pub use plan::DispatchPlan;
+pub use router::RouterOutput;
 
 use burn::tensor::{Bool, DType, Tensor};
 
-use crate::router::{RouterScore, non_finite_rows};
+use router::non_finite_rows;
 
 /// The routing of one layer on one batch. Everything that losses and statistics need is in here; nothing is kept elsewhere.
 #[derive(Debug, Clone)]
 pub struct Routing {
-    /// Router logits without noise, `[T, E]`, f32 (Soft MoE: of each slot, `[T, E · S]`).
-    pub logits: Tensor<2>,
-    /// Router probabilities without noise, `[T, E]`, f32: what importance, entropies and statistics read.
-    pub clean_probs: Tensor<2>,
-    /// The probabilities that routed, `[T, E]`, f32: what load balancing reads.
-    pub probs: Tensor<2>,
-    /// The noise on the logits, if there was any.
-    pub noise: Option<RouterNoise>,
-    /// How logits became scores.
-    pub score: RouterScore,
+    /// What the router computed, noise included.
+    pub router: RouterOutput,
     /// Which tokens are not padding; `None`: all.
     pub valid: Option<TokenMask>,
-    /// Who sits where, and with which gate.
+    /// Which expert computes which token, and with which gate.
     pub plan: DispatchPlan,
-    /// The number type of the layer's tokens, which a loss over the routing is given in.
+    /// The number type of the layer's tokens, in which losses over the routing are returned.
     pub token_dtype: DType,
 }
 
 impl Routing {
-    /// The routing of a router of your own, for losses and statistics: logits and probabilities of each expert, `[T, E]`, f32, and the plan
-    /// that came of them. Scores are a softmax, without noise, and all tokens are valid; set the fields where it is otherwise.
-    pub fn new(logits: Tensor<2>, probs: Tensor<2>, plan: DispatchPlan) -> Self {
-        let token_dtype = probs.dtype();
-        Self { logits, clean_probs: probs.clone(), probs, noise: None, score: RouterScore::Softmax, valid: None, plan, token_dtype }
+    /// The routing of a router of your own, for losses and statistics: what it computed and the plan that was made from it. All tokens are
+    /// valid; set the field where it is otherwise.
+    pub fn new(router: RouterOutput, plan: DispatchPlan) -> Self {
+        let token_dtype = router.probs.dtype();
+        Self { router, valid: None, plan, token_dtype }
     }
 
-    /// Tokens that count: all but padding.
+    /// Valid tokens, which are not padding.
     pub fn num_valid(&self) -> usize {
         match &self.valid {
             Some(valid) => valid.as_slice().iter().filter(|&&valid| valid).count(),
@@ -69,9 +66,9 @@ impl Routing {
 
     /// Tokens that count in no loss, `[T, 1]`: padding, and those whose probabilities are not finite.
     fn uncounted(&self) -> Tensor<2, Bool> {
-        let not_finite = non_finite_rows(self.probs.clone());
+        let not_finite = non_finite_rows(self.router.probs.clone());
         match &self.valid {
-            Some(valid) => not_finite.bool_or(valid.unset(&self.probs.device())),
+            Some(valid) => not_finite.bool_or(valid.unset(&self.router.probs.device())),
             None => not_finite,
         }
     }

@@ -7,9 +7,8 @@ use burn::tensor::{Bool, Tensor};
 
 use super::{Mlp, attention::self_attention};
 use crate::{
-    moe::MoeFeedForward,
-    routing::{MoeInput, Routing},
-    soft_moe::SoftMoeFeedForward,
+    layer::{moe::MoeFeedForward, soft_moe::SoftMoeFeedForward},
+    routing::{MoeInput, Routing, TokenMask},
 };
 
 /// The feed-forward network of a block.
@@ -24,13 +23,38 @@ pub enum FeedForward {
     SoftMoe(SoftMoeFeedForward),
 }
 
-/// What routing should know about the tokens; nothing else reads it.
+/// Token masks for the routing. Attention does not mask padding.
 #[derive(Clone, Debug, Default)]
 pub struct TokenMarks {
     /// `[B, N]`, false for padding, which gets no expert.
     pub valid: Option<Tensor<2, Bool>>,
-    /// `[B, N]`, true for tokens that are seated before all others, where tokens choose.
+    /// `[B, N]`, true for tokens that get their slots before all others, where tokens choose.
     pub protected: Option<Tensor<2, Bool>>,
+}
+
+/// The input of a [`BlockRouter`].
+#[derive(Clone, Debug)]
+pub struct BlockTokens<'a> {
+    /// The block's index in its encoder.
+    pub block: usize,
+    /// What its feed-forward network reads, `[B, N, D]`.
+    pub tokens: Tensor<3>,
+    /// What is known about the tokens.
+    pub marks: &'a TokenMarks,
+}
+
+/// A router of your own for the routed blocks of an encoder, in place of the layers' own; see
+/// [`Encoder::forward_with`](super::Encoder::forward_with). Closures are such routers.
+pub trait BlockRouter {
+    /// The experts and gates of each token. Padding should have no expert; its output is zero in any case. The encoder sets the routing's number
+    /// type, and its mask of valid tokens if it has none.
+    fn route(&mut self, input: BlockTokens) -> Routing;
+}
+
+impl<F: FnMut(BlockTokens) -> Routing> BlockRouter for F {
+    fn route(&mut self, input: BlockTokens) -> Routing {
+        self(input)
+    }
 }
 
 /// `h = x + MHA(LN₁(x))`, `y = h + FFN(LN₂(h))`; made by [`EncoderConfig`](super::EncoderConfig).
@@ -47,48 +71,63 @@ pub struct TransformerBlock {
 }
 
 impl TransformerBlock {
-    /// One block; also the routing if the block is sparse.
+    /// One block; also the routing if the block routes tokens.
     ///
     /// # Shapes (`B` samples of `N` tokens)
     /// - x, output: `[B, N, D]`
     /// - mask: `[B, N, N]`, true where a token must not look
     pub fn forward(&self, x: Tensor<3>, mask: Option<Tensor<3, Bool>>, marks: &TokenMarks) -> (Tensor<3>, Option<Routing>) {
-        self.run(x, mask, marks, |_| ())
+        self.run(x, mask, marks, None, |_| ())
     }
 
-    /// [`forward`](Self::forward); `observe` sees what the feed-forward network reads.
+    /// [`forward`](Self::forward); `router` is one to use instead of the layer's own, with the block's index, and `observe` sees what the
+    /// feed-forward network reads.
     pub(crate) fn run(
         &self,
         x: Tensor<3>,
         mask: Option<Tensor<3, Bool>>,
         marks: &TokenMarks,
+        router: Option<(usize, &mut dyn BlockRouter)>,
         observe: impl FnOnce(&Tensor<3>),
     ) -> (Tensor<3>, Option<Routing>) {
         let attended = self_attention(&self.attention, self.norm_attention.forward(x.clone()), mask);
         let x = x + attended;
         let normed = self.norm_feed_forward.forward(x.clone());
         observe(&normed);
-        let (output, routing) = self.feed_forward.forward(normed, marks);
+        let (output, routing) = self.feed_forward.forward(normed, marks, router);
         (x + output, routing)
     }
 }
 
 impl FeedForward {
-    /// The network alone, `[B, N, D] -> [B, N, D]`; also the routing if it is sparse.
-    fn forward(&self, x: Tensor<3>, marks: &TokenMarks) -> (Tensor<3>, Option<Routing>) {
+    /// The network alone, `[B, N, D] -> [B, N, D]`; also the routing if tokens are routed.
+    fn forward(
+        &self,
+        x: Tensor<3>,
+        marks: &TokenMarks,
+        router: Option<(usize, &mut dyn BlockRouter)>,
+    ) -> (Tensor<3>, Option<Routing>) {
         let input = |x| match &marks.valid {
             Some(valid) => MoeInput::new(x).valid(valid.clone()),
             None => MoeInput::new(x),
         };
-        let output = match self {
-            Self::Dense(mlp) => return (mlp.forward(x), None),
-            Self::Moe(moe) => match marks.protected.as_ref().filter(|_| moe.assignment.can_protect()) {
-                Some(protected) => moe.forward(input(x).protected(protected.clone())),
-                None => moe.forward(input(x)),
-            },
-            Self::SoftMoe(soft) => soft.forward(input(x)),
-        };
-        (output.output, Some(output.routing))
+        match (self, router) {
+            (Self::Dense(mlp), _) => (mlp.forward(x), None),
+            (Self::SoftMoe(soft), _) => (soft.forward(input(x)).output, None),
+            (Self::Moe(moe), Some((block, router))) => {
+                let mut routing = router.route(BlockTokens { block, tokens: x.clone(), marks });
+                routing.valid = routing.valid.or_else(|| marks.valid.clone().map(TokenMask::new));
+                routing.token_dtype = x.dtype();
+                (moe.forward_with(input(x), &routing.plan), Some(routing))
+            }
+            (Self::Moe(moe), None) => {
+                let output = match marks.protected.as_ref().filter(|_| moe.assignment.can_protect()) {
+                    Some(protected) => moe.forward(input(x).protected(protected.clone())),
+                    None => moe.forward(input(x)),
+                };
+                (output.output, Some(output.routing))
+            }
+        }
     }
 
     /// Whether there are experts.

@@ -6,16 +6,20 @@ use burn::nn::attention::{MultiHeadAttentionConfig, generate_autoregressive_mask
 use burn::nn::{LayerNorm, LayerNormConfig};
 use burn::tensor::{Bool, Device, Tensor, assert_shape};
 
-use super::{FeedForward, MlpConfig, Padding, Protection, SparseEncoderConfig, SparseLayer, TokenMarks, TransformerBlock};
+use super::{
+    BlockRouter, FeedForward, MlpConfig, Padding, Protection, SparseEncoderConfig, SparseLayer, TokenMarks, TransformerBlock,
+};
 use crate::{
-    assignment::AssignmentConfig,
-    cost::Cost,
-    error::{ConfigError, expect_valid},
-    experts::{Activation, ExpertMlpConfig},
-    moe::MoeFeedForwardConfig,
-    router::RouterConfig,
+    layer::{
+        experts::{Activation, ExpertOptions},
+        moe::MoeFeedForwardConfig,
+        soft_moe::SoftMoeFeedForwardConfig,
+    },
     routing::Routing,
-    soft_moe::SoftMoeFeedForwardConfig,
+    support::{
+        cost::Cost,
+        error::{ConfigError, expect_valid},
+    },
 };
 
 /// Configuration of an [`Encoder`].
@@ -44,7 +48,7 @@ pub struct EncoderConfig {
 pub struct Encoder {
     /// The blocks.
     pub blocks: Vec<TransformerBlock>,
-    /// Whether marked tokens are seated first.
+    /// Whether marked tokens get their slots first.
     #[module(skip)]
     pub protection: Protection,
     /// Whether padding is routed.
@@ -66,7 +70,7 @@ pub struct FeedForwardInputs {
 pub struct EncoderOutput {
     /// `[B, N, D]`
     pub hidden: Tensor<3>,
-    /// One per sparse block, in order.
+    /// One per routed block, in order.
     pub routings: Vec<Routing>,
 }
 
@@ -95,22 +99,7 @@ impl EncoderConfig {
         }
         if let Some(sparse) = &self.sparse {
             sparse.blocks.validate(self.n_layers)?;
-            match sparse.layer {
-                SparseLayer::Routed => self.moe(sparse).validate()?,
-                SparseLayer::Soft { slots_per_expert } => {
-                    let reason = "nothing is chosen in a soft layer";
-                    for (field, is_default) in [
-                        ("sparse.router", sparse.router == RouterConfig::new()),
-                        ("sparse.assignment", sparse.assignment == AssignmentConfig::default()),
-                        ("sparse.shared_expert", sparse.shared_expert.is_none()),
-                    ] {
-                        if !is_default {
-                            return Err(ConfigError::NoEffect { field, reason });
-                        }
-                    }
-                    self.soft_moe(sparse, slots_per_expert).validate()?;
-                }
-            }
+            self.sparse_feed_forward(sparse).validate()?;
         }
         Ok(())
     }
@@ -121,30 +110,12 @@ impl EncoderConfig {
     /// With the text of [`validate`](Self::validate).
     pub fn init(&self, device: &Device) -> Encoder {
         expect_valid(self.validate());
-        let (protection, padding) =
-            self.sparse.as_ref().map_or((Protection::None, Padding::Excluded), |sparse| (sparse.protection, sparse.padding));
+        let protection = match self.sparse.as_ref().map(|sparse| &sparse.layer) {
+            Some(SparseLayer::Routed(routed)) => routed.protection,
+            _ => Protection::None,
+        };
+        let padding = self.sparse.as_ref().map_or(Padding::Excluded, |sparse| sparse.padding);
         Encoder { blocks: (0..self.n_layers).map(|index| self.init_block(index, device)).collect(), protection, padding }
-    }
-
-    /// The layer of each sparse block. Expert choice over the whole batch becomes expert choice in each sample, so that a result does not
-    /// depend on the rest of the batch.
-    pub fn moe(&self, sparse: &SparseEncoderConfig) -> MoeFeedForwardConfig {
-        MoeFeedForwardConfig::new(self.d_model, sparse.d_ff.unwrap_or(self.d_ff), sparse.num_experts)
-            .with_router(sparse.router.clone())
-            .with_assignment(sparse.assignment.clone().independent_of_batch())
-            .with_experts(self.experts(sparse))
-            .with_shared_expert(sparse.shared_expert)
-    }
-
-    /// The layer of each sparse block of [`SparseLayer::Soft`].
-    pub fn soft_moe(&self, sparse: &SparseEncoderConfig, slots_per_expert: usize) -> SoftMoeFeedForwardConfig {
-        SoftMoeFeedForwardConfig::new(self.d_model, sparse.d_ff.unwrap_or(self.d_ff), sparse.num_experts)
-            .with_slots_per_expert(slots_per_expert)
-            .with_experts(self.experts(sparse))
-    }
-
-    fn experts(&self, sparse: &SparseEncoderConfig) -> ExpertMlpConfig {
-        ExpertMlpConfig::new().with_form(sparse.form).with_activation(self.activation)
     }
 
     /// The sparse settings of block `index`, if it is sparse.
@@ -152,23 +123,39 @@ impl EncoderConfig {
         self.sparse.as_ref().filter(|sparse| sparse.blocks.contains(index, self.n_layers))
     }
 
+    fn feed_forward(&self, index: usize) -> FeedForwardConfig {
+        match self.sparse_block(index) {
+            None => FeedForwardConfig::Dense(MlpConfig::new(self.d_model, self.d_ff).with_activation(self.activation)),
+            Some(sparse) => self.sparse_feed_forward(sparse),
+        }
+    }
+
+    /// Expert choice over the whole batch becomes expert choice in each sample, so that a result does not depend on the rest of the batch.
+    fn sparse_feed_forward(&self, sparse: &SparseEncoderConfig) -> FeedForwardConfig {
+        let (d_ff, num_experts) = (sparse.d_ff.unwrap_or(self.d_ff), sparse.num_experts);
+        let experts = ExpertOptions::new().with_form(sparse.form).with_activation(self.activation);
+        match &sparse.layer {
+            SparseLayer::Routed(routed) => FeedForwardConfig::Moe(
+                MoeFeedForwardConfig::new(self.d_model, d_ff, num_experts)
+                    .with_router(routed.router.clone())
+                    .with_assignment(routed.assignment.clone().independent_of_batch())
+                    .with_experts(experts)
+                    .with_shared_expert(routed.shared_expert),
+            ),
+            SparseLayer::Soft { slots_per_expert } => FeedForwardConfig::SoftMoe(
+                SoftMoeFeedForwardConfig::new(self.d_model, d_ff, num_experts)
+                    .with_slots_per_expert(*slots_per_expert)
+                    .with_experts(experts),
+            ),
+        }
+    }
+
     /// Cost for one sample of `num_tokens` tokens; both attention products counted in full, causal or not.
     pub fn cost(&self, num_tokens: usize) -> Cost {
         let d = self.d_model;
         let products = Cost { flops: 4 * (num_tokens * num_tokens * d) as u64, ..Cost::default() };
         let attention = (0..4).map(|_| Cost::linear(num_tokens, d, d, true)).sum::<Cost>() + products;
-        (0..self.n_layers)
-            .map(|index| {
-                let feed_forward = match self.sparse_block(index) {
-                    None => Cost::feed_forward(num_tokens, d, self.d_ff, true),
-                    Some(sparse) => match sparse.layer {
-                        SparseLayer::Routed => self.moe(sparse).cost(num_tokens),
-                        SparseLayer::Soft { slots_per_expert } => self.soft_moe(sparse, slots_per_expert).cost(num_tokens),
-                    },
-                };
-                attention + feed_forward + Cost::params(4 * d)
-            })
-            .sum()
+        (0..self.n_layers).map(|index| attention + self.feed_forward(index).cost(num_tokens) + Cost::params(4 * d)).sum()
     }
 
     fn init_block(&self, index: usize, device: &Device) -> TransformerBlock {
@@ -177,37 +164,66 @@ impl EncoderConfig {
             norm_attention: norm(),
             attention: MultiHeadAttentionConfig::new(self.d_model, self.n_heads).with_dropout(0.0).init(device),
             norm_feed_forward: norm(),
-            feed_forward: match self.sparse_block(index) {
-                None => FeedForward::Dense(MlpConfig::new(self.d_model, self.d_ff).with_activation(self.activation).init(device)),
-                Some(sparse) => match sparse.layer {
-                    SparseLayer::Routed => FeedForward::Moe(self.moe(sparse).init(device)),
-                    SparseLayer::Soft { slots_per_expert } => {
-                        FeedForward::SoftMoe(self.soft_moe(sparse, slots_per_expert).init(device))
-                    }
-                },
-            },
+            feed_forward: self.feed_forward(index).init(device),
+        }
+    }
+}
+
+/// The feed-forward network of one block.
+enum FeedForwardConfig {
+    Dense(MlpConfig),
+    Moe(MoeFeedForwardConfig),
+    SoftMoe(SoftMoeFeedForwardConfig),
+}
+
+impl FeedForwardConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        match self {
+            Self::Dense(_) => Ok(()),
+            Self::Moe(config) => config.validate(),
+            Self::SoftMoe(config) => config.validate(),
+        }
+    }
+
+    fn cost(&self, num_tokens: usize) -> Cost {
+        match self {
+            Self::Dense(config) => Cost::feed_forward(num_tokens, config.d_model, config.d_ff, true),
+            Self::Moe(config) => config.cost(num_tokens),
+            Self::SoftMoe(config) => config.cost(num_tokens),
+        }
+    }
+
+    fn init(&self, device: &Device) -> FeedForward {
+        match self {
+            Self::Dense(config) => FeedForward::Dense(config.init(device)),
+            Self::Moe(config) => FeedForward::Moe(config.init(device)),
+            Self::SoftMoe(config) => FeedForward::SoftMoe(config.init(device)),
         }
     }
 }
 
 impl Encoder {
-    /// Indices of the sparse blocks, in the order of [`EncoderOutput::routings`].
-    pub fn sparse_blocks(&self) -> impl Iterator<Item = usize> {
-        self.blocks.iter().enumerate().filter(|(_, block)| block.feed_forward.is_sparse()).map(|(index, _)| index)
+    /// Indices of the routed blocks, in the order of [`EncoderOutput::routings`].
+    pub fn routed_blocks(&self) -> impl Iterator<Item = usize> {
+        self.blocks
+            .iter()
+            .enumerate()
+            .filter(|(_, block)| matches!(block.feed_forward, FeedForward::Moe(_)))
+            .map(|(index, _)| index)
     }
 
-    /// Moves the balancing biases of all sparse blocks by what one training step routed; see [`BalancingBias`](crate::BalancingBias).
-    /// Without such biases the encoder stays as it is.
+    /// Moves the balancing biases of all routed blocks by what one training step routed; see
+    /// [`RouterOptions::balancing_rate`](crate::RouterOptions::balancing_rate). Without such biases the encoder stays as it is.
     ///
     /// # Panics
-    /// When there is not one routing per sparse block.
+    /// When there is not one routing per routed block.
     pub fn update_balancing_bias(mut self, routings: &[Routing]) -> Self {
-        let sparse_blocks = self.sparse_blocks().count();
-        assert_eq!(routings.len(), sparse_blocks, "{} routings do not fit {sparse_blocks} sparse blocks", routings.len());
-        let sparse = self.blocks.iter_mut().filter(|block| block.feed_forward.is_sparse());
-        for (block, routing) in sparse.zip(routings) {
+        let routed_blocks = self.routed_blocks().count();
+        assert_eq!(routings.len(), routed_blocks, "{} routings do not fit {routed_blocks} routed blocks", routings.len());
+        let mut routings = routings.iter();
+        for block in &mut self.blocks {
             if let FeedForward::Moe(moe) = &mut block.feed_forward {
-                *moe = moe.clone().update_balancing_bias(routing);
+                *moe = moe.clone().update_balancing_bias(routings.next().expect("they were counted"));
             }
         }
         self
@@ -217,14 +233,22 @@ impl Encoder {
     ///
     /// # Shapes (`B` samples of `N` tokens)
     /// - x, hidden: `[B, N, D]`
-    /// - marks: `[B, N]` each; protected tokens count only where [`SparseEncoderConfig::protection`] says so
+    /// - marks: `[B, N]` each; protected tokens count only where [`RoutedLayerConfig::protection`](super::RoutedLayerConfig::protection) says so
     ///
     /// With `causal`, a token looks only at itself and at those before it.
     ///
     /// # Panics
     /// When a shape does not fit.
     pub fn forward(&self, x: Tensor<3>, marks: TokenMarks, causal: bool) -> EncoderOutput {
-        self.run(x, marks, causal, |_| ())
+        self.run(x, marks, causal, None, |_| ())
+    }
+
+    /// The same with a router of your own in place of the layers' routers; arguments as for [`forward`](Self::forward).
+    ///
+    /// # Panics
+    /// When a shape does not fit, or a plan does not fit its block.
+    pub fn forward_with(&self, x: Tensor<3>, marks: TokenMarks, causal: bool, router: &mut dyn BlockRouter) -> EncoderOutput {
+        self.run(x, marks, causal, Some(router), |_| ())
     }
 
     /// What the feed-forward network of each block reads; arguments as for [`forward`](Self::forward).
@@ -233,12 +257,19 @@ impl Encoder {
     /// When a shape does not fit.
     pub fn feed_forward_inputs(&self, x: Tensor<3>, marks: TokenMarks, causal: bool) -> FeedForwardInputs {
         let mut inputs = FeedForwardInputs { tokens: Vec::new(), valid: marks.valid.clone() };
-        self.run(x, marks, causal, |tokens| inputs.tokens.push(tokens.clone()));
+        self.run(x, marks, causal, None, |tokens| inputs.tokens.push(tokens.clone()));
         inputs
     }
 
     /// All blocks in turn; `observe` sees what each feed-forward network reads.
-    fn run(&self, x: Tensor<3>, mut marks: TokenMarks, causal: bool, mut observe: impl FnMut(&Tensor<3>)) -> EncoderOutput {
+    fn run(
+        &self,
+        x: Tensor<3>,
+        mut marks: TokenMarks,
+        causal: bool,
+        mut router: Option<&mut dyn BlockRouter>,
+        mut observe: impl FnMut(&Tensor<3>),
+    ) -> EncoderOutput {
         let [batch, num_tokens, _] = x.dims();
         for mark in [&marks.valid, &marks.protected].into_iter().flatten() {
             assert_shape!(mark, [batch, num_tokens]);
@@ -252,8 +283,12 @@ impl Encoder {
         let mask = causal.then(|| generate_autoregressive_mask(batch, num_tokens, &x.device()));
         let mut hidden = x;
         let mut routings = Vec::new();
-        for block in &self.blocks {
-            let (next, routing) = block.run(hidden, mask.clone(), &marks, &mut observe);
+        for (index, block) in self.blocks.iter().enumerate() {
+            let router = match &mut router {
+                Some(router) => Some((index, &mut **router as &mut dyn BlockRouter)),
+                None => None,
+            };
+            let (next, routing) = block.run(hidden, mask.clone(), &marks, router, &mut observe);
             hidden = next;
             routings.extend(routing);
         }
@@ -264,6 +299,7 @@ impl Encoder {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transformer::RoutedLayerConfig;
 
     #[test]
     #[should_panic(expected = "`n_heads` (3) must divide `d_model` (8)")]
@@ -284,25 +320,20 @@ mod tests {
     fn every_kind_of_sparse_block_has_the_parameters_that_its_cost_counts() {
         let sparse = SparseEncoderConfig::new();
         for sparse in [
-            sparse.clone().with_form(crate::FeedForwardForm::Gated).with_shared_expert(Some(5)),
+            sparse
+                .clone()
+                .with_form(crate::FeedForwardForm::Gated)
+                .with_layer(RoutedLayerConfig::new().with_shared_expert(Some(5)).into()),
             sparse.clone().with_d_ff(Some(4)),
             sparse.with_layer(SparseLayer::Soft { slots_per_expert: 3 }),
         ] {
+            let routed = usize::from(matches!(sparse.layer, SparseLayer::Routed(_)));
             let config = EncoderConfig::new(8, 2, 2, 16).with_sparse(Some(sparse));
             let device = Device::default();
             let encoder = config.init(&device);
             assert_eq!(config.cost(1).params_total, encoder.num_params() as u64);
             let output = encoder.forward(Tensor::ones([2, 3, 8], &device), TokenMarks::default(), false);
-            assert_eq!((output.hidden.dims(), output.routings.len()), ([2, 3, 8], 1));
+            assert_eq!((output.hidden.dims(), output.routings.len()), ([2, 3, 8], routed));
         }
-    }
-
-    #[test]
-    #[should_panic(expected = "`sparse.assignment` is set, but nothing is chosen in a soft layer")]
-    fn a_soft_layer_has_no_assignment() {
-        let sparse = SparseEncoderConfig::new()
-            .with_layer(SparseLayer::Soft { slots_per_expert: 1 })
-            .with_assignment(crate::ExpertChoiceConfig::new().into());
-        EncoderConfig::new(8, 2, 2, 16).with_sparse(Some(sparse)).init(&Device::default());
     }
 }

@@ -5,7 +5,7 @@ use burn::module::{Content, DisplaySettings, Module, ModuleDisplay};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Tensor, assert_shape};
 
-use crate::{experts::Activation, ops};
+use crate::{layer::experts::Activation, ops};
 
 /// Configuration of an [`Mlp`].
 #[derive(Config, Debug)]

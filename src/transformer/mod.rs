@@ -6,7 +6,7 @@ mod encoder;
 mod mlp;
 mod sparse;
 
-pub use block::{FeedForward, TokenMarks, TransformerBlock};
+pub use block::{BlockRouter, BlockTokens, FeedForward, TokenMarks, TransformerBlock};
 pub use encoder::{Encoder, EncoderConfig, EncoderOutput, FeedForwardInputs};
 pub use mlp::{Mlp, MlpConfig};
-pub use sparse::{BlockSelection, Padding, Protection, SparseEncoderConfig, SparseLayer};
+pub use sparse::{BlockSelection, Padding, Protection, RoutedLayerConfig, SparseEncoderConfig, SparseLayer};

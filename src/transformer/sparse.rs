@@ -3,7 +3,11 @@
 use burn::config::Config;
 use serde::{Deserialize, Serialize};
 
-use crate::{assignment::AssignmentConfig, error::ConfigError, experts::FeedForwardForm, router::RouterConfig};
+use crate::{
+    layer::experts::FeedForwardForm,
+    routing::{assignment::AssignmentConfig, router::RouterOptions},
+    support::error::ConfigError,
+};
 
 /// A choice of blocks, by index from 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,9 +50,6 @@ pub struct SparseEncoderConfig {
     /// Which blocks. Default: `EveryNth(2)`
     #[config(default = "BlockSelection::EveryNth(2)")]
     pub blocks: BlockSelection,
-    /// Experts that are chosen, or that mix. Default: `Routed`
-    #[config(default = "SparseLayer::Routed")]
-    pub layer: SparseLayer,
     /// Number of experts, `E`. Default: 8
     #[config(default = 8)]
     pub num_experts: usize,
@@ -57,33 +58,53 @@ pub struct SparseEncoderConfig {
     /// Plain or gated experts. Default: `Plain`
     #[config(default = "FeedForwardForm::Plain")]
     pub form: FeedForwardForm,
-    /// Hidden width of an expert that every valid token passes. Default: none
-    pub shared_expert: Option<usize>,
-    /// The router. Default: [`RouterConfig::new`]
-    #[config(default = "RouterConfig::new()")]
-    pub router: RouterConfig,
-    /// Who chooses whom. Default: top-2 token choice
-    #[config(default = "AssignmentConfig::default()")]
-    pub assignment: AssignmentConfig,
-    /// Whether the token that becomes the embedding is seated before all others. Default: `Pooled`
-    #[config(default = "Protection::Pooled")]
-    pub protection: Protection,
+    /// How tokens reach the experts. Default: `Routed`, with [`RoutedLayerConfig::new`]
+    #[config(default = "SparseLayer::default()")]
+    pub layer: SparseLayer,
     /// Whether padding takes part. Default: `Excluded`
     #[config(default = "Padding::Excluded")]
     pub padding: Padding,
 }
 
-/// The layer of a sparse block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// How tokens reach the experts of a sparse block.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum SparseLayer {
-    /// A [`MoeFeedForward`](crate::MoeFeedForward).
-    Routed,
-    /// A [`SoftMoeFeedForward`](crate::SoftMoeFeedForward) over the tokens of each sample. Nothing is chosen, so router, assignment and shared
-    /// expert stay at their defaults. In a causal tower tokens then see later ones; a CLIP's text embedding, taken at the last token, may.
+    /// Each token is computed by some experts: a [`MoeFeedForward`](crate::MoeFeedForward).
+    Routed(RoutedLayerConfig),
+    /// Every expert computes mixtures of the tokens of each sample: a [`SoftMoeFeedForward`](crate::SoftMoeFeedForward). In a causal tower,
+    /// tokens then depend on later tokens; a CLIP's text embedding, which is computed from its last token, does not suffer from this.
     Soft {
         /// Slots of each expert for one sample, `S`.
         slots_per_expert: usize,
     },
+}
+
+impl Default for SparseLayer {
+    fn default() -> Self {
+        Self::Routed(RoutedLayerConfig::new())
+    }
+}
+
+impl From<RoutedLayerConfig> for SparseLayer {
+    fn from(config: RoutedLayerConfig) -> Self {
+        Self::Routed(config)
+    }
+}
+
+/// The routing of the sparse blocks of one encoder.
+#[derive(Config, Debug)]
+pub struct RoutedLayerConfig {
+    /// The router. Default: [`RouterOptions::new`]
+    #[config(default = "RouterOptions::new()")]
+    pub router: RouterOptions,
+    /// Which experts compute which tokens. Default: top-2 token choice
+    #[config(default = "AssignmentConfig::default()")]
+    pub assignment: AssignmentConfig,
+    /// Hidden width of an expert that every valid token passes. Default: none
+    pub shared_expert: Option<usize>,
+    /// Whether tokens marked as protected get their slots before all others. Default: `Pooled`
+    #[config(default = "Protection::Pooled")]
+    pub protection: Protection,
 }
 
 /// What happens to padding in sparse blocks.
@@ -95,7 +116,7 @@ pub enum Padding {
     Routed,
 }
 
-/// Tokens that are seated before all others, where tokens choose their experts.
+/// Tokens that get their slots before all others, where tokens choose their experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Protection {
     /// The token whose output is the embedding: a CLIP's class token, and the end of its texts.

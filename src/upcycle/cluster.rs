@@ -32,7 +32,7 @@ pub(super) fn experts_of_clusters(
     num_experts: usize,
     energy: f64,
 ) -> Result<ClusterExperts, UpcycleError> {
-    crate::finite::check_finite("the calibration tokens", &inputs)?;
+    crate::support::finite::check_finite("the calibration tokens", &inputs)?;
     let device = inputs.device();
     let (assigned, centroids) = best_of_several(unit_rows(inputs.clone()), num_experts);
     let mut experts = (Vec::new(), Vec::new());
@@ -46,8 +46,8 @@ pub(super) fn experts_of_clusters(
         experts.1.push(keep_leading_outputs(weights.w_out.clone(), hidden, energy));
     }
     let (w_in, w_out) = (Tensor::stack(experts.0, 0), Tensor::stack(experts.1, 0));
-    crate::finite::check_finite("w_in of the clusters", &w_in)?;
-    crate::finite::check_finite("w_out of the clusters", &w_out)?;
+    crate::support::finite::check_finite("w_in of the clusters", &w_in)?;
+    crate::support::finite::check_finite("w_out of the clusters", &w_out)?;
     Ok(ClusterExperts { w_in, w_out, router: centroids.transpose() })
 }
 

@@ -4,7 +4,7 @@ use burn::nn::{activation::Activation as NnActivation, transformer::PositionWise
 use burn::tensor::{Device, Tensor, module::linear};
 
 use super::UpcycleError;
-use crate::{experts::Activation, transformer::Mlp};
+use crate::{layer::experts::Activation, transformer::Mlp};
 
 /// The weights of a dense feed-forward network, `FFN(x) = act(x · w_in + b_in) · w_out + b_out`, or, with `w_gate`,
 /// `FFN(x) = (act(x · w_gate + b_gate) ⊙ (x · w_in + b_in)) · w_out + b_out`, as in Llama and Qwen (`gate_proj`, `up_proj`, `down_proj`).

@@ -1,6 +1,6 @@
 //! Why a dense model cannot be upcycled.
 
-use crate::experts::Activation;
+use crate::layer::experts::Activation;
 
 /// A dense and a sparse module that do not fit each other.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -91,9 +91,9 @@ pub enum UpcycleError {
         /// What the probe holds.
         found: &'static str,
     },
-    /// Dense weights, or what the models say on the probe, are not finite.
+    /// Dense weights or outputs on the probe are not finite.
     #[error(transparent)]
-    NonFinite(#[from] crate::finite::NonFiniteError),
+    NonFinite(#[from] crate::support::finite::NonFiniteError),
 }
 
 fn of(parameter: &str) -> String {

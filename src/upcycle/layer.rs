@@ -11,18 +11,20 @@ use super::{
     valid_rows,
 };
 use crate::{
-    experts::{Activation, ExpertMlp, FeedForwardForm},
-    moe::MoeFeedForward,
-    param::{replaced_in, with_value},
-    routing::{MoeInput, MoeOutput},
-    soft_moe::SoftMoeFeedForward,
+    layer::{
+        experts::{Activation, ExpertMlp, FeedForwardForm},
+        moe::MoeFeedForward,
+        soft_moe::SoftMoeFeedForward,
+    },
+    routing::MoeInput,
+    support::param::{replaced_in, with_value},
 };
 
 impl<Dense: DenseFeedForward> UpcycleFromDense<Dense> for MoeFeedForward {
     fn upcycle_from_dense(self, dense: &Dense, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
         // Frozen: compared as at inference, where nothing is dropped by default.
         let activation = self.experts.activation;
-        upcycle_layer(self, activation, dense, options, copy, |model, input| model.clone().freeze().forward(input))
+        upcycle_layer(self, activation, dense, options, copy, |model, input| model.clone().freeze().forward(input).output)
     }
 }
 
@@ -36,7 +38,7 @@ impl<Dense: DenseFeedForward> UpcycleFromDense<Dense> for SoftMoeFeedForward {
             dense,
             options,
             |soft, weights, strategy, _| copy_soft(soft, weights, strategy),
-            |model, input| model.forward(input),
+            |model, input| model.forward(input).output,
         )
     }
 }
@@ -47,7 +49,7 @@ fn upcycle_layer<M: Module>(
     dense: &impl DenseFeedForward,
     options: &UpcycleOptions,
     copy: impl FnOnce(M, &DenseWeights, UpcycleStrategy, Option<Tensor<2>>) -> Result<(M, UpcycledLayer), UpcycleError>,
-    run: impl FnOnce(&M, MoeInput<3>) -> MoeOutput<3>,
+    run: impl FnOnce(&M, MoeInput<3>) -> Tensor<3>,
 ) -> Result<Upcycled<M>, UpcycleError> {
     let probe = options.probe.as_ref().map(Probe::tokens).transpose()?;
     let calibration = options.calibration_batch()?.map(Probe::tokens).transpose()?;
@@ -56,7 +58,7 @@ fn upcycle_layer<M: Module>(
     let (model, layer) = copy(sparse, &weights, options.strategy, calibration)?;
     let max_deviation = match probe {
         None => None,
-        Some((tokens, valid)) => Some(compare(&weights, tokens, valid, |input| run(&model, input).output)?),
+        Some((tokens, valid)) => Some(compare(&weights, tokens, valid, |input| run(&model, input))?),
     };
     let [d_model, d_ff] = weights.w_in.dims();
     let matrices = if weights.w_gate.is_some() { 3 } else { 2 };
@@ -184,7 +186,7 @@ fn check(
             return refused("it is for plain networks, not for gated ones".into());
         }
         UpcycleError::shapes("w_gate", &w_gate.dims(), &[d_model, d_ff * shards])?;
-        crate::finite::check_finite("w_gate", w_gate)?;
+        crate::support::finite::check_finite("w_gate", w_gate)?;
     }
     if weights.activation != experts.activation {
         let dense = format!("{:?}", weights.activation);
@@ -200,11 +202,11 @@ fn check(
         }
         if let Some(dense) = dense {
             UpcycleError::shapes(what, &dense.dims(), &[width])?;
-            crate::finite::check_finite(what, dense)?;
+            crate::support::finite::check_finite(what, dense)?;
         }
     }
-    crate::finite::check_finite("w_in", &weights.w_in)?;
-    crate::finite::check_finite("w_out", &weights.w_out)?;
+    crate::support::finite::check_finite("w_in", &weights.w_in)?;
+    crate::support::finite::check_finite("w_out", &weights.w_out)?;
     Ok(())
 }
 

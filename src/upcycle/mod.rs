@@ -19,7 +19,7 @@ mod transformer;
 pub use dense::{DenseFeedForward, DenseWeights};
 pub use error::UpcycleError;
 #[cfg(feature = "train")]
-pub use moments::upcycle_optimizer;
+pub use moments::{HasBlocks, upcycle_optimizer};
 pub use reduce::{Reduced, Reduction, ReductionReport, expert_similarity};
 pub use report::{UpcycleReport, UpcycledLayer};
 
@@ -28,8 +28,8 @@ use serde::{Deserialize, Serialize};
 
 /// Takes over the weights of a trained dense module.
 ///
-/// `self` is a freshly made sparse module (its router, normal with std 0.02, stays but for [`UpcycleStrategy::Granular`] and
-/// [`UpcycleStrategy::ClusterAware`]); what it shares with the dense one is copied, and experts are made from the dense feed-forward network, biases included, by the
+/// `self` is a new sparse module. Its router is kept, except with [`UpcycleStrategy::Granular`] and [`UpcycleStrategy::ClusterAware`];
+/// parameters that both modules have are copied, and experts are made from the dense feed-forward network, biases included, by the
 /// [`UpcycleStrategy`]: copies by default. With copies, gates that sum to one and nothing dropped, which is the default outside of training,
 /// the result computes what the dense module computes.
 pub trait UpcycleFromDense<Dense>: Sized {

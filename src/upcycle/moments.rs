@@ -8,28 +8,50 @@ use burn::tensor::{Bytes, Tensor, TensorData};
 use burn_pack::{Reader, Tensor as Entry, Writer};
 
 use super::UpcycleError;
+use crate::transformer::{Encoder, FeedForward, TransformerBlock};
 
-/// Which parameter of the dense network each parameter of the experts comes from.
-const EXPERTS: [(&str, &str); 4] =
-    [("w_in", "linear_in.weight"), ("b_in", "linear_in.bias"), ("w_out", "linear_out.weight"), ("b_out", "linear_out.bias")];
+/// A model made of this crate's transformer blocks.
+pub trait HasBlocks {
+    /// All blocks, in the same order for a dense model and the sparse one that is made from it.
+    fn blocks(&self) -> Vec<&TransformerBlock>;
+}
+
+impl HasBlocks for TransformerBlock {
+    fn blocks(&self) -> Vec<&TransformerBlock> {
+        vec![self]
+    }
+}
+
+impl HasBlocks for Encoder {
+    fn blocks(&self) -> Vec<&TransformerBlock> {
+        self.blocks.iter().collect()
+    }
+}
+
+#[cfg(feature = "clip")]
+impl HasBlocks for crate::clip::Clip {
+    fn blocks(&self) -> Vec<&TransformerBlock> {
+        self.vision.encoder.blocks.iter().chain(&self.text.encoder.blocks).collect()
+    }
+}
 
 /// The state (moments and step counts) that `trained` holds for the parameters of `dense`, for the parameters of `sparse`: a parameter that
 /// both have keeps its state, each expert gets that of the dense network, and routers start anew. A new optimiser has no moments, so its first
 /// steps would be large.
 ///
-/// For this crate's blocks, encoders and CLIPs, with experts as wide as the dense network. Load it into a new optimiser of the same
+/// For experts as wide as the dense network. Load it into a new optimiser of the same
 /// kind: `config.init().load_record(record)`.
 ///
 /// # Errors
 /// When experts are not as wide as the dense network, or `trained` holds nothing of the parameters of `dense`: it must be the model that was
 /// trained, not one read from its checkpoint, whose parameters are new ones.
-pub fn upcycle_optimizer<D: Module, S: Module>(
+pub fn upcycle_optimizer<M: Module + HasBlocks>(
     trained: &ModuleOptimizer,
-    dense: &D,
-    sparse: &S,
+    dense: &M,
+    sparse: &M,
 ) -> Result<OptimizerRecord, UpcycleError> {
     let broken =
-        |error: &dyn std::fmt::Debug| UpcycleError::OptimizerState { parameter: String::new(), reason: format!("{error:?}") };
+        |error: &dyn std::fmt::Display| UpcycleError::OptimizerState { parameter: String::new(), reason: error.to_string() };
     let state = Reader::from_bytes(trained.into_bytes().map_err(|e| broken(&e))?).map_err(|e| broken(&e))?;
     let scalars = state.scalars().clone();
     let mut of_dense: BTreeMap<u64, Vec<(String, TensorData)>> = BTreeMap::new();
@@ -39,14 +61,15 @@ pub fn upcycle_optimizer<D: Module, S: Module>(
         of_dense.entry(id).or_default().push((field_of(&name), TensorData::from_bytes(bytes, shape, dtype)));
     }
 
+    let source_of_experts = sources_of_experts(dense, sparse);
     let dense: BTreeMap<String, Parameter> = parameters(dense);
     let mut entries = Vec::new();
     let mut writer_scalars = Vec::new();
     let mut paths = Vec::new();
     for (path, target) in parameters(sparse) {
-        let of_experts = dense_path(&path);
-        let Some(source) = dense.get(of_experts.as_ref().unwrap_or(&path)) else { continue };
-        let Some(fields) = of_dense.get(&source.id) else { continue };
+        let of_experts = source_of_experts.get(&target.id);
+        let Some(source) = of_experts.copied().or_else(|| dense.get(&path).map(|source| source.id)) else { continue };
+        let Some(fields) = of_dense.get(&source) else { continue };
         for (field, data) in fields {
             let (mut bytes, mut shape) = (data.as_bytes().to_vec(), data.shape().to_vec());
             if of_experts.is_some() {
@@ -60,7 +83,7 @@ pub fn upcycle_optimizer<D: Module, S: Module>(
             let name = format!("{}.{field}", target.id);
             entries.push(Entry::new(name, data.dtype(), shape, Some(target.id), Bytes::from_bytes_vec(bytes)));
         }
-        let prefix = format!("{}.", source.id);
+        let prefix = format!("{source}.");
         for (name, value) in scalars.range(prefix.clone()..).take_while(|(name, _)| name.starts_with(&prefix)) {
             let field = &name[prefix.len()..];
             // burn keeps the number of axes beside the state.
@@ -85,12 +108,24 @@ pub fn upcycle_optimizer<D: Module, S: Module>(
     OptimizerRecord::from_bytes(writer.into_bytes().map_err(|e| broken(&e))?).map_err(|e| broken(&e))
 }
 
-/// Where the experts' parameter at `path` comes from; `None` for any other parameter.
-fn dense_path(path: &str) -> Option<String> {
-    let (layer, name) = path.split_once(".experts.")?;
-    let block = layer.strip_suffix("SoftMoe").or_else(|| layer.strip_suffix("Moe"))?;
-    let (_, dense) = EXPERTS.iter().find(|(expert, _)| *expert == name)?;
-    Some(format!("{block}Dense.{dense}"))
+/// The parameter of the dense network that each parameter of the experts comes from.
+fn sources_of_experts<M: HasBlocks>(dense: &M, sparse: &M) -> BTreeMap<u64, u64> {
+    let mut sources = BTreeMap::new();
+    for (dense, sparse) in dense.blocks().into_iter().zip(sparse.blocks()) {
+        let FeedForward::Dense(mlp) = &dense.feed_forward else { continue };
+        let experts = match &sparse.feed_forward {
+            FeedForward::Dense(_) => continue,
+            FeedForward::Moe(moe) => &moe.experts,
+            FeedForward::SoftMoe(soft) => &soft.experts,
+        };
+        for (linear, weight, bias) in
+            [(&mlp.linear_in, &experts.w_in, &experts.b_in), (&mlp.linear_out, &experts.w_out, &experts.b_out)]
+        {
+            sources.insert(weight.id.val(), linear.weight.id.val());
+            sources.extend(bias.as_ref().zip(linear.bias.as_ref()).map(|(bias, source)| (bias.id.val(), source.id.val())));
+        }
+    }
+    sources
 }
 
 /// A state's name without its parameter.

@@ -6,11 +6,12 @@ use burn::tensor::{Tensor, TensorData};
 
 use super::{DenseWeights, UpcycleError};
 use crate::{
-    experts::ExpertMlp,
-    moe::MoeFeedForward,
-    param::with_value,
-    router::{Router, RouterScore},
-    routing::MoeInput,
+    layer::{experts::ExpertMlp, moe::MoeFeedForward},
+    routing::{
+        MoeInput,
+        router::{Router, RouterScore},
+    },
+    support::param::with_value,
     transformer::{Encoder, FeedForward, Mlp},
 };
 
@@ -97,7 +98,7 @@ impl MoeFeedForward {
         Ok(Reduced { model, report: ReductionReport { made_from, params_before, params_after, relative_deviation } })
     }
 
-    /// The weights of a layer of one plain expert, without its router.
+    /// The weights of the only expert of a layer, plain or gated.
     ///
     /// # Errors
     /// When there are more experts, or there is a shared one.
@@ -120,26 +121,32 @@ impl MoeFeedForward {
 }
 
 impl Encoder {
-    /// The encoder with a dense network in place of each sparse layer: the mean of its experts by load. `loads` are those of the sparse
+    /// The encoder with a dense network in place of each sparse layer: the mean of its experts by load. `loads` are those of the routed
     /// blocks, in order.
     ///
     /// # Errors
-    /// When there are not as many loads as sparse blocks, a layer cannot be averaged, or its experts are gated, which the dense network here
-    /// is not.
+    /// When there are not as many loads as routed blocks, a layer cannot be averaged (a soft one never can), or its experts are
+    /// gated, which the dense network here is not.
     pub fn to_dense(mut self, loads: &[Vec<f64>]) -> Result<Self, UpcycleError> {
-        let sparse_blocks = self.sparse_blocks().count();
-        if loads.len() != sparse_blocks {
-            let reason = format!("there are loads of {} layers and {sparse_blocks} sparse blocks", loads.len());
+        let routed_blocks = self.routed_blocks().count();
+        if loads.len() != routed_blocks {
+            let reason = format!("there are loads of {} layers and {routed_blocks} routed blocks", loads.len());
             return Err(UpcycleError::Reduction { reduction: "Average".into(), reason });
         }
         let mut loads = loads.iter();
         for block in &mut self.blocks {
-            if let FeedForward::Moe(moe) = &block.feed_forward {
-                let load = loads.next().expect("counted above");
-                let weights = moe.reduce(&Reduction::Average, load, None)?.model.dense()?;
-                UpcycleError::settings("gated", false, weights.w_gate.is_some())?;
-                block.feed_forward = FeedForward::Dense(mlp(weights));
-            }
+            let moe = match &block.feed_forward {
+                FeedForward::Dense(_) => continue,
+                FeedForward::Moe(moe) => moe,
+                FeedForward::SoftMoe(_) => {
+                    let reason = "a soft layer has no loads to average its experts by".into();
+                    return Err(UpcycleError::Reduction { reduction: "Average".into(), reason });
+                }
+            };
+            let load = loads.next().expect("counted above");
+            let weights = moe.reduce(&Reduction::Average, load, None)?.model.dense()?;
+            UpcycleError::settings("gated", false, weights.w_gate.is_some())?;
+            block.feed_forward = FeedForward::Dense(mlp(weights));
         }
         Ok(self)
     }

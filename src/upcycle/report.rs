@@ -81,6 +81,6 @@ pub(super) fn deviation<const R: usize>(what: &str, dense: Tensor<R>, sparse: Te
     if difference.shape().num_elements() == 0 {
         return Ok(0.0);
     }
-    crate::finite::check_finite(what, &difference)?;
+    crate::support::finite::check_finite(what, &difference)?;
     Ok(difference.max().cast(FloatDType::F32).into_scalar::<f32>().into())
 }

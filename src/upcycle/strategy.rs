@@ -6,7 +6,7 @@ use super::{
     DenseWeights, UpcycleError, UpcycleStrategy,
     cluster::{ClusterExperts, experts_of_clusters},
 };
-use crate::experts::ExpertMlp;
+use crate::layer::experts::ExpertMlp;
 
 /// What a strategy makes of a dense network.
 pub(super) struct Made {

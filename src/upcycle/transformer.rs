@@ -18,7 +18,7 @@ impl UpcycleFromDense<TransformerBlock> for TransformerBlock {
         let probe = options.probe.as_ref().map(Probe::tokens).transpose()?;
         let calibration = options.calibration_batch()?.map(Probe::tokens).transpose()?.map(|(tokens, valid)| {
             let mut read = None;
-            dense.run(tokens, None, &marks(&valid), |tokens| read = Some(valid_rows(tokens, valid.as_ref())));
+            dense.run(tokens, None, &marks(&valid), None, |tokens| read = Some(valid_rows(tokens, valid.as_ref())));
             read.expect("a block has a feed-forward network")
         });
         let (model, layer) = block(self, dense, options.strategy, calibration)?;

@@ -13,7 +13,7 @@ use burn_moe::{
         preprocess::{ImagePreprocessor, Orientation},
         tokenizer::ClipTokenizer,
     },
-    recipe::data::load_folder,
+    train::data::load_folder,
     transformer::EncoderConfig,
 };
 use tempfile::TempDir;

@@ -6,7 +6,7 @@ use burn::tensor::{Device, Tensor};
 use burn_moe::{
     clip::{Clip, ClipAuxiliaryLossConfig, ClipConfig, EndOfText, TextConfig, VisionConfig, preprocess::ImagePreprocessor},
     finite::{check_finite, check_finite_module},
-    recipe::{
+    train::{
         Arm, OptimizerConfig, TrainConfig, TrainError, TrainInput, WarmupCosine,
         data::{BatchConfig, Batches, Concept, EmojiPack, EmojiVendor, ImageTextSet, load_folder},
         evaluate, train,

@@ -5,12 +5,12 @@ use std::{fs, path::Path};
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use burn_moe::{
-    BalancingBias, FeedForwardForm, RouterConfig, UpcycleFromDense, UpcycleOptions,
+    FeedForwardForm, RouterOptions, UpcycleFromDense, UpcycleOptions,
     clip::{
         ClipConfig, ImagePreprocessing, Interpolation, MAX_LOGIT_SCALE, ResizeMode, SparseClipConfig, TextConfig, VisionConfig,
         checkpoint::{CheckpointError, ClipCheckpoint, Precision},
     },
-    transformer::{EncoderConfig, FeedForward, Padding, SparseEncoderConfig, SparseLayer},
+    transformer::{EncoderConfig, FeedForward, Padding, RoutedLayerConfig, SparseEncoderConfig, SparseLayer},
 };
 
 use super::support::{ROOT, numbers, values};
@@ -48,15 +48,15 @@ fn a_model_comes_back_from_disk_to_the_bit() {
     assert_eq!(image_embeds(&back, &device), image_embeds(&sparse, &device));
     assert_eq!(format!("{}", back.config), format!("{}", sparse.config));
     let refused = sparse.save_open_clip(folder.path(), Precision::F32).unwrap_err();
-    assert_eq!(refused.to_string(), "open_clip's layout has no place for sparse blocks");
+    assert_eq!(refused.to_string(), "open_clip's format has no place for sparse blocks");
 }
 
 #[test]
 fn a_balancing_bias_and_narrow_experts_come_back_from_disk() {
     let device = Device::default();
     let folder = tempfile::tempdir().unwrap();
-    let router = RouterConfig::new().with_balancing_bias(BalancingBias::Sign { rate: 0.5 });
-    let experts = SparseEncoderConfig::new().with_router(router).with_d_ff(Some(4));
+    let router = RouterOptions::new().with_balancing_rate(Some(0.5));
+    let experts = SparseEncoderConfig::new().with_layer(RoutedLayerConfig::new().with_router(router).into()).with_d_ff(Some(4));
     let sparse_config = config().sparse(SparseClipConfig::new().with_vision(Some(experts)));
     let model = sparse_config.init(&device);
     let routings = model.encode_image(numbers([2, 3, 8, 8], 4, &device)).routings;
@@ -74,7 +74,10 @@ fn a_balancing_bias_and_narrow_experts_come_back_from_disk() {
 fn every_kind_of_sparse_block_comes_back_from_disk() {
     let device = Device::default();
     for sparse in [
-        SparseEncoderConfig::new().with_form(FeedForwardForm::Gated).with_shared_expert(Some(5)).with_padding(Padding::Routed),
+        SparseEncoderConfig::new()
+            .with_form(FeedForwardForm::Gated)
+            .with_layer(RoutedLayerConfig::new().with_shared_expert(Some(5)).into())
+            .with_padding(Padding::Routed),
         SparseEncoderConfig::new().with_layer(SparseLayer::Soft { slots_per_expert: 3 }),
     ] {
         let folder = tempfile::tempdir().unwrap();
@@ -301,7 +304,7 @@ fn a_projection_with_a_bias_comes_back() {
     assert_eq!(bias(&back), bias(&checkpoint));
     assert_eq!(checkpoint.model.num_params() as u64, checkpoint.config.cost().params_total);
     let error = checkpoint.save_hugging_face(folder.path(), Precision::F32).unwrap_err().to_string();
-    assert_eq!(error, "Hugging Face's layout has no place for a bias of the text projection");
+    assert_eq!(error, "Hugging Face's format has no place for a bias of the text projection");
 }
 
 #[test]
@@ -366,31 +369,63 @@ fn hostile_weights_are_refused() {
     }
 }
 
-#[test]
-fn a_sparse_checkpoint_of_version_2_is_read() {
-    let device = Device::default();
-    let folder = tempfile::tempdir().unwrap();
-    let config = config().sparse(SparseClipConfig::clip_up());
-    let sparse = ClipCheckpoint { model: config.init(&device), config };
-    sparse.save_sparse(folder.path(), Precision::F32).unwrap();
-    let path = folder.path().join("burn_moe_config.json");
-    let mut file: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
-    file["version"] = 2.into();
-    // Its weights had the name that Hugging Face's have.
-    fs::rename(folder.path().join("burn_moe_model.safetensors"), folder.path().join("model.safetensors")).unwrap();
+/// The file of version 4 that says what this one says, as far as version 4 could.
+fn as_version_4(file: &mut serde_json::Value) {
+    file["version"] = 4.into();
     for tower in ["vision", "text"] {
-        let blocks = file["clip"][tower]["encoder"]["sparse"].as_object_mut().unwrap();
-        for field in ["layer", "form", "shared_expert", "padding"] {
-            blocks.remove(field).unwrap();
-        }
-        let tower = file["clip"][tower].as_object_mut().unwrap();
-        tower.remove("projection_bias");
+        let Some(blocks) = file["clip"][tower]["encoder"]["sparse"].as_object_mut() else { continue };
+        let defaults = serde_json::to_value(RoutedLayerConfig::new()).unwrap();
+        let mut routed = match blocks["layer"].get_mut("Routed").map(serde_json::Value::take) {
+            Some(routed) => {
+                blocks.insert("layer".into(), "Routed".into());
+                routed
+            }
+            None => defaults,
+        };
+        let rate = routed["router"].as_object_mut().unwrap().remove("balancing_rate").unwrap();
+        routed["router"]["balancing_bias"] =
+            if rate.is_null() { "None".into() } else { serde_json::json!({ "Sign": { "rate": rate } }) };
+        blocks.append(routed.as_object_mut().unwrap());
     }
-    file["clip"]["vision"].as_object_mut().unwrap().remove("preprocessing").unwrap();
-    fs::write(&path, file.to_string()).unwrap();
-    let back = ClipCheckpoint::load(folder.path(), &device).unwrap();
-    assert_eq!(image_embeds(&back, &device), image_embeds(&sparse, &device));
-    assert_eq!(format!("{}", back.config), format!("{}", sparse.config));
+}
+
+#[test]
+fn sparse_checkpoints_of_older_versions_are_read() {
+    let device = Device::default();
+    let router = RouterOptions::new().with_balancing_rate(Some(0.25));
+    let sparse = SparseEncoderConfig::new();
+    for (layer, version) in [
+        (RoutedLayerConfig::new().into(), 2),
+        (RoutedLayerConfig::new().into(), 4),
+        (RoutedLayerConfig::new().with_router(router).with_shared_expert(Some(5)).into(), 4),
+        (SparseLayer::Soft { slots_per_expert: 2 }, 4),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let sparse = sparse.clone().with_layer(layer);
+        let config = config().sparse(SparseClipConfig::new().with_vision(Some(sparse.clone())).with_text(Some(sparse)));
+        let written = ClipCheckpoint { model: config.init(&device), config };
+        written.save_sparse(folder.path(), Precision::F32).unwrap();
+        let path = folder.path().join("burn_moe_config.json");
+        let mut file: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+        as_version_4(&mut file);
+        if version == 2 {
+            file["version"] = 2.into();
+            // Its weights had the name that Hugging Face's have.
+            fs::rename(folder.path().join("burn_moe_model.safetensors"), folder.path().join("model.safetensors")).unwrap();
+            for tower in ["vision", "text"] {
+                let blocks = file["clip"][tower]["encoder"]["sparse"].as_object_mut().unwrap();
+                for field in ["layer", "form", "shared_expert", "padding"] {
+                    blocks.remove(field).unwrap();
+                }
+                file["clip"][tower].as_object_mut().unwrap().remove("projection_bias");
+            }
+            file["clip"]["vision"].as_object_mut().unwrap().remove("preprocessing").unwrap();
+        }
+        fs::write(&path, file.to_string()).unwrap();
+        let back = ClipCheckpoint::load(folder.path(), &device).unwrap();
+        assert_eq!(image_embeds(&back, &device), image_embeds(&written, &device));
+        assert_eq!(format!("{}", back.config), format!("{}", written.config));
+    }
 }
 
 #[test]
@@ -493,7 +528,7 @@ fn a_version_of_the_future_says_so() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("burn_moe_config.json"), r#"{"version": 99, "clip": {}}"#).unwrap();
     let error = ClipCheckpoint::load(folder.path(), &Device::default()).unwrap_err().to_string();
-    assert!(error.contains("version 99 was written by another burn-moe; this one reads 2 to 4"), "{error}");
+    assert!(error.contains("version 99 was written by another burn-moe; this one reads 2 to 5"), "{error}");
 }
 
 #[test]

@@ -9,9 +9,9 @@ use burn::nn::{
 };
 use burn::tensor::{Bool, DType, Device, Distribution, FloatDType, Int, Tensor};
 use burn_moe::{
-    Activation, AssignmentConfig, AuxiliaryLossConfig, BalancingBias, Capacity, ExpertChoiceConfig, ExpertMlpConfig,
-    MoeFeedForward, MoeFeedForwardConfig, MoeInput, RouterConfig, RouterScore, SoftMoeFeedForwardConfig, TokenChoiceConfig,
-    TokenGroups, UpcycleFromDense, UpcycleOptions,
+    Activation, AssignmentConfig, AuxiliaryLossConfig, Capacity, ExpertChoiceConfig, ExpertOptions, MoeFeedForward,
+    MoeFeedForwardConfig, MoeInput, RouterOptions, RouterScore, SoftMoeFeedForwardConfig, TokenChoiceConfig, TokenGroups,
+    UpcycleFromDense, UpcycleOptions,
     clip::{ClipConfig, SparseClipConfig, TextConfig, VisionConfig, tokenizer::ClipTokenizer},
     kernels::{Kernels, with_kernels},
     routing::{AssignmentInput, DispatchPlan, Dispatcher, Phase, TokenMask},
@@ -52,7 +52,7 @@ fn the_default_training_capacity_holds_an_even_routing_of_any_top_k() {
 fn trained(score: RouterScore, shared: bool) -> MoeFeedForward {
     let device = Device::default().autodiff();
     device.seed(5);
-    let router = RouterConfig::new().with_init_std(1.0).with_score(score).with_noise(0.0);
+    let router = RouterOptions::new().with_init_std(1.0).with_score(score).with_noise(0.0);
     let choice = TokenChoiceConfig::new().with_training_capacity(Capacity::Dropless);
     let config = MoeFeedForwardConfig::new(6, 10, 4).with_router(router).with_assignment(choice.into());
     config.with_shared_expert(shared.then_some(5)).init(&device)
@@ -109,7 +109,7 @@ fn statistics_leave_tokens_out_that_are_not_finite() {
     let device = Device::default().autodiff();
     let x = Tensor::<2>::from_floats([[1.0, 2.0, 0.5, 0.1, 0.2, 0.3], [f32::NAN; 6]], &device);
     let (with, without) = (layer.forward(x.clone()).routing, layer.forward(x.narrow(0, 0, 1)).routing);
-    assert_eq!(with.plan.unroutable(), [1]);
+    assert_eq!(with.plan.non_finite_tokens(), [1]);
     let (with, without) = (RoutingStats::new(&with), RoutingStats::new(&without));
     assert_eq!((with.confidence, with.entropy, with.load), (without.confidence, without.entropy, without.load));
 }
@@ -243,7 +243,7 @@ fn assignments_name_the_sizes_that_do_not_fit() {
 fn an_activation_that_does_not_fit_is_named_with_that_of_the_experts() {
     let device = Device::default();
     let dense = |activation| PositionWiseFeedForwardConfig::new(6, 10).with_activation(activation).init(&device);
-    let experts = |activation| MoeFeedForwardConfig::new(6, 10, 4).with_experts(ExpertMlpConfig::new().with_activation(activation));
+    let experts = |activation| MoeFeedForwardConfig::new(6, 10, 4).with_experts(ExpertOptions::new().with_activation(activation));
     let upcycle = |from, to| experts(to).init(&device).upcycle_from_dense(&dense(from), &UpcycleOptions::default());
     let error = |from, to| upcycle(from, to).unwrap_err().to_string();
     let sparse = "the experts' is Relu";
@@ -255,7 +255,7 @@ fn an_activation_that_does_not_fit_is_named_with_that_of_the_experts() {
 #[test]
 fn a_balancing_bias_survives_an_empty_batch() {
     let device = Device::default().autodiff();
-    let router = RouterConfig::new().with_balancing_bias(BalancingBias::Sign { rate: 0.1 });
+    let router = RouterOptions::new().with_balancing_rate(Some(0.1));
     let layer = MoeFeedForwardConfig::new(6, 10, 4).with_router(router).init(&device);
     let routing = layer.forward(Tensor::<2>::zeros([0, 6], &device)).routing;
     let layer = layer.update_balancing_bias(&routing);
@@ -326,4 +326,18 @@ fn choices_of_no_expert_count_for_nothing() {
         panic_of(|| layer.forward_with(Tensor::<2>::ones([1, 6], &device), &few)),
         "a plan of 2 experts does not fit a layer of 3"
     );
+}
+
+#[test]
+fn masks_of_a_layer_by_a_plan_are_obeyed_or_refused() {
+    let device = Device::default();
+    let layer = MoeFeedForwardConfig::new(6, 10, 3).with_shared_expert(Some(4)).init(&device);
+    let (x, mask) = (Tensor::<2>::ones([2, 6], &device), Tensor::<1, Bool>::from_data([true, false], &device));
+    // The plan gives the padding to an expert.
+    let plan = DispatchPlan::from_choices(3, Tensor::from_ints([[1], [1]], &device), Tensor::ones([2, 1], &device));
+    let [with, without] =
+        [MoeInput::new(x.clone()).valid(mask.clone()), MoeInput::new(x.clone())].map(|x| values(&layer.forward_with(x, &plan)));
+    assert_eq!((&with[..6], &with[6..]), (&without[..6], &[0.0; 6][..]));
+    let panic = panic_of(|| layer.forward_with(MoeInput::new(x).protected(mask), &plan));
+    assert!(panic.starts_with("`protected` changes nothing in a plan that exists"), "{panic}");
 }

@@ -3,7 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use burn_moe::{
-    Activation, Capacity, ExpertChoiceConfig, ExpertMlpConfig, MoeFeedForwardConfig, MoeInput, TokenChoiceConfig,
+    Activation, Capacity, ExpertChoiceConfig, ExpertOptions, MoeFeedForwardConfig, MoeInput, TokenChoiceConfig,
     kernels::{Kernels, with_kernels},
     transformer::{Mlp, MlpConfig},
 };
@@ -24,7 +24,7 @@ fn the_layer_and_its_gradients_do_not_depend_on_the_kernels() {
             for (bias, skewed) in [(true, false), (false, false), (true, true)] {
                 let activation = ACTIVATIONS[i % ACTIVATIONS.len()];
                 let assignment = TokenChoiceConfig::new().with_training_capacity(capacity);
-                let experts = ExpertMlpConfig::new().with_bias(bias).with_activation(activation);
+                let experts = ExpertOptions::new().with_bias(bias).with_activation(activation);
                 let layer =
                     MoeFeedForwardConfig::new(d, f, e).with_assignment(assignment.into()).with_experts(experts).init(&device);
                 let layer = if skewed { biased_router(layer) } else { layer };
@@ -42,8 +42,8 @@ fn gated_and_shared_experts_and_expert_choice_do_not_depend_on_the_kernels() {
     let device = Device::default().autodiff();
     let config = MoeFeedForwardConfig::new(10, 24, 4);
     let cases = [
-        config.clone().with_experts(ExpertMlpConfig::swiglu()).with_shared_expert(Some(12)),
-        config.clone().with_experts(ExpertMlpConfig::geglu()),
+        config.clone().with_experts(ExpertOptions::swiglu()).with_shared_expert(Some(12)),
+        config.clone().with_experts(ExpertOptions::geglu()),
         config.with_assignment(ExpertChoiceConfig::new().into()),
     ];
     for config in cases {

@@ -3,12 +3,12 @@
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use burn_moe::{
-    Activation, BalancingBias, Capacity, ExpertChoiceConfig, ExpertMlpConfig, FillOrder, GateNormalization, MoeFeedForward,
-    MoeFeedForwardConfig, MoeInput, RouterConfig, RouterScore, Routing, SoftMoeFeedForwardConfig, TokenChoiceConfig, TokenGroups,
+    Activation, Capacity, ExpertChoiceConfig, ExpertOptions, FillOrder, GateNormalization, MoeFeedForward, MoeFeedForwardConfig,
+    MoeInput, RouterOptions, RouterScore, Routing, SoftMoeFeedForwardConfig, TokenChoiceConfig, TokenGroups,
     clip::{ClipConfig, TextConfig, VisionConfig},
     kernels::{Kernels, with_kernels},
     stats::RoutingStats,
-    transformer::{EncoderConfig, Padding, Protection, SparseEncoderConfig, TokenMarks},
+    transformer::{EncoderConfig, Padding, Protection, RoutedLayerConfig, SparseEncoderConfig, TokenMarks},
 };
 use proptest::prelude::*;
 
@@ -69,18 +69,17 @@ fn layer(case: &Case, device: &Device) -> MoeFeedForward {
         .with_groups(TokenGroups::OfSize(case.group))
         .with_training_capacity(case.capacity)
         .with_inference_capacity(case.capacity);
-    let bias = BalancingBias::Sign { rate: 1e-3 };
-    let router = RouterConfig::new().with_init_std(1.0).with_score(case.score).with_balancing_bias(bias);
+    let router = RouterOptions::new().with_init_std(1.0).with_score(case.score).with_balancing_rate(Some(1e-3));
     let mut layer = MoeFeedForwardConfig::new(case.d, case.f, case.e)
         .with_assignment(assignment.into())
         .with_router(router)
-        .with_experts(ExpertMlpConfig::new().with_activation(Activation::Relu))
+        .with_experts(ExpertOptions::new().with_activation(Activation::Relu))
         .init(device);
     layer.router.balancing_bias = layer.router.balancing_bias.map(|bias| bias.map(|_| Tensor::from_floats(&case.bias[..], device)));
     layer
 }
 
-/// The definition, token by token, in f64: who is seated, with which gate, and the output.
+/// The definition, token by token, in f64: who has a slot, with which gate, and the output.
 fn naive(case: &Case, layer: &MoeFeedForward, x: &[f32]) -> (Vec<f32>, usize) {
     let Case { t, d, e, k, .. } = *case;
     let router = values(&layer.router.weight.val());
@@ -238,13 +237,13 @@ proptest! {
     }
 
     #[test]
-    fn seats_are_conserved(case in cases()) {
+    fn slots_are_conserved(case in cases()) {
         let device = Device::default();
         let x = numbers([case.t, case.d], case.seed, &device);
         let routing = layer(&case, &device).forward(MoeInput::new(x).valid(mask(&case.valid, &device))).routing;
         let plan = &routing.plan;
         let num_valid = case.valid.iter().filter(|&&v| v).count();
-        prop_assert_eq!(plan.asked().iter().sum::<usize>(), num_valid * case.k);
+        prop_assert_eq!(plan.requested().iter().sum::<usize>(), num_valid * case.k);
         if let Some(slots) = case.capacity.slots(case.group, case.k, case.e) {
             let groups = case.t / case.group;
             prop_assert!(plan.load().iter().all(|&load| load <= slots * groups), "an expert is over its capacity");
@@ -256,7 +255,7 @@ proptest! {
             prop_assert_eq!(plan.row_token()[row as usize] as usize, choice / case.k);
         }
         prop_assert!(seen.into_iter().all(|seen| seen));
-        // Gates: zero without a seat; together one where nothing was dropped and they are normalized.
+        // Gates: zero without a slot; together one where nothing was dropped and they are normalized.
         for (token, (gates, rows)) in values(&plan.gates()).chunks(case.k).zip(plan.choice_row().chunks(case.k)).enumerate() {
             prop_assert!(gates.iter().zip(rows).all(|(gate, row)| *row >= 0 || *gate == 0.0));
             let all = rows.iter().all(|row| *row >= 0);
@@ -352,7 +351,7 @@ proptest! {
 #[test]
 fn gated_experts_multiply_gate_and_input() {
     let device = Device::default();
-    let config = MoeFeedForwardConfig::new(3, 5, 1).with_experts(ExpertMlpConfig::swiglu());
+    let config = MoeFeedForwardConfig::new(3, 5, 1).with_experts(ExpertOptions::swiglu());
     let assignment = TokenChoiceConfig::new().with_top_k(1).with_gate_normalization(GateNormalization::None);
     let layer = config.with_assignment(assignment.into()).init(&device);
     let x = numbers([6, 3], 1, &device);
@@ -408,28 +407,29 @@ fn expert_choice_refuses_protected_tokens() {
 }
 
 #[test]
-fn towers_seat_the_pooled_token_first() {
+fn towers_assign_the_slots_of_the_pooled_token_first() {
     let device = Device::default().autodiff();
     // One slot per expert, and nothing but protection to say who gets it.
     let tight = TokenChoiceConfig::new().with_training_capacity(Capacity::Fixed(1)).with_fill_order(FillOrder::TokenMajor);
     let vision_of = |protection| {
-        let sparse = SparseEncoderConfig::new().with_protection(protection).with_assignment(tight.clone().into());
+        let sparse = SparseEncoderConfig::new()
+            .with_layer(RoutedLayerConfig::new().with_protection(protection).with_assignment(tight.clone().into()).into());
         let encoder = || EncoderConfig::new(8, 2, 2, 16).with_sparse(Some(sparse.clone()));
         let text = TextConfig::new(encoder()).with_vocab_size(50).with_context_length(6);
         ClipConfig::new(VisionConfig::new(encoder(), 8, 2), text, 10).init(&device)
     };
     let text = Tensor::<2, Int>::from_data([[1, 2, 3, 49, 0, 0]], &device);
-    let seated = |routing: &Routing, token: i32| routing.plan.row_token().iter().filter(|t| **t == token).count();
+    let rows_of = |routing: &Routing, token: i32| routing.plan.row_token().iter().filter(|t| **t == token).count();
     let model = vision_of(Protection::Pooled);
-    assert_eq!(seated(&model.encode_image(numbers([1, 3, 8, 8], 3, &device)).routings[0], 0), 2);
-    assert_eq!(seated(&model.encode_text(text.clone()).routings[0], 3), 2);
+    assert_eq!(rows_of(&model.encode_image(numbers([1, 3, 8, 8], 3, &device)).routings[0], 0), 2);
+    assert_eq!(rows_of(&model.encode_text(text.clone()).routings[0], 3), 2);
     // Without protection the first token takes both of its experts, whatever they are.
     let model = vision_of(Protection::None);
-    assert_eq!(seated(&model.encode_text(text).routings[0], 0), 2);
+    assert_eq!(rows_of(&model.encode_text(text).routings[0], 0), 2);
 }
 
 #[test]
-fn padding_is_kept_out_unless_it_is_asked_in() {
+fn padding_is_kept_out_unless_it_is_routed() {
     let device = Device::default();
     let text_with = |padding| {
         let sparse = SparseEncoderConfig::new().with_padding(padding);
@@ -437,14 +437,15 @@ fn padding_is_kept_out_unless_it_is_asked_in() {
         TextConfig::new(encoder).with_vocab_size(50).with_context_length(6).init(10, &device)
     };
     let text = Tensor::<2, Int>::from_data([[1, 2, 3, 49, 0, 0]], &device);
-    let seated = |padding| text_with(padding).forward(text.clone()).routings[0].plan.num_rows();
-    assert_eq!((seated(Padding::Excluded), seated(Padding::Routed)), (8, 12));
+    let rows_of = |padding| text_with(padding).forward(text.clone()).routings[0].plan.num_rows();
+    assert_eq!((rows_of(Padding::Excluded), rows_of(Padding::Routed)), (8, 12));
 }
 
 #[test]
 fn expert_choice_in_a_tower_groups_by_sample() {
     let device = Device::default();
-    let sparse = SparseEncoderConfig::new().with_assignment(ExpertChoiceConfig::new().into());
+    let sparse =
+        SparseEncoderConfig::new().with_layer(RoutedLayerConfig::new().with_assignment(ExpertChoiceConfig::new().into()).into());
     let encoder = EncoderConfig::new(8, 2, 2, 16).with_sparse(Some(sparse)).init(&device);
     let x = numbers([3, 5, 8], 1, &device);
     let run = |x: Tensor<3>| values(&encoder.forward(x, TokenMarks::default(), false).hidden);
@@ -493,13 +494,13 @@ fn gradients_are_those_of_finite_differences() {
         let assignment = TokenChoiceConfig::new().with_training_capacity(capacity).with_gate_normalization(normalization);
         let layer = MoeFeedForwardConfig::new(3, 5, 4)
             .with_assignment(assignment.into())
-            .with_router(RouterConfig::new().with_init_std(2.0))
-            .with_experts(ExpertMlpConfig::new().with_activation(Activation::Silu))
+            .with_router(RouterOptions::new().with_init_std(2.0))
+            .with_experts(ExpertOptions::new().with_activation(Activation::Silu))
             .init(&device);
         let x = numbers([7, 3], 11, &device).require_grad();
         let cotangent = numbers([7, 3], 12, &device);
         let loss = |layer: &MoeFeedForward, x: &Tensor<2>| (layer.forward(x.clone()).output * cotangent.clone()).sum();
-        let seats = layer.forward(x.clone()).routing.plan.choice_row().to_vec();
+        let slots = layer.forward(x.clone()).routing.plan.choice_row().to_vec();
         let gradients = loss(&layer, &x).backward();
         let step = 1e-2f32;
         let check = |name: &str, analytic: Vec<f32>, shifted: &dyn Fn(usize, f32) -> (f32, Vec<i32>)| {
@@ -507,7 +508,7 @@ fn gradients_are_those_of_finite_differences() {
             for (i, found) in analytic.iter().enumerate() {
                 let ((up, a), (down, b)) = (shifted(i, step), shifted(i, -step));
                 // A step that moves a token to another expert says nothing about the gradient.
-                if a != seats || b != seats {
+                if a != slots || b != slots {
                     continue;
                 }
                 compared += 1;

@@ -1,12 +1,12 @@
 //! Auxiliary losses at the values that papers and definitions give.
 
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use burn_moe::{
-    AssignmentConfig, AuxiliaryLossConfig, GateNormalization, MoeFeedForwardConfig, MoeInput, RouterConfig, RouterScore, Routing,
+    AssignmentConfig, AuxiliaryLossConfig, GateNormalization, MoeFeedForwardConfig, MoeInput, RouterOptions, RouterScore, Routing,
     TokenChoiceConfig,
     clip::ClipAuxiliaryLossConfig,
     loss::{global_entropy_loss, importance_loss, load_balancing_loss, load_loss, local_entropy_loss, router_z_loss},
-    routing::{AssignmentInput, Phase, RouterNoise, TokenMask},
+    routing::{AssignmentInput, Phase, RouterOutput, TokenMask},
 };
 
 use super::support::{mask, numbers, values};
@@ -18,16 +18,7 @@ fn routing<const T: usize, const E: usize>(probs: [[f32; E]; T], top_k: usize) -
         TokenChoiceConfig::new().with_top_k(top_k).with_gate_normalization(GateNormalization::None).into();
     let plan = assignment.assign(&AssignmentInput::new(probs.clone(), Phase::Inference));
     let logits = probs.clone().log();
-    Routing {
-        logits,
-        clean_probs: probs.clone(),
-        probs,
-        noise: None,
-        score: RouterScore::Softmax,
-        valid: None,
-        plan,
-        token_dtype: DType::F32,
-    }
+    Routing::new(RouterOutput::new(logits, probs), plan)
 }
 
 fn scalar(loss: Tensor<1>) -> f32 {
@@ -59,14 +50,15 @@ fn load_has_the_value_of_vmoe() {
     let logits = tensor([[0.9, 0.06, 0.04], [0.7, 0.18, 0.12], [0.85, 0.05, 0.1]]);
     let noise = tensor([[-0.037, 0.026, -0.018], [-0.074, 0.045, -0.015], [-0.067, -0.059, 0.073]]);
     let mut routing = routing([[0.5, 0.3, 0.2]; 3], 2);
-    routing.noise = Some(RouterNoise { logits: logits.clone() + noise, std: 0.1 });
-    routing.logits = logits;
+    routing.router.noise_std = Some(0.1);
+    routing.router.logits = logits.clone() + noise;
+    routing.router.clean_logits = logits;
     let loss = scalar(load_loss(&routing));
     assert!((loss - 0.485_738_65).abs() < 1e-6, "{loss}");
 }
 
 #[test]
-#[should_panic(expected = "the load loss needs router noise: `RouterConfig::noise` above 0, in training")]
+#[should_panic(expected = "the load loss needs router noise: `RouterOptions::noise` above 0, in training")]
 fn load_without_noise_is_refused() {
     load_loss(&routing([[0.5, 0.3, 0.2]; 3], 2));
 }
@@ -75,7 +67,7 @@ fn load_without_noise_is_refused() {
 #[should_panic(expected = "the router z-loss is about a softmax")]
 fn router_z_of_other_scores_is_refused() {
     let mut routing = routing([[0.5, 0.3, 0.2]; 3], 2);
-    routing.score = RouterScore::Sigmoid;
+    routing.router.score = RouterScore::Sigmoid;
     router_z_loss(&routing);
 }
 
@@ -101,10 +93,10 @@ fn load_balancing_is_one_at_balance_and_the_expert_count_at_collapse() {
 #[test]
 fn router_z_of_zero_logits_is_the_squared_logarithm_of_the_expert_count() {
     let mut routing = routing([[0.125f32; 8]; 3], 2);
-    routing.logits = Tensor::zeros([3, 8], &Device::default());
+    routing.router.clean_logits = Tensor::zeros([3, 8], &Device::default());
     assert!((scalar(router_z_loss(&routing)) - 8f32.ln().powi(2)).abs() < 1e-5);
     // Logits beyond what exp can hold: logsumexp(1000, 1000, …) = 1000 + ln 8.
-    routing.logits = Tensor::full([3, 8], 1000.0, &Device::default());
+    routing.router.clean_logits = Tensor::full([3, 8], 1000.0, &Device::default());
     let loss = scalar(router_z_loss(&routing));
     assert!((loss / (1000.0 + 8f32.ln()).powi(2) - 1.0).abs() < 1e-5, "{loss}");
 }
@@ -112,7 +104,7 @@ fn router_z_of_zero_logits_is_the_squared_logarithm_of_the_expert_count() {
 #[test]
 fn losses_and_gradients_stay_finite_where_routing_is_extreme() {
     let device = Device::default().autodiff();
-    let router = RouterConfig::new().with_noise(1.0);
+    let router = RouterOptions::new().with_noise(1.0);
     let layer = MoeFeedForwardConfig::new(4, 8, 4).with_router(router).init(&device);
     let every_loss =
         AuxiliaryLossConfig::new().with_importance(0.1).with_load(0.1).with_local_entropy(0.1).with_global_entropy(0.1);
@@ -159,6 +151,17 @@ fn padding_counts_in_no_loss() {
 }
 
 #[test]
+fn tokens_that_are_all_not_finite_have_no_loss() {
+    let device = Device::default();
+    let layer = MoeFeedForwardConfig::new(4, 8, 4).init(&device);
+    let routing = layer.forward(Tensor::<2>::full([3, 4], f32::NAN, &device)).routing;
+    for loss in [load_balancing_loss, router_z_loss, importance_loss, local_entropy_loss, |r: &Routing| global_entropy_loss(r, 3.0)]
+    {
+        assert_eq!(scalar(loss(&routing)), 0.0);
+    }
+}
+
+#[test]
 fn the_total_is_the_weighted_mean_over_layers() {
     let (a, b) = (routing([[0.7, 0.2, 0.1], [0.1, 0.7, 0.2]], 1), routing([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]], 1));
     let output = AuxiliaryLossConfig::new().with_load_balancing(2.0).with_router_z(3.0).init().forward(&[a.clone(), b.clone()]);
@@ -189,8 +192,8 @@ fn routing_of(logits: Tensor<2>, noise: Tensor<2>, chosen_by: Tensor<2>, valid: 
     let valid = valid.map(|valid| TokenMask::new(mask(&valid, &logits.device())));
     let input = AssignmentInput { valid: valid.clone(), ..AssignmentInput::new(softmax(chosen_by), Phase::Training) };
     let plan = assignment.assign(&input);
-    let noise = Some(RouterNoise { logits: noisy, std: 0.25 });
-    Routing { logits, clean_probs, probs, noise, score: RouterScore::Softmax, valid, plan, token_dtype: DType::F32 }
+    let router = RouterOutput { clean_logits: logits, clean_probs, noise_std: Some(0.25), ..RouterOutput::new(noisy, probs) };
+    Routing { valid, ..Routing::new(router, plan) }
 }
 
 #[test]

@@ -7,7 +7,7 @@ use burn_moe::{
         Clip, ClipAuxiliaryLossConfig, ClipConfig, Embedder, ImagePreprocessing, Interpolation, ResizeMode, RetrievalMetrics,
         SparseClipConfig, TextConfig, VisionConfig, preprocess::ImagePreprocessor, tokenizer::ClipTokenizer,
     },
-    recipe::{
+    train::{
         Arm, Checkpointing, Observer, OptimizerConfig, StepLosses, TrainConfig, TrainInput, TrainedArm, WarmupCosine,
         data::{AugmentConfig, Batch, BatchConfig, Batches, Concept, EmojiPack, EmojiVendor, ImageTextSet, load_folder},
         evaluate, train,

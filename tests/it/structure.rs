@@ -31,8 +31,9 @@ fn root_names() -> BTreeMap<String, String> {
     let mut names = BTreeMap::new();
     for statement in lib.split(';').filter_map(|s| s.split("pub use ").nth(1)) {
         let (module, list) = statement.split_once("::").unwrap();
-        for name in list.trim_matches(|c: char| "{} \n".contains(c)).split(',') {
-            names.insert(name.trim().to_string(), module.trim().to_string());
+        for item in list.split(',') {
+            let name = item.rsplit("::").next().unwrap().trim_matches(|c: char| "{} \n".contains(c));
+            names.insert(name.to_string(), module.trim().to_string());
         }
     }
     names
@@ -119,7 +120,7 @@ fn modules_use_only_what_is_below_them() {
     let mut all = Vec::new();
     sources(&Path::new(ROOT).join("src"), &mut all);
     assert!(all.len() > 30, "the sources were found");
-    assert!(levels().len() > 20, "the table was found");
+    assert!(levels().len() > 8, "the table was found");
     assert_eq!(violations(&all), Vec::<String>::new());
 }
 
@@ -127,14 +128,19 @@ fn modules_use_only_what_is_below_them() {
 fn an_import_that_goes_up_is_caught() {
     let file = |name: &str, source: &str| [(name.to_string(), source.to_string())];
     let caught = |name, source| violations(&file(name, source));
-    assert_eq!(caught("router.rs", "use crate::moe::MoeInput;"), ["router.rs (level 2) uses moe (level 5)"]);
     assert_eq!(
-        caught("loss/a.rs", "use crate::{error::ConfigError, stats::RoutingStats};"),
-        ["loss/a.rs (level 5) uses stats (level 5)"]
+        caught("routing/router.rs", "use crate::layer::moe::MoeFeedForward;"),
+        ["routing/router.rs (level 2) uses layer (level 3)"]
     );
-    assert_eq!(caught("capacity.rs", "fn f() { crate::MoeFeedForward::x() }"), ["capacity.rs (level 1) uses moe (level 5)"]);
+    assert_eq!(
+        caught("loss/a.rs", "use crate::{routing::Routing, stats::RoutingStats};"),
+        ["loss/a.rs (level 3) uses stats (level 3)"]
+    );
+    assert_eq!(caught("ops/a.rs", "fn f() { crate::MoeFeedForward::x() }"), ["ops/a.rs (level 1) uses layer (level 3)"]);
     assert_eq!(caught("attic.rs", ""), ["attic.rs is in no level of docs/architecture.md"]);
-    assert!(caught("moe.rs", "use crate::{plan::{A, B}, moe::C}; // crate::clip\n#[cfg(test)] use crate::clip;").is_empty());
+    assert!(
+        caught("layer/moe.rs", "use crate::{routing::{A, B}, layer::C}; // crate::clip\n#[cfg(test)] use crate::clip;").is_empty()
+    );
 }
 
 #[test]
@@ -142,7 +148,7 @@ fn the_generic_layer_knows_neither_images_nor_upcycling() {
     let mut all = Vec::new();
     sources(&Path::new(ROOT).join("src"), &mut all);
     for (file, source) in
-        all.iter().filter(|(file, _)| level(file.split('/').next().unwrap().trim_end_matches(".rs")).is_some_and(|l| l < 6))
+        all.iter().filter(|(file, _)| level(file.split('/').next().unwrap().trim_end_matches(".rs")).is_some_and(|l| l < 4))
     {
         let code: Vec<&str> = source.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
         let code = code.join("\n").to_lowercase();

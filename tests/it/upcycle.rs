@@ -5,10 +5,10 @@ use burn::nn::{Linear, LinearConfig, activation::ActivationConfig, transformer::
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Bool, Device, Int, Tensor};
 use burn_moe::{
-    Activation, BalancingBias, Capacity, ExpertMlpConfig, GateNormalization, MoeFeedForwardConfig, RouterConfig, RouterScore,
+    Activation, Capacity, ExpertOptions, GateNormalization, MoeFeedForwardConfig, RouterOptions, RouterScore,
     SoftMoeFeedForwardConfig, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{Clip, ClipConfig, EndOfText, SparseClipConfig, TextConfig, VisionConfig},
-    transformer::{Encoder, EncoderConfig, MlpConfig, SparseEncoderConfig, TokenMarks},
+    transformer::{Encoder, EncoderConfig, MlpConfig, RoutedLayerConfig, SparseEncoderConfig, TokenMarks},
     upcycle::{
         DenseFeedForward, DenseWeights, Probe, Reduction, UpcycleError, UpcycleStrategy, expert_similarity, upcycle_optimizer,
     },
@@ -61,7 +61,7 @@ fn a_layer_equals_a_users_own_feed_forward() {
     let device = Device::default();
     let linear = |d_in, d_out| LinearConfig::new(d_in, d_out).with_bias(false).init(&device);
     let dense = Mine { up: linear(5, 10), down: linear(10, 5) };
-    let experts = ExpertMlpConfig::new().with_activation(Activation::Silu).with_bias(false);
+    let experts = ExpertOptions::new().with_activation(Activation::Silu).with_bias(false);
     let sparse = MoeFeedForwardConfig::new(5, 10, 4).with_experts(experts).init(&device);
     let report = sparse.upcycle_from_dense(&dense, &tokens_probe([1, 8, 5], &device)).unwrap().report;
     assert!(report.max_deviation.unwrap() < 1e-5);
@@ -126,7 +126,7 @@ fn a_clip_equals_its_dense_twin() {
     assert!(largest_difference(&values(&a.text_embeds), &values(&b.text_embeds)) < 1e-5);
     assert_eq!((b.image_routings.len(), b.text_routings.len()), (2, 2));
     // What follows the end of a text gets no expert: 4 + 3 + 6 tokens ask for 2 experts each.
-    assert_eq!(b.text_routings[0].plan.asked().iter().sum::<usize>(), 2 * 13);
+    assert_eq!(b.text_routings[0].plan.requested().iter().sum::<usize>(), 2 * 13);
 }
 
 #[test]
@@ -206,7 +206,7 @@ fn what_does_not_fit_is_named() {
     let tanh = PositionWiseFeedForwardConfig::new(6, 24).with_activation(ActivationConfig::Tanh).init(&device);
     assert!(text(layer(6, 24).upcycle_from_dense(&tanh, &options).unwrap_err()).contains("Tanh"));
 
-    let unbiased = MoeFeedForwardConfig::new(6, 24, 4).with_experts(ExpertMlpConfig::new().with_bias(false)).init(&device);
+    let unbiased = MoeFeedForwardConfig::new(6, 24, 4).with_experts(ExpertOptions::new().with_bias(false)).init(&device);
     let error = text(unbiased.upcycle_from_dense(&dense, &options).unwrap_err());
     assert_eq!(error, "`b_in`: the dense module has a bias, the sparse one has no bias");
 
@@ -266,7 +266,7 @@ fn granular_experts_compute_what_the_dense_network_computes() {
         let assignment = TokenChoiceConfig::new().with_top_k(6);
         let sparse = MoeFeedForwardConfig::new(6, 8, 12)
             .with_assignment(assignment.into())
-            .with_experts(ExpertMlpConfig::new().with_activation(activation))
+            .with_experts(ExpertOptions::new().with_activation(activation))
             .init(&device);
         let strategy = UpcycleStrategy::Granular { shards: 3 };
         let options = UpcycleOptions { strategy, ..tokens_probe([2, 9, 6], &device) };
@@ -280,7 +280,10 @@ fn an_encoder_may_have_granular_experts() {
     let device = Device::default();
     let config = EncoderConfig::new(8, 2, 2, 16);
     let assignment = TokenChoiceConfig::new().with_top_k(4).into();
-    let sparse = SparseEncoderConfig::new().with_num_experts(8).with_d_ff(Some(8)).with_assignment(assignment);
+    let sparse = SparseEncoderConfig::new()
+        .with_num_experts(8)
+        .with_d_ff(Some(8))
+        .with_layer(RoutedLayerConfig::new().with_assignment(assignment).into());
     let dense = config.init(&device);
     let options = UpcycleOptions { strategy: UpcycleStrategy::Granular { shards: 2 }, ..tokens_probe([2, 5, 8], &device) };
     let upcycled = config.with_sparse(Some(sparse)).init(&device).upcycle_from_dense(&dense, &options).unwrap();
@@ -351,7 +354,7 @@ fn sparse_parts_that_no_dense_network_has_are_refused() {
         config.init(&device).upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap_err().to_string()
     };
     let config = MoeFeedForwardConfig::new(6, 24, 8);
-    let gated = config.clone().with_experts(ExpertMlpConfig::geglu());
+    let gated = config.clone().with_experts(ExpertOptions::geglu());
     assert_eq!(error(gated), "`form` is Plain in the dense module and Gated in the sparse one");
     assert_eq!(error(config.with_shared_expert(Some(4))), "`shared_expert` is none in the dense module and one in the sparse one");
 }
@@ -378,7 +381,7 @@ fn copies_go_back_to_the_dense_network_they_came_from() {
 #[test]
 fn a_layer_of_sigmoid_scores_is_averaged_too() {
     let device = Device::default();
-    let router = RouterConfig::new().with_score(RouterScore::Sigmoid).with_balancing_bias(BalancingBias::Sign { rate: 0.1 });
+    let router = RouterOptions::new().with_score(RouterScore::Sigmoid).with_balancing_rate(Some(0.1));
     let dense = MlpConfig::new(6, 24).init(&device);
     let sparse = MoeFeedForwardConfig::new(6, 24, 4).with_router(router).init(&device);
     let sparse = sparse.upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap().model;
@@ -416,7 +419,7 @@ fn an_upcycled_encoder_goes_back_to_the_dense_one() {
     assert!(largest_difference(&run(&back), &run(&dense)) < 1e-5);
     assert_eq!(back.num_params(), dense.num_params());
     let error = sparse.to_dense(&[vec![0.125; 8]]).unwrap_err().to_string();
-    assert_eq!(error, "reduction `Average` is refused: there are loads of 1 layers and 2 sparse blocks");
+    assert_eq!(error, "reduction `Average` is refused: there are loads of 1 layers and 2 routed blocks");
 }
 
 #[test]
@@ -563,8 +566,8 @@ fn an_upcycled_optimizer_goes_on_without_a_jump() {
     let (mut dense, mut optimizer) = (config.init(&device), adam());
     (0..150).for_each(|_| dense = step(dense.clone(), &mut optimizer));
 
-    let dropless =
-        SparseEncoderConfig::new().with_assignment(TokenChoiceConfig::new().with_training_capacity(Capacity::Dropless).into());
+    let dropless = TokenChoiceConfig::new().with_training_capacity(Capacity::Dropless);
+    let dropless = SparseEncoderConfig::new().with_layer(RoutedLayerConfig::new().with_assignment(dropless.into()).into());
     let sparse = config.clone().with_sparse(Some(dropless)).init(&device);
     let sparse = sparse.upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap().model;
     let before = scalar(&sparse);
@@ -618,7 +621,7 @@ fn gated_experts_of_a_gated_network_compute_what_it_computes_and_go_back_to_it()
         (true, UpcycleStrategy::Granular { shards: 2 }, 4, 4),
     ] {
         let dense = Gated(weights(bias));
-        let config = MoeFeedForwardConfig::new(6, d_ff, 8).with_experts(ExpertMlpConfig::swiglu().with_bias(bias));
+        let config = MoeFeedForwardConfig::new(6, d_ff, 8).with_experts(ExpertOptions::swiglu().with_bias(bias));
         let layer = config.with_assignment(TokenChoiceConfig::new().with_top_k(top_k).into()).init(&device);
         let options =
             UpcycleOptions::default().with_strategy(strategy).with_probe(Probe::Tokens { tokens: x.clone(), valid: None });
@@ -633,7 +636,7 @@ fn gated_experts_of_a_gated_network_compute_what_it_computes_and_go_back_to_it()
     }
     // Other strategies change the gate with the rest, or are refused.
     let layer = |experts| MoeFeedForwardConfig::new(6, 8, 4).with_experts(experts).init(&device);
-    let swiglu = || ExpertMlpConfig::swiglu().with_bias(false);
+    let swiglu = || ExpertOptions::swiglu().with_bias(false);
     let with = |strategy| UpcycleOptions::default().with_strategy(strategy);
     let dense = Gated(weights(false));
     for strategy in [UpcycleStrategy::CopyWithNoise { relative_std: 0.5 }, UpcycleStrategy::Drop { ratio: 0.5 }] {
@@ -645,7 +648,7 @@ fn gated_experts_of_a_gated_network_compute_what_it_computes_and_go_back_to_it()
     let clusters = with(UpcycleStrategy::ClusterAware { energy: 0.9 }).with_calibration(probe);
     let error = layer(swiglu()).upcycle_from_dense(&dense, &clusters).unwrap_err().to_string();
     assert!(error.ends_with("is refused: it is for plain networks, not for gated ones"), "{error}");
-    let plain = ExpertMlpConfig::new().with_bias(false).with_activation(Activation::Silu);
+    let plain = ExpertOptions::new().with_bias(false).with_activation(Activation::Silu);
     let error = layer(plain).upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap_err().to_string();
     assert_eq!(error, "`form` is Gated in the dense module and Plain in the sparse one");
 }

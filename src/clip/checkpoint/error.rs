@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::error::ConfigError;
+use crate::support::error::ConfigError;
 
 /// A checkpoint that cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -109,7 +109,7 @@ pub enum CheckpointError {
         /// The file.
         path: PathBuf,
         /// The tensor.
-        source: crate::finite::NonFiniteError,
+        source: crate::support::finite::NonFiniteError,
     },
     /// A value that is not finite, or does not fit the precision it should be written with.
     #[error("`{tensor}` holds {count} values that cannot be written: not finite, or beyond what the precision holds")]
@@ -119,11 +119,11 @@ pub enum CheckpointError {
         /// How many values.
         count: usize,
     },
-    /// The layout has no place for something this model has.
-    #[error("{layout}'s layout has no place for {what}")]
+    /// The format has no place for something this model has.
+    #[error("{format}'s format has no place for {what}")]
     NoPlace {
-        /// Whose layout.
-        layout: &'static str,
+        /// Whose format.
+        format: &'static str,
         /// What it is.
         what: &'static str,
     },

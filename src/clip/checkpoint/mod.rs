@@ -1,14 +1,18 @@
 //! Checkpoints: Hugging Face's, open_clip's and sparse ones, in and out.
 //!
-//! One table per layout says which stored tensor is which parameter, so that reading and writing cannot drift apart.
+//! One table per format says which stored tensor is which parameter, so that reading and writing cannot drift apart.
 //! A file that does not fit yields an error and no model. Tensors are read and written one at a time, so that a model is never in memory
 //! twice. `docs/checkpoints.md` has every name.
 
+mod burn_moe;
 mod config;
 mod error;
-mod images;
-mod layout;
+mod format;
+mod hugging_face;
+mod numbers;
+mod open_clip;
 mod params;
+mod table;
 mod tensors;
 
 pub use error::CheckpointError;
@@ -18,15 +22,16 @@ use std::{
     cell::RefCell,
     collections::{BTreeMap, BTreeSet},
     fs,
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use burn::tensor::Device;
 use safetensors::{Dtype, tensor::View};
 
 use super::{Clip, ClipConfig};
-use layout::{Entry, Layout};
+use format::{Format, found_in};
 use params::Source;
+use table::Entry;
 use tensors::TensorFiles;
 
 /// A model read from disk, with the configuration that describes it.
@@ -49,9 +54,6 @@ pub enum Precision {
     BF16,
 }
 
-/// Bytes of the longest configuration that is read; those of real models have a few thousand.
-const LONGEST_CONFIG: u64 = 1 << 20;
-
 /// Tensors of other writers' files that hold no parameter.
 const HARMLESS: [&str; 3] = ["attn_mask", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"];
 
@@ -66,8 +68,8 @@ impl ClipCheckpoint {
     /// When a file is missing, truncated or of another kind, a setting is not known, or a tensor is missing, not expected, of
     /// another shape or not finite; each is named.
     pub fn load(folder: impl AsRef<Path>, device: &Device) -> Result<Self, CheckpointError> {
-        let (config, weights, layout) = found_in(folder.as_ref())?;
-        let model = load_weights(&TensorFiles::open(&weights)?, &config, layout, device)?;
+        let (config, weights, format) = found_in(folder.as_ref())?;
+        let model = load_weights(&TensorFiles::open(&weights)?, &config, format, device)?;
         Ok(Self { config, model })
     }
 
@@ -88,9 +90,9 @@ impl ClipCheckpoint {
     /// # Panics
     /// When the configuration is not the model's.
     pub fn save_open_clip(&self, folder: impl AsRef<Path>, precision: Precision) -> Result<(), CheckpointError> {
-        let text = config::to_open_clip(&self.config)?;
-        self.save_weights(folder.as_ref(), "open_clip_model.safetensors", Layout::OpenClip, precision)?;
-        save_text(folder.as_ref(), "open_clip_config.json", &text)
+        let text = open_clip::to_text(&self.config)?;
+        self.save_weights(folder.as_ref(), open_clip::FORMAT, precision)?;
+        save_text(folder.as_ref(), open_clip::FORMAT.config, &text)
     }
 
     /// Writes `config.json`, `preprocessor_config.json` and `model.safetensors` as transformers does for a `CLIPModel` into `folder`, which is
@@ -103,10 +105,10 @@ impl ClipCheckpoint {
     /// # Panics
     /// When the configuration is not the model's.
     pub fn save_hugging_face(&self, folder: impl AsRef<Path>, precision: Precision) -> Result<(), CheckpointError> {
-        let text = config::to_hugging_face(&self.config)?;
-        self.save_weights(folder.as_ref(), "model.safetensors", Layout::HuggingFace, precision)?;
-        save_text(folder.as_ref(), "preprocessor_config.json", &images::to_hugging_face(&self.config.vision))?;
-        save_text(folder.as_ref(), "config.json", &text)
+        let text = hugging_face::to_text(&self.config)?;
+        self.save_weights(folder.as_ref(), hugging_face::FORMAT, precision)?;
+        save_text(folder.as_ref(), hugging_face::PROCESSOR, &hugging_face::processor_text(&self.config.vision))?;
+        save_text(folder.as_ref(), hugging_face::FORMAT.config, &text)
     }
 
     /// Writes `burn_moe_config.json` and `burn_moe_model.safetensors` into `folder`, which is made if need be. Tensor names are
@@ -121,24 +123,24 @@ impl ClipCheckpoint {
     /// # Panics
     /// When the configuration is not the model's.
     pub fn save_sparse(&self, folder: impl AsRef<Path>, precision: Precision) -> Result<(), CheckpointError> {
-        let text = config::to_burn_moe(&self.config);
-        self.save_weights(folder.as_ref(), "burn_moe_model.safetensors", Layout::OpenClip, precision)?;
-        save_text(folder.as_ref(), "burn_moe_config.json", &text)
+        let text = burn_moe::to_text(&self.config);
+        self.save_weights(folder.as_ref(), burn_moe::FORMAT, precision)?;
+        save_text(folder.as_ref(), burn_moe::FORMAT.config, &text)
     }
 
-    fn save_weights(&self, folder: &Path, name: &str, layout: Layout, precision: Precision) -> Result<(), CheckpointError> {
+    fn save_weights(&self, folder: &Path, format: Format, precision: Precision) -> Result<(), CheckpointError> {
         fs::create_dir_all(folder).map_err(CheckpointError::io(folder))?;
         let mut sources = params::sources(&self.model);
         let mut stored: BTreeMap<String, StoredTensor> = BTreeMap::new();
         let overflow = RefCell::new(None);
-        for entry in layout::entries(&self.config, layout) {
+        for entry in (format.entries)(&self.config) {
             let source = sources.remove(&entry.path).unwrap_or_else(|| panic!("the model has no parameter `{}`", entry.path));
             let new = || StoredTensor { shape: entry.stored_shape.clone(), parts: Vec::new(), precision, overflow: &overflow };
             stored.entry(entry.key.clone()).or_insert_with(new).parts.push((entry, source));
         }
-        assert!(sources.is_empty(), "parameters that no layout names: {:?}", sources.keys());
-        let weights = folder.join(name);
-        crate::files::write_aside(
+        assert!(sources.is_empty(), "parameters that no format names: {:?}", sources.keys());
+        let weights = folder.join(format.weights[0]);
+        crate::support::files::write_aside(
             &weights,
             |error| CheckpointError::Io { path: weights.clone(), source: error },
             |aside| {
@@ -154,7 +156,7 @@ impl ClipCheckpoint {
 
 fn save_text(folder: &Path, name: &str, text: &str) -> Result<(), CheckpointError> {
     let path = folder.join(name);
-    crate::files::write_atomic(&path, text.as_bytes()).map_err(CheckpointError::io(&path))
+    crate::support::files::write_atomic(&path, text.as_bytes()).map_err(CheckpointError::io(&path))
 }
 
 /// A tensor of the file, made of the parameters behind it when it is written.
@@ -201,49 +203,13 @@ impl View for StoredTensor<'_> {
     }
 }
 
-/// The configuration of a folder, where its weights are, and how they are laid out.
-fn found_in(folder: &Path) -> Result<(ClipConfig, PathBuf, Layout), CheckpointError> {
-    let kinds = [
-        ("burn_moe_config.json", "burn_moe_model.safetensors", Layout::OpenClip),
-        // As version 2 was written.
-        ("burn_moe_config.json", "model.safetensors", Layout::OpenClip),
-        ("open_clip_config.json", "open_clip_model.safetensors", Layout::OpenClip),
-        ("config.json", "model.safetensors", Layout::HuggingFace),
-    ];
-    // Some folders hold the configurations of several layouts: the one whose weights are there counts.
-    let has = |name: &str| folder.join(name).is_file();
-    let has_weights = |name: &str| has(name) || tensors::index_of(&folder.join(name)).is_file();
-    let whole = kinds.into_iter().find(|kind| has(kind.0) && has_weights(kind.1));
-    let Some((config_name, weights_name, layout)) = whole.or_else(|| kinds.into_iter().find(|kind| has(kind.0))) else {
-        return Err(CheckpointError::NoConfig { folder: folder.to_path_buf() });
-    };
-    let config_path = folder.join(config_name);
-    let text = tensors::read_text(&config_path, LONGEST_CONFIG)?;
-    let config = match config_name {
-        "burn_moe_config.json" => config::from_burn_moe(&text),
-        "open_clip_config.json" => config::from_open_clip(&text),
-        _ => config::from_hugging_face(&text),
-    };
-    let mut config = config.and_then(config::of_possible_size).map_err(|error| error.at(&config_path))?;
-    if layout == Layout::HuggingFace
-        && let Some(path) =
-            ["preprocessor_config.json", "processor_config.json"].map(|name| folder.join(name)).into_iter().find(|p| p.is_file())
-    {
-        let text = tensors::read_text(&path, LONGEST_CONFIG)?;
-        let read = images::from_hugging_face(&text, config.vision.image_size);
-        config.vision.preprocessing = read.map_err(|error| error.at(&path))?;
-    }
-    config.validate().map_err(|source| CheckpointError::Config { path: config_path, source })?;
-    Ok((config, folder.join(weights_name), layout))
-}
-
-fn load_weights(files: &TensorFiles, config: &ClipConfig, layout: Layout, device: &Device) -> Result<Clip, CheckpointError> {
+fn load_weights(files: &TensorFiles, config: &ClipConfig, format: Format, device: &Device) -> Result<Clip, CheckpointError> {
     // Every block has tensors of its own: what claims more blocks than that is not worth a table.
     let blocks = config.vision.encoder.n_layers + config.text.encoder.n_layers;
     if blocks > files.names().count() {
         return Err(CheckpointError::Blocks { path: files.path.clone(), blocks, tensors: files.names().count() });
     }
-    let entries = layout::entries(config, layout);
+    let entries = (format.entries)(config);
     let expected: BTreeSet<&str> = entries.iter().map(|entry| entry.key.as_str()).collect();
     let found: BTreeSet<&str> = files.names().filter(|name| !HARMLESS.contains(name)).collect();
     let names = |set: std::collections::btree_set::Difference<&str>| set.map(|name| name.to_string()).collect::<Vec<_>>();
@@ -267,28 +233,21 @@ fn load_weights(files: &TensorFiles, config: &ClipConfig, layout: Layout, device
     }
     let mut entries: BTreeMap<String, Entry> = entries.into_iter().map(|entry| (entry.path.clone(), entry)).collect();
     let model = params::replace(config.init(device), |path| {
-        let entry = entries.remove(path).unwrap_or_else(|| panic!("no layout names the parameter `{path}`"));
+        let entry = entries.remove(path).unwrap_or_else(|| panic!("no format names the parameter `{path}`"));
         let (file, info) = files.info(&entry.key);
         let bytes = files.read(&entry.key, entry.part())?;
-        let values = layout::decode(info.dtype, &bytes).ok_or_else(|| CheckpointError::Dtype {
+        let values = numbers::decode(info.dtype, &bytes).ok_or_else(|| CheckpointError::Dtype {
             path: file.to_path_buf(),
             tensor: entry.key.clone(),
             dtype: format!("{:?}", info.dtype),
         })?;
         let count = values.iter().filter(|v| !v.is_finite()).count();
         if count > 0 {
-            let source = crate::finite::NonFiniteError { tensor: entry.key, count, total: values.len() };
+            let source = crate::support::finite::NonFiniteError { tensor: entry.key, count, total: values.len() };
             return Err(CheckpointError::NonFinite { path: file.to_path_buf(), source });
         }
         Ok(entry.load(values))
     })?;
     assert!(entries.is_empty(), "no parameter for {:?}", entries.keys());
     Ok(model)
-}
-
-/// Names the file in the errors of the configuration readers, which see only its text.
-impl config::ConfigFileError {
-    fn at(self, path: &Path) -> CheckpointError {
-        CheckpointError::ConfigFile { path: PathBuf::from(path), reason: self.0 }
-    }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Tensor, TensorData};
 
-use crate::param::replaced;
+use crate::support::param::replaced;
 
 /// A parameter whose numbers are copied to the host when they are asked for.
 pub(super) struct Source(Box<dyn Fn() -> Vec<f32>>);
@@ -29,7 +29,7 @@ pub(super) fn sources<M: Module>(module: &M) -> BTreeMap<String, Source> {
 /// The first of `values`.
 ///
 /// # Panics
-/// When a shape does not fit: the layout table would be wrong, not the file.
+/// When a shape does not fit: the format table would be wrong, not the file.
 pub(super) fn replace<M: Module, E>(module: M, values: impl FnMut(&str) -> Result<Vec<f32>, E>) -> Result<M, E> {
     let mut writer = Writer { path: Vec::new(), values, error: None };
     let module = module.map(&mut writer);

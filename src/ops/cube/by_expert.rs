@@ -13,7 +13,11 @@ use burn_cubecl::{
     tensor::CubeTensor,
 };
 
-use super::{grouped::Maps, launch::empty, pointwise};
+use super::{
+    grouped::{Linear, Maps},
+    launch::empty,
+    pointwise,
+};
 
 /// Mean rows of an expert from which the launches are worth it.
 const MIN_ROWS: usize = 128;
@@ -61,7 +65,7 @@ fn multiply(lhs: CubeTensor, rhs: CubeTensor, out: CubeTensor) {
 }
 
 /// As [`grouped::linear`](super::grouped::linear).
-pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor, host_offsets: &[usize]) -> (CubeTensor, CubeTensor) {
+pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor, host_offsets: &[usize]) -> Linear {
     let out = empty(&x, [x.meta.shape()[0], maps.columns()]);
     for (expert, rows) in loads(host_offsets) {
         let weight = matrix_of(&maps.weight, expert);
@@ -70,7 +74,7 @@ pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor, host_offset
     }
     match maps.bias {
         Some(bias) => pointwise::add_bias(out, bias, offsets, maps.activation, maps.keep_pre),
-        None => (out.clone(), out),
+        None => Linear { out, pre: None },
     }
 }
 

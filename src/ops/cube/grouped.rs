@@ -248,8 +248,15 @@ impl Maps {
     }
 }
 
-/// `[R, K] -> [R, N], [R, N]`: the output, and what the activation was applied to if that is kept.
-pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor) -> (CubeTensor, CubeTensor) {
+/// What the maps return, `[R, N]` each.
+pub(super) struct Linear {
+    pub(super) out: CubeTensor,
+    /// What the activation was applied to, if that is kept.
+    pub(super) pre: Option<CubeTensor>,
+}
+
+/// `[R, K] -> [R, N]` by each row's expert.
+pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor) -> Linear {
     let [num_rows, inner] = x.meta.shape().dims();
     let [num_experts, _, _] = maps.weight.meta.shape().dims();
     let columns = maps.columns();
@@ -259,8 +266,9 @@ pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor) -> (CubeTen
     let dtypes = elem_pair(&x, &offsets);
     let epilogue = Epilogue { bias: maps.bias.is_some(), activation: maps.activation, keep_pre: maps.keep_pre };
     let bias = maps.bias.unwrap_or_else(|| x.clone());
-    // Not written if it is not kept; a buffer may not be bound for writing twice.
-    let pre = if maps.keep_pre { empty(&x, [num_rows, columns]) } else { x.clone() };
+    let pre = maps.keep_pre.then(|| empty(&x, [num_rows, columns]));
+    // What stands in for it is not written; a buffer may not be bound for writing twice.
+    let pre_or_any = pre.clone().unwrap_or_else(|| x.clone());
     linear_kernel::launch(
         &out.client,
         CubeCount::Static(columns.div_ceil(TILE) as u32, row_tiles as u32, 1),
@@ -270,7 +278,7 @@ pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor) -> (CubeTen
         bias.into_tensor_arg(),
         offsets.into_tensor_arg(),
         out.clone().into_tensor_arg(),
-        pre.clone().into_tensor_arg(),
+        pre_or_any.into_tensor_arg(),
         inner,
         columns,
         num_experts,
@@ -278,8 +286,7 @@ pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor) -> (CubeTen
         epilogue,
         dtypes,
     );
-    let pre = if maps.keep_pre { pre } else { out.clone() };
-    (out, pre)
+    Linear { out, pre }
 }
 
 /// `[R, D], [R, F] -> [E, D, F]`.

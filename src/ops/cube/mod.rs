@@ -8,7 +8,7 @@ mod launch;
 mod pointwise;
 mod router;
 mod rows;
-mod seats;
+mod slots;
 mod sums;
 
 use std::sync::Arc;
@@ -17,10 +17,10 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::{
-    Activation, SeatRules,
-    extension::{MoeBackwardOps, MoeOps, RouterBackwardOps, RouterOps, SeatOps},
+    Activation, SlotRules,
+    extension::{MoeBackwardOps, MoeOps, RouterBackwardOps, RouterOps, SlotOps},
 };
-use grouped::Maps;
+use grouped::{Linear, Maps};
 
 impl MoeOps for CubeBackend {
     fn moe_activation(x: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
@@ -52,7 +52,7 @@ impl MoeOps for CubeBackend {
         activation: Option<Activation>,
     ) -> FloatTensor<Self> {
         let (weight, bias) = (into_contiguous(weight), Some(into_contiguous(bias)));
-        linear(x, Maps { weight, transposed: false, bias, activation, keep_pre: false }, offsets, &host_offsets).0
+        linear(x, Maps { weight, transposed: false, bias, activation, keep_pre: false }, offsets, &host_offsets).out
     }
 }
 
@@ -66,7 +66,8 @@ impl MoeBackwardOps for CubeBackend {
         activation: Activation,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let (weight, bias, activation) = (into_contiguous(weight), Some(into_contiguous(bias)), Some(activation));
-        linear(x, Maps { weight, transposed: false, bias, activation, keep_pre: true }, offsets, &host_offsets)
+        let output = linear(x, Maps { weight, transposed: false, bias, activation, keep_pre: true }, offsets, &host_offsets);
+        (output.out, output.pre.expect("it is kept"))
     }
 
     fn moe_activation_backward(x: FloatTensor<Self>, grad: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
@@ -101,7 +102,7 @@ impl MoeBackwardOps for CubeBackend {
         host_offsets: Arc<[usize]>,
     ) -> FloatTensor<Self> {
         let maps = Maps { weight: into_contiguous(weight), transposed: true, bias: None, activation: None, keep_pre: false };
-        linear(grad, maps, offsets, &host_offsets).0
+        linear(grad, maps, offsets, &host_offsets).out
     }
 
     fn moe_grouped_linear_backward_weight(
@@ -143,22 +144,18 @@ impl RouterBackwardOps for CubeBackend {
     }
 }
 
-impl SeatOps for CubeBackend {
-    fn moe_seat(
+impl SlotOps for CubeBackend {
+    fn moe_assign_slots(
         scores: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-        valid: IntTensor<Self>,
-        protected: IntTensor<Self>,
-        rules: SeatRules,
-        given: [bool; 3],
+        states: IntTensor<Self>,
+        rules: SlotRules,
     ) -> (IntTensor<Self>, IntTensor<Self>, IntTensor<Self>) {
-        let [scores, bias, valid, protected] = [scores, bias, valid, protected].map(into_contiguous);
-        seats::seat(scores, bias, valid, protected, rules, given)
+        slots::assign(into_contiguous(scores), into_contiguous(states), rules)
     }
 }
 
-/// `[R, K] -> [R, N], [R, N]` by each row's expert: the output, and what the activation was applied to if that is kept.
-fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor, host_offsets: &[usize]) -> (CubeTensor, CubeTensor) {
+/// `[R, K] -> [R, N]` by each row's expert.
+fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor, host_offsets: &[usize]) -> Linear {
     let (x, offsets) = (into_contiguous(x), into_contiguous(offsets));
     if by_expert::is_worth_it(&x, [x.meta.shape()[1], maps.columns()], host_offsets) {
         by_expert::linear(x, maps, offsets, host_offsets)

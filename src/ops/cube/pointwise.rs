@@ -3,7 +3,10 @@
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::launch::{Elementwise, elem, elem_pair, empty, vector_size};
+use super::{
+    grouped::Linear,
+    launch::{Elementwise, elem, elem_pair, empty, vector_size},
+};
 use crate::ops::Activation;
 
 /// `1 / √2`
@@ -144,29 +147,29 @@ pub(super) fn finish<N: Size>(value: Vector<f32, N>, #[comptime] activation: Opt
     }
 }
 
-/// `[R, F], [E, F] -> [R, F], [R, F]`: the output, and what the activation was applied to if that is kept. `rows` is written over.
+/// `[R, F], [E, F] -> [R, F]`; `rows` is written over.
 pub(super) fn add_bias(
     rows: CubeTensor,
     bias: CubeTensor,
     offsets: CubeTensor,
     activation: Option<Activation>,
     keep_pre: bool,
-) -> (CubeTensor, CubeTensor) {
+) -> Linear {
     let [num_rows, width] = rows.meta.shape().dims();
     let [num_experts, _] = bias.meta.shape().dims();
-    let out = if keep_pre { empty(&rows, [num_rows, width]) } else { rows.clone() };
+    let kept_out = keep_pre.then(|| empty(&rows, [num_rows, width]));
     let lanes = vector_size(&rows, width);
     let grid = Elementwise::new(&rows, num_rows * width / lanes);
     let dtypes = elem_pair(&rows, &offsets);
-    // Not written if there is nothing to keep; a buffer may not be bound for writing twice.
-    let other = if keep_pre { out.clone() } else { bias.clone() };
+    // What stands in for it is not written; a buffer may not be bound for writing twice.
+    let out_or_any = kept_out.clone().unwrap_or_else(|| bias.clone());
     add_bias_kernel::launch(
         &rows.client,
         grid.count,
         grid.dim,
         lanes,
         rows.clone().into_tensor_arg(),
-        other.into_tensor_arg(),
+        out_or_any.into_tensor_arg(),
         bias.into_tensor_arg(),
         offsets.into_tensor_arg(),
         width / lanes,
@@ -176,7 +179,10 @@ pub(super) fn add_bias(
         keep_pre,
         dtypes,
     );
-    (out, rows)
+    match kept_out {
+        Some(out) => Linear { out, pre: Some(rows) },
+        None => Linear { out: rows, pre: None },
+    }
 }
 
 /// Any shape.

@@ -6,7 +6,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::launch::{Elementwise, cubes, elem_pair, empty, vector_size};
-use crate::ops::LOST;
+use crate::ops::NON_FINITE;
 
 /// Units that share one dot product.
 const DOT_UNITS: u32 = 64;
@@ -40,14 +40,14 @@ fn gather_kernel<F: Float, N: Size, I: Int>(
     out[ABSOLUTE_POS] = value;
 }
 
-/// `out[t] = Σ_m rows[row of (t, m)]`; if weighted, each row times `gates[t, m]`, and `lost` for a token with a choice that is [`LOST`].
+/// `out[t] = Σ_m rows[row of (t, m)]`; if weighted, each row times `gates[t, m]`, and `non_finite` for a token with a choice that is [`NON_FINITE`].
 #[cube(launch)]
 fn sum_kernel<F: Float, N: Size, I: Int>(
     rows: &Tensor<Vector<F, N>>,
     gates: &Tensor<F>,
     choice_row: &Tensor<I>,
     out: &mut Tensor<Vector<F, N>>,
-    lost: f32,
+    non_finite: f32,
     width: usize,
     num_choices: usize,
     total: usize,
@@ -70,8 +70,8 @@ fn sum_kernel<F: Float, N: Size, I: Int>(
             } else {
                 sum += value;
             }
-        } else if weighted && row == i32::new(comptime!(LOST as i64)) {
-            sum = Vector::new(lost);
+        } else if weighted && row == i32::new(comptime!(NON_FINITE as i64)) {
+            sum = Vector::new(non_finite);
         }
     }
     out[ABSOLUTE_POS] = Vector::cast_from(sum);

@@ -72,7 +72,7 @@ impl MoeBackwardOps for Flex {
         activation: Activation,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let (out, pre) = grouped_linear(x, weight, bias, &host_offsets, Some(activation), true);
-        (out, pre.expect("it was asked for"))
+        (out, pre.expect("it was kept"))
     }
 
     fn moe_activation_backward(x: FloatTensor<Self>, grad: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
@@ -146,7 +146,7 @@ impl MoeBackwardOps for Flex {
     }
 }
 
-/// Also what the activation was applied to, if asked.
+/// Also what the activation was applied to, if it is kept.
 fn grouped_linear(
     x: FlexTensor,
     weight: FlexTensor,
@@ -185,8 +185,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_without_a_choice_are_zeros_and_lost_tokens_are_nan() {
-        let (row_choice, choice_row) = ([1, -1], [-1, 0, crate::ops::LOST, crate::ops::LOST]);
+    fn rows_without_a_choice_are_zeros_and_tokens_that_are_not_finite_are_nan() {
+        let (row_choice, choice_row) = ([1, -1], [-1, 0, crate::ops::NON_FINITE, crate::ops::NON_FINITE]);
         let (x, rows, gates) = ([3.0; 4], [5.0; 4], [0.5; 4]);
         assert_eq!(rows::gather(&x, 2, &row_choice, 2)[..], [3.0, 3.0, 0.0, 0.0]);
         assert_eq!(rows::weighted_gather(&x, 2, &gates, &row_choice, 2)[..], [1.5, 1.5, 0.0, 0.0]);
@@ -198,7 +198,7 @@ mod tests {
     /// In tests a new buffer holds NaN: see [`Buffer::new`].
     #[test]
     fn every_value_of_an_output_is_written() {
-        // Four tokens of width 2 with two choices each; experts 0 and 2 have rows, expert 1 has none, and token 3 has no seat.
+        // Four tokens of width 2 with two choices each; experts 0 and 2 have rows, expert 1 has none, and token 3 has no slot.
         let offsets = [0, 2, 2, 5];
         let (row_choice, choice_row) = ([0, 2, 1, 3, 4], [0, 2, 1, 3, 4, -1, -1, -1]);
         let (x, rows, gates) = ([1.0; 8], [1.0; 10], [0.5; 8]);
@@ -212,7 +212,7 @@ mod tests {
             rows::products(&x, &rows, 2, &choice_row, 2),
             grouped::linear(&rows, &maps, &[1.0; 9], &offsets, None, false).0,
             out,
-            pre.expect("it was asked for"),
+            pre.expect("it was kept"),
             grouped::backward_x(&[1.0; 15], &maps, &offsets),
             grouped::backward_weight(&rows, &[1.0; 15], [2, 3], &offsets),
             grouped::backward_bias(&[1.0; 15], 3, &offsets),

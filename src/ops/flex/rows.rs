@@ -6,7 +6,7 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use crate::ops::LOST;
+use crate::ops::NON_FINITE;
 
 /// Values that one task moves.
 const CHUNK: usize = 1 << 14;
@@ -34,8 +34,8 @@ fn row_of(values: &[f32], width: usize, row: usize) -> &[f32] {
     &values[row * width..(row + 1) * width]
 }
 
-/// The seated choices of one token: their place among the token's choices, and their row.
-fn seated(choice_row: &[i32], token: usize, num_choices: usize) -> impl Iterator<Item = (usize, usize)> {
+/// The choices of one token that have a row: their place among the token's choices, and their row.
+fn rows_of(choice_row: &[i32], token: usize, num_choices: usize) -> impl Iterator<Item = (usize, usize)> {
     let choices = token * num_choices..(token + 1) * num_choices;
     choice_row[choices].iter().enumerate().filter(|(_, row)| **row >= 0).map(|(m, &row)| (m, row as usize))
 }
@@ -69,7 +69,7 @@ pub(super) fn sum(rows: &[f32], width: usize, choice_row: &[i32], num_tokens: us
     let mut out = Buffer::new(num_tokens * width);
     for_each_row(&mut out, width, |t, token| {
         token.fill(0.0);
-        for (_, row) in seated(choice_row, t, num_choices) {
+        for (_, row) in rows_of(choice_row, t, num_choices) {
             for (out, x) in token.iter_mut().zip(row_of(rows, width, row)) {
                 *out += x;
             }
@@ -78,16 +78,16 @@ pub(super) fn sum(rows: &[f32], width: usize, choice_row: &[i32], num_tokens: us
     out
 }
 
-/// `out[t] = Σ_m gates[t, m] · rows[row of (t, m)]`; NaN for a token with a choice that is [`LOST`].
+/// `out[t] = Σ_m gates[t, m] · rows[row of (t, m)]`; NaN for a token with a choice that is [`NON_FINITE`].
 pub(super) fn weighted_sum(rows: &[f32], width: usize, gates: &[f32], choice_row: &[i32], num_tokens: usize) -> Buffer {
     let num_choices = choice_row.len() / num_tokens;
     let mut out = Buffer::new(num_tokens * width);
     for_each_row(&mut out, width, |t, token| {
-        if choice_row[t * num_choices..(t + 1) * num_choices].contains(&LOST) {
+        if choice_row[t * num_choices..(t + 1) * num_choices].contains(&NON_FINITE) {
             return token.fill(f32::NAN);
         }
         token.fill(0.0);
-        for (m, row) in seated(choice_row, t, num_choices) {
+        for (m, row) in rows_of(choice_row, t, num_choices) {
             let gate = gates[t * num_choices + m];
             for (out, x) in token.iter_mut().zip(row_of(rows, width, row)) {
                 *out += gate * x;
@@ -106,7 +106,7 @@ pub(super) fn products(x: &[f32], rows: &[f32], width: usize, choice_row: &[i32]
         Arch::new().dispatch(|| {
             for (i, products) in chunk.chunks_exact_mut(num_choices).enumerate() {
                 let t = task * tokens + i;
-                for (m, row) in seated(choice_row, t, num_choices) {
+                for (m, row) in rows_of(choice_row, t, num_choices) {
                     products[m] = dot(row_of(x, width, t), row_of(rows, width, row));
                 }
             }

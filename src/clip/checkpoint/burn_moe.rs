@@ -1,0 +1,127 @@
+//! This crate's own format, which sparse models have: open_clip's names, and a configuration with every setting.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::{
+    config::{ConfigFileError, Result},
+    format::Format,
+    open_clip,
+    table::Table,
+};
+use crate::{
+    clip::{ClipConfig, ImagePreprocessing},
+    layer::experts::FeedForwardForm,
+    transformer::{SparseEncoderConfig, SparseLayer},
+};
+
+pub(super) const FORMAT: Format = Format {
+    config: "burn_moe_config.json",
+    // The second is the name that version 2 had.
+    weights: &["burn_moe_model.safetensors", "model.safetensors"],
+    read,
+    processor: None,
+    entries: open_clip::entries,
+};
+
+/// Version of `burn_moe_config.json`.
+const VERSION: u64 = 5;
+/// The oldest one that is still read.
+const OLDEST: u64 = 2;
+
+#[derive(Serialize, Deserialize)]
+struct BurnMoeFile {
+    version: u64,
+    clip: Value,
+}
+
+fn read(text: &str) -> Result<ClipConfig> {
+    let mut file: BurnMoeFile = serde_json::from_str(text)?;
+    if !(OLDEST..=VERSION).contains(&file.version) {
+        let version = file.version;
+        return Err(ConfigFileError(format!(
+            "version {version} was written by another burn-moe; this one reads {OLDEST} to {VERSION}"
+        )));
+    }
+    if file.version < VERSION {
+        add_newer_fields(&mut file.clip)?;
+    }
+    Ok(serde_json::from_value(file.clip)?)
+}
+
+/// Older versions knew nothing of what these fields say, and did what their defaults say.
+fn add_newer_fields(clip: &mut Value) -> Result<()> {
+    // Since version 4.
+    if let Some(Value::Object(vision)) = clip.get_mut("vision") {
+        vision.entry("preprocessing").or_insert(serde_json::to_value(ImagePreprocessing::new())?);
+    }
+    for tower in ["vision", "text"] {
+        let Some(Value::Object(sparse)) = clip.pointer_mut(&format!("/{tower}/encoder/sparse")) else { continue };
+        // Since version 3.
+        sparse.entry("form").or_insert(json!("Plain"));
+        sparse.entry("padding").or_insert(json!("Excluded"));
+        // Since version 5.
+        nest_routing(sparse);
+    }
+    if let Some(Value::Object(text)) = clip.get_mut("text") {
+        text.entry("projection_bias").or_insert(Value::Bool(false));
+    }
+    Ok(())
+}
+
+/// Until version 4, the settings of routed layers stood beside those of all sparse layers, and a balancing bias was an enum.
+fn nest_routing(sparse: &mut Map<String, Value>) {
+    let mut routed: Map<String, Value> = ["router", "assignment", "shared_expert", "protection"]
+        .into_iter()
+        .filter_map(|field| sparse.remove(field).map(|value| (field.to_string(), value)))
+        .collect();
+    if let Some(Value::Object(router)) = routed.get_mut("router")
+        && let Some(bias) = router.remove("balancing_bias")
+    {
+        router.insert("balancing_rate".into(), bias.pointer("/Sign/rate").cloned().unwrap_or(Value::Null));
+    }
+    let is_routed = sparse.get("layer").is_none_or(|layer| layer == "Routed");
+    if is_routed {
+        sparse.insert("layer".into(), json!({ "Routed": routed }));
+    }
+}
+
+pub(super) fn to_text(config: &ClipConfig) -> String {
+    let clip = serde_json::to_value(config).expect("a configuration is JSON");
+    serde_json::to_string_pretty(&BurnMoeFile { version: VERSION, clip }).expect("JSON can be written")
+}
+
+/// The tensors of a sparse layer.
+pub(super) fn sparse_layer(table: &mut Table, key: &str, sparse: &SparseEncoderConfig, d: usize, f: usize, path: &str) {
+    let e = sparse.num_experts;
+    match &sparse.layer {
+        SparseLayer::Routed(routed) => {
+            let path = format!("{path}.feed_forward.Moe");
+            table.same(&format!("{key}.router.weight"), &[d, e], &format!("{path}.router.weight"));
+            if routed.router.balancing_rate.is_some() {
+                table.same(&format!("{key}.router.balancing_bias"), &[e], &format!("{path}.router.balancing_bias"));
+            }
+            experts(table, &format!("{key}.experts"), sparse.form, [e, d, f], &format!("{path}.experts"));
+            if let Some(f) = routed.shared_expert {
+                experts(table, &format!("{key}.shared_expert"), sparse.form, [1, d, f], &format!("{path}.shared_expert"));
+            }
+        }
+        SparseLayer::Soft { slots_per_expert } => {
+            let path = format!("{path}.feed_forward.SoftMoe");
+            table.same(&format!("{key}.slots"), &[d, e * slots_per_expert], &format!("{path}.slots"));
+            experts(table, &format!("{key}.experts"), sparse.form, [e, d, f], &format!("{path}.experts"));
+        }
+    }
+}
+
+fn experts(table: &mut Table, key: &str, form: FeedForwardForm, [e, d, f]: [usize; 3], path: &str) {
+    let mut tensor = |name: &str, shape: &[usize]| table.same(&format!("{key}.{name}"), shape, &format!("{path}.{name}"));
+    tensor("w_in", &[e, d, f]);
+    tensor("b_in", &[e, f]);
+    if form == FeedForwardForm::Gated {
+        tensor("w_gate", &[e, d, f]);
+        tensor("b_gate", &[e, f]);
+    }
+    tensor("w_out", &[e, f, d]);
+    tensor("b_out", &[e, d]);
+}

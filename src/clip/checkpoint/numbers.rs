@@ -1,0 +1,52 @@
+//! Numbers as they are stored.
+
+use safetensors::Dtype;
+
+use super::Precision;
+
+/// Numbers of a stored tensor; `None` for a dtype that is no weight.
+pub(super) fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+    Some(match dtype {
+        Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        Dtype::F64 => bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect(),
+        Dtype::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::BF16 => bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+        _ => return None,
+    })
+}
+
+impl Precision {
+    pub(super) fn dtype(self) -> Dtype {
+        match self {
+            Self::F32 => Dtype::F32,
+            Self::F16 => Dtype::F16,
+            Self::BF16 => Dtype::BF16,
+        }
+    }
+
+    /// How many values would be written as something else than a finite number.
+    pub(super) fn overflows(self, values: &[f32]) -> usize {
+        let fits = |v: f32| match self {
+            Self::F32 => v.is_finite(),
+            Self::F16 => half::f16::from_f32(v).is_finite(),
+            Self::BF16 => half::bf16::from_f32(v).is_finite(),
+        };
+        values.iter().filter(|v| !fits(**v)).count()
+    }
+
+    pub(super) fn encode(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            Self::F32 => bytes_of(values, f32::to_le_bytes),
+            Self::F16 => bytes_of(values, |v| half::f16::from_f32(v).to_le_bytes()),
+            Self::BF16 => bytes_of(values, |v| half::bf16::from_f32(v).to_le_bytes()),
+        }
+    }
+}
+
+fn bytes_of<const N: usize>(values: &[f32], encode: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
+    let mut bytes = vec![0; N * values.len()];
+    for (bytes, value) in bytes.as_chunks_mut::<N>().0.iter_mut().zip(values) {
+        *bytes = encode(*value);
+    }
+    bytes
+}

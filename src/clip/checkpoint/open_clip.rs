@@ -1,0 +1,281 @@
+//! open_clip's format.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::{
+    CheckpointError,
+    burn_moe::sparse_layer,
+    config::{Channels, ConfigFileError, Result, refuse},
+    format::Format,
+    table::{Entry, Form, Table},
+};
+use crate::{
+    clip::{ClipConfig, EndOfText, IMAGE_MEAN, IMAGE_STD, ImagePreprocessing, Interpolation, ResizeMode, TextConfig, VisionConfig},
+    layer::experts::Activation,
+    transformer::EncoderConfig,
+};
+
+pub(super) const FORMAT: Format =
+    Format { config: "open_clip_config.json", weights: &["open_clip_model.safetensors"], read, processor: None, entries };
+
+#[derive(Deserialize)]
+struct OpenClipFile {
+    model_cfg: OpenClipModel,
+    #[serde(default)]
+    preprocess_cfg: Option<OpenClipPreprocess>,
+}
+
+#[derive(Deserialize, Serialize)]
+struct OpenClipModel {
+    embed_dim: usize,
+    #[serde(default)]
+    quick_gelu: bool,
+    vision_cfg: OpenClipVision,
+    text_cfg: OpenClipText,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
+}
+
+#[derive(Deserialize, Serialize)]
+struct OpenClipVision {
+    layers: usize,
+    width: usize,
+    #[serde(default = "head_width")]
+    head_width: usize,
+    patch_size: usize,
+    image_size: usize,
+    #[serde(default = "mlp_ratio")]
+    mlp_ratio: f64,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
+}
+
+#[derive(Deserialize, Serialize)]
+struct OpenClipText {
+    #[serde(default = "context_length")]
+    context_length: usize,
+    #[serde(default = "vocab_size")]
+    vocab_size: usize,
+    width: usize,
+    heads: usize,
+    layers: usize,
+    #[serde(default = "mlp_ratio")]
+    mlp_ratio: f64,
+    #[serde(default)]
+    proj_bias: bool,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
+}
+
+fn head_width() -> usize {
+    64
+}
+
+fn mlp_ratio() -> f64 {
+    4.0
+}
+
+fn context_length() -> usize {
+    77
+}
+
+fn vocab_size() -> usize {
+    49408
+}
+
+/// Settings whose value here says what is so anyway, or that say nothing about the weights.
+const KNOWN: [(&str, Option<&str>); 5] = [
+    ("pool_type", Some("tok")),
+    ("pool_type", Some("argmax")),
+    ("init_logit_scale", None),
+    ("hf_tokenizer_name", None),
+    ("tokenizer_kwargs", None),
+];
+
+/// A setting that is not known changes nothing when it is off; otherwise the model would be another one.
+fn refuse_unknown(part: &str, rest: &Map<String, Value>) -> Result<()> {
+    for (name, value) in rest {
+        let off = match value {
+            Value::Null | Value::Bool(false) => true,
+            Value::Number(number) => number.as_f64() == Some(0.0),
+            Value::Object(map) => map.is_empty(),
+            Value::Array(list) => list.is_empty(),
+            _ => false,
+        };
+        let known = KNOWN.iter().any(|(known, wanted)| known == name && wanted.is_none_or(|wanted| value == wanted));
+        if !off && !known {
+            return Err(ConfigFileError(format!("`{part}.{name}` = {value} is not supported")));
+        }
+    }
+    Ok(())
+}
+
+fn read(text: &str) -> Result<ClipConfig> {
+    let OpenClipFile { model_cfg: model, preprocess_cfg } = serde_json::from_str(text)?;
+    refuse_unknown("model_cfg", &model.rest)?;
+    refuse_unknown("vision_cfg", &model.vision_cfg.rest)?;
+    refuse_unknown("text_cfg", &model.text_cfg.rest)?;
+    let activation = if model.quick_gelu { Activation::QuickGelu } else { Activation::Gelu };
+    let encoder =
+        |width: usize, heads, layers, ratio: f64| EncoderConfig::new(width, heads, layers, (width as f64 * ratio + 1e-6) as usize);
+    let v = model.vision_cfg;
+    let heads = v.width.checked_div(v.head_width).unwrap_or(0);
+    let vision = VisionConfig::new(encoder(v.width, heads, v.layers, v.mlp_ratio), v.image_size, v.patch_size)
+        .with_preprocessing(preprocess_cfg.unwrap_or_default().read()?);
+    let t = model.text_cfg;
+    let text = TextConfig::new(encoder(t.width, t.heads, t.layers, t.mlp_ratio))
+        .with_vocab_size(t.vocab_size)
+        .with_context_length(t.context_length)
+        .with_projection_bias(t.proj_bias);
+    Ok(ClipConfig::new(vision, text, model.embed_dim).activation(activation))
+}
+
+pub(super) fn to_text(config: &ClipConfig) -> std::result::Result<String, CheckpointError> {
+    let (vision, text) = (&config.vision, &config.text);
+    for (refused, what) in [
+        (config.is_sparse(), "sparse blocks"),
+        (vision.encoder.activation != text.encoder.activation, "another activation in each tower"),
+        (!matches!(vision.encoder.activation, Activation::Gelu | Activation::QuickGelu), "this activation"),
+        (text.end_of_text != EndOfText::HighestId, "an end-of-text id"),
+        (vision.channels != 3, "other than 3 colour channels"),
+        (vision.encoder.norm_epsilon != 1e-5 || text.encoder.norm_epsilon != 1e-5, "another layer-norm epsilon than 1e-5"),
+    ] {
+        if refused {
+            return Err(CheckpointError::NoPlace { format: "open_clip", what });
+        }
+    }
+    // open_clip cuts the fraction off the product; rounding in the quotient must not cost the last unit.
+    let ratio = |encoder: &EncoderConfig| {
+        let ratio = encoder.d_ff as f64 / encoder.d_model as f64;
+        if (ratio * encoder.d_model as f64) as usize == encoder.d_ff {
+            ratio
+        } else {
+            (encoder.d_ff as f64 + 1e-7) / encoder.d_model as f64
+        }
+    };
+    let model = OpenClipModel {
+        embed_dim: config.embed_dim,
+        quick_gelu: vision.encoder.activation == Activation::QuickGelu,
+        vision_cfg: OpenClipVision {
+            layers: vision.encoder.n_layers,
+            width: vision.encoder.d_model,
+            head_width: vision.encoder.d_model / vision.encoder.n_heads,
+            patch_size: vision.patch_size,
+            image_size: vision.image_size,
+            mlp_ratio: ratio(&vision.encoder),
+            rest: Map::new(),
+        },
+        text_cfg: OpenClipText {
+            context_length: text.context_length,
+            vocab_size: text.vocab_size,
+            width: text.encoder.d_model,
+            heads: text.encoder.n_heads,
+            layers: text.encoder.n_layers,
+            mlp_ratio: ratio(&text.encoder),
+            proj_bias: text.projection_bias,
+            rest: Map::new(),
+        },
+        rest: Map::new(),
+    };
+    let file = serde_json::json!({ "model_cfg": model, "preprocess_cfg": OpenClipPreprocess::of(&vision.preprocessing) });
+    Ok(serde_json::to_string_pretty(&file).expect("JSON can be written"))
+}
+
+/// open_clip's `preprocess_cfg`. It takes the size from the model, whatever is said here.
+#[derive(Deserialize, Serialize, Default)]
+struct OpenClipPreprocess {
+    mean: Option<Channels>,
+    std: Option<Channels>,
+    interpolation: Option<String>,
+    resize_mode: Option<String>,
+    mode: Option<String>,
+}
+
+impl OpenClipPreprocess {
+    fn read(self) -> Result<ImagePreprocessing> {
+        let interpolation = match self.interpolation.as_deref() {
+            // A random choice is made in training only.
+            None | Some("bicubic" | "random") => Interpolation::Bicubic,
+            Some("bilinear") => Interpolation::Bilinear,
+            Some(other) => return refuse("preprocess_cfg.interpolation", other),
+        };
+        let resize_mode = match self.resize_mode.as_deref() {
+            None | Some("shortest") => ResizeMode::Shortest,
+            Some("squash") => ResizeMode::Squash,
+            Some(other) => return refuse("preprocess_cfg.resize_mode", other),
+        };
+        if let Some(mode) = self.mode.filter(|mode| mode != "RGB") {
+            return refuse("preprocess_cfg.mode", mode);
+        }
+        Ok(ImagePreprocessing {
+            mean: self.mean.map_or(IMAGE_MEAN, Channels::each),
+            std: self.std.map_or(IMAGE_STD, Channels::each),
+            resize_mode,
+            interpolation,
+        })
+    }
+
+    fn of(preprocessing: &ImagePreprocessing) -> Self {
+        let interpolation = match preprocessing.interpolation {
+            Interpolation::Bicubic => "bicubic",
+            Interpolation::Bilinear => "bilinear",
+        };
+        let resize_mode = match preprocessing.resize_mode {
+            ResizeMode::Shortest => "shortest",
+            ResizeMode::Squash => "squash",
+        };
+        Self {
+            mean: Some(Channels::Each(preprocessing.mean)),
+            std: Some(Channels::Each(preprocessing.std)),
+            interpolation: Some(interpolation.into()),
+            resize_mode: Some(resize_mode.into()),
+            mode: Some("RGB".into()),
+        }
+    }
+}
+
+/// Every tensor of a configuration; a sparse layer has this crate's own names.
+pub(super) fn entries(config: &ClipConfig) -> Vec<Entry> {
+    let mut table = Table::default();
+    let (vision, text, embed) = (&config.vision, &config.text, config.embed_dim);
+    let (vd, td, patch) = (vision.encoder.d_model, text.encoder.d_model, vision.patch_size);
+    let conv = vec![vd, vision.channels, patch, patch];
+    table.add("logit_scale", vec![], "logit_scale", Form::Scalar);
+    table.add("visual.conv1.weight", conv, "vision.patch_embedding.weight", Form::OutputFirst);
+    table.same("visual.class_embedding", &[vd], "vision.class_embedding");
+    table.same("visual.positional_embedding", &[vision.num_tokens(), vd], "vision.position_embedding");
+    table.norm("visual.ln_pre", vd, "vision.norm_pre");
+    table.norm("visual.ln_post", vd, "vision.norm_post");
+    table.same("visual.proj", &[vd, embed], "vision.projection.weight");
+    table.same("token_embedding.weight", &[text.vocab_size, td], "text.token_embedding.weight");
+    table.same("positional_embedding", &[text.context_length, td], "text.position_embedding");
+    table.norm("ln_final", td, "text.norm_final");
+    match text.projection_bias {
+        false => table.same("text_projection", &[td, embed], "text.projection.weight"),
+        true => table.linear("text_projection", td, embed, "text.projection"),
+    }
+    blocks(&mut table, "visual.transformer.resblocks", "vision.encoder.blocks", &vision.encoder);
+    blocks(&mut table, "transformer.resblocks", "text.encoder.blocks", &text.encoder);
+    table.entries
+}
+
+fn blocks(table: &mut Table, key: &str, path: &str, encoder: &EncoderConfig) {
+    let (d, f) = (encoder.d_model, encoder.d_ff);
+    for index in 0..encoder.n_layers {
+        let (key, path) = (format!("{key}.{index}"), format!("{path}.{index}"));
+        for (part, name) in ["query", "key", "value"].into_iter().enumerate() {
+            let path = format!("{path}.attention.{name}");
+            let (weight, bias) = (Form::FusedWeight { part }, Form::FusedBias { part });
+            table.add(&format!("{key}.attn.in_proj_weight"), vec![3 * d, d], &format!("{path}.weight"), weight);
+            table.add(&format!("{key}.attn.in_proj_bias"), vec![3 * d], &format!("{path}.bias"), bias);
+        }
+        table.linear(&format!("{key}.attn.out_proj"), d, d, &format!("{path}.attention.output"));
+        table.norm(&format!("{key}.ln_1"), d, &format!("{path}.norm_attention"));
+        table.norm(&format!("{key}.ln_2"), d, &format!("{path}.norm_feed_forward"));
+        match encoder.sparse_block(index) {
+            None => table.mlp(&key, ["mlp.c_fc", "mlp.c_proj"], d, f, &path),
+            Some(sparse) => sparse_layer(table, &format!("{key}.moe"), sparse, d, sparse.d_ff.unwrap_or(f), &path),
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! Which stored tensor is which parameter: what the tables of all formats are made of.
+
+/// One parameter and where it is stored.
+#[derive(Debug)]
+pub(super) struct Entry {
+    /// Name in the file; the three parts of a fused projection share one.
+    pub key: String,
+    /// Shape in the file.
+    pub stored_shape: Vec<usize>,
+    /// Path in the model.
+    pub path: String,
+    form: Form,
+}
+
+/// How the stored tensor differs from the parameter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Form {
+    /// Not at all.
+    Same,
+    /// A scalar; the parameter is `[1]`.
+    Scalar,
+    /// `[out, ..]`, as PyTorch's linear and convolution weights; the parameter is `[in, out]`.
+    OutputFirst,
+    /// Rows `part · n .. (part + 1) · n` of `[3 n]`.
+    FusedBias { part: usize },
+    /// Rows `part · n .. (part + 1) · n` of `[3 n, in]`; the parameter is `[in, n]`.
+    FusedWeight { part: usize },
+}
+
+impl Entry {
+    /// Which third of the stored tensor the parameter is; `None`: all of it.
+    pub(super) fn part(&self) -> Option<usize> {
+        match self.form {
+            Form::FusedBias { part } | Form::FusedWeight { part } => Some(part),
+            Form::Same | Form::Scalar | Form::OutputFirst => None,
+        }
+    }
+
+    /// Values of the parameter in the stored order.
+    fn rows(&self) -> usize {
+        self.stored_shape.first().copied().unwrap_or(1) / if self.part().is_some() { 3 } else { 1 }
+    }
+
+    /// From the file, of which [`part`](Self::part) was read, to the model.
+    pub(super) fn load(&self, stored: Vec<f32>) -> Vec<f32> {
+        match self.form {
+            Form::Same | Form::Scalar | Form::FusedBias { .. } => stored,
+            Form::OutputFirst | Form::FusedWeight { .. } => transposed(&stored, self.rows()),
+        }
+    }
+
+    /// From the model to [`part`](Self::part) of the file.
+    pub(super) fn store(&self, values: Vec<f32>) -> Vec<f32> {
+        match self.form {
+            Form::Same | Form::Scalar | Form::FusedBias { .. } => values,
+            Form::OutputFirst | Form::FusedWeight { .. } => {
+                let columns = values.len() / self.rows();
+                transposed(&values, columns)
+            }
+        }
+    }
+}
+
+/// `[rows, columns] -> [columns, rows]`, in squares that fit the cache.
+fn transposed(values: &[f32], rows: usize) -> Vec<f32> {
+    const SIDE: usize = 32;
+    let columns = values.len() / rows.max(1);
+    let mut out = vec![0.0; values.len()];
+    for first_row in (0..rows).step_by(SIDE) {
+        for first_column in (0..columns).step_by(SIDE) {
+            for row in first_row..(first_row + SIDE).min(rows) {
+                for column in first_column..(first_column + SIDE).min(columns) {
+                    out[column * rows + row] = values[row * columns + column];
+                }
+            }
+        }
+    }
+    out
+}
+
+/// The table of a format, while it is written down.
+#[derive(Default)]
+pub(super) struct Table {
+    pub(super) entries: Vec<Entry>,
+}
+
+impl Table {
+    pub(super) fn add(&mut self, key: &str, stored_shape: Vec<usize>, path: &str, form: Form) {
+        self.entries.push(Entry { key: key.to_string(), stored_shape, path: path.to_string(), form });
+    }
+
+    pub(super) fn same(&mut self, key: &str, shape: &[usize], path: &str) {
+        self.add(key, shape.to_vec(), path, Form::Same);
+    }
+
+    pub(super) fn norm(&mut self, key: &str, width: usize, path: &str) {
+        self.same(&format!("{key}.weight"), &[width], &format!("{path}.gamma"));
+        self.same(&format!("{key}.bias"), &[width], &format!("{path}.beta"));
+    }
+
+    pub(super) fn weight(&mut self, key: &str, d_in: usize, d_out: usize, path: &str) {
+        self.add(&format!("{key}.weight"), vec![d_out, d_in], &format!("{path}.weight"), Form::OutputFirst);
+    }
+
+    pub(super) fn linear(&mut self, key: &str, d_in: usize, d_out: usize, path: &str) {
+        self.weight(key, d_in, d_out, path);
+        self.same(&format!("{key}.bias"), &[d_out], &format!("{path}.bias"));
+    }
+
+    pub(super) fn mlp(&mut self, key: &str, names: [&str; 2], d: usize, f: usize, path: &str) {
+        self.linear(&format!("{key}.{}", names[0]), d, f, &format!("{path}.feed_forward.Dense.linear_in"));
+        self.linear(&format!("{key}.{}", names[1]), f, d, &format!("{path}.feed_forward.Dense.linear_out"));
+    }
+}

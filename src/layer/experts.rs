@@ -1,0 +1,216 @@
+//! The experts: feed-forward networks with stacked weights.
+
+use burn::config::Config;
+use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
+use burn::nn::Initializer;
+use burn::tensor::{Device, Tensor, assert_shape};
+use serde::{Deserialize, Serialize};
+
+pub use crate::ops::Activation;
+use crate::{
+    ops::{self, Offsets},
+    routing::Dispatcher,
+    support::cost::Cost,
+};
+
+/// How a feed-forward network uses its activation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FeedForwardForm {
+    /// `act(x · W_in + b_in) · W_out + b_out`.
+    Plain,
+    /// `(act(x · W_gate + b_gate) ⊙ (x · W_in + b_in)) · W_out + b_out` (Shazeer, [arXiv 2002.05202](https://arxiv.org/abs/2002.05202)): SwiGLU
+    /// with SiLU, GEGLU with GELU.
+    Gated,
+}
+
+/// Configuration of an [`ExpertMlp`].
+#[derive(Config, Debug)]
+pub struct ExpertMlpConfig {
+    /// Token width, `D`.
+    pub d_model: usize,
+    /// Hidden width of each expert, `F`.
+    pub d_ff: usize,
+    /// Number of experts, `E`.
+    pub num_experts: usize,
+    /// Everything but the sizes. Default: [`ExpertOptions::new`]
+    #[config(default = "ExpertOptions::new()")]
+    pub options: ExpertOptions,
+}
+
+/// Options of an [`ExpertMlp`], whatever its sizes are.
+#[derive(Config, Debug)]
+pub struct ExpertOptions {
+    /// Plain or gated. Default: `Plain`
+    #[config(default = "FeedForwardForm::Plain")]
+    pub form: FeedForwardForm,
+    /// The non-linearity. Default: `Gelu`
+    #[config(default = "Activation::Gelu")]
+    pub activation: Activation,
+    /// Whether the maps have biases. Default: true
+    #[config(default = true)]
+    pub bias: bool,
+    /// How weights and biases start; fans are those of one expert. Default: `U(-1/√fan_in, 1/√fan_in)`, as burn's `Linear`
+    #[config(default = "Initializer::KaimingUniform{gain: 1.0 / 3f64.sqrt(), fan_out_only: false}")]
+    pub initializer: Initializer,
+}
+
+/// `E` feed-forward networks side by side: `FFN_e(x) = act(x · W_in[e] + b_in[e]) · W_out[e] + b_out[e]`, or the gated form of
+/// [`FeedForwardForm`].
+#[derive(Module, Debug)]
+#[module(custom_display)]
+pub struct ExpertMlp {
+    /// `[E, D, F]`
+    pub w_in: Param<Tensor<3>>,
+    /// `[E, F]`
+    pub b_in: Option<Param<Tensor<2>>>,
+    /// `[E, D, F]`, in the gated form.
+    pub w_gate: Option<Param<Tensor<3>>>,
+    /// `[E, F]`, in the gated form.
+    pub b_gate: Option<Param<Tensor<2>>>,
+    /// `[E, F, D]`
+    pub w_out: Param<Tensor<3>>,
+    /// `[E, D]`
+    pub b_out: Option<Param<Tensor<2>>>,
+    /// The non-linearity.
+    #[module(skip)]
+    pub activation: Activation,
+}
+
+impl ExpertOptions {
+    /// SwiGLU experts: gated, SiLU.
+    pub fn swiglu() -> Self {
+        Self::new().with_form(FeedForwardForm::Gated).with_activation(Activation::Silu)
+    }
+
+    /// GEGLU experts: gated, GELU.
+    pub fn geglu() -> Self {
+        Self::new().with_form(FeedForwardForm::Gated)
+    }
+}
+
+impl ExpertMlpConfig {
+    /// Cost of one expert over `rows` rows.
+    pub(crate) fn cost_of_one(&self, rows: usize) -> Cost {
+        let gate = match self.options.form {
+            FeedForwardForm::Plain => Cost::default(),
+            FeedForwardForm::Gated => Cost::linear(rows, self.d_model, self.d_ff, self.options.bias),
+        };
+        gate + Cost::feed_forward(rows, self.d_model, self.d_ff, self.options.bias)
+    }
+
+    /// New experts.
+    pub fn init(&self, device: &Device) -> ExpertMlp {
+        let &Self { d_model, d_ff, num_experts, ref options } = self;
+        let weight =
+            |fan_in, fan_out| options.initializer.init_with([num_experts, fan_in, fan_out], Some(fan_in), Some(fan_out), device);
+        let bias = |fan_in, fan_out| {
+            let init = || options.initializer.init_with([num_experts, fan_out], Some(fan_in), Some(fan_out), device);
+            options.bias.then(init)
+        };
+        let is_gated = options.form == FeedForwardForm::Gated;
+        ExpertMlp {
+            w_in: weight(d_model, d_ff),
+            b_in: bias(d_model, d_ff),
+            w_gate: is_gated.then(|| weight(d_model, d_ff)),
+            b_gate: if is_gated { bias(d_model, d_ff) } else { None },
+            w_out: weight(d_ff, d_model),
+            b_out: bias(d_ff, d_model),
+            activation: options.activation,
+        }
+    }
+}
+
+impl ExpertMlp {
+    /// Sizes `[E, D, F]`.
+    pub fn dims(&self) -> [usize; 3] {
+        self.w_in.shape().dims()
+    }
+
+    /// Every expert over its own slots.
+    ///
+    /// # Shapes
+    /// - slots: `[E, S, D]`
+    /// - output: `[E, S, D]`
+    ///
+    /// # Panics
+    /// When `slots` is not `[E, _, D]`.
+    pub fn forward(&self, slots: Tensor<3>) -> Tensor<3> {
+        let [num_experts, d_model, _] = self.dims();
+        assert_shape!(slots, [num_experts, _, d_model]);
+        let [_, per_expert, _] = slots.dims();
+        let (device, shape) = (slots.device(), slots.shape());
+        if shape.num_elements() == 0 {
+            return slots;
+        }
+        let offsets = Offsets::new((0..=num_experts).map(|e| e * per_expert).collect::<Vec<_>>(), &device);
+        self.grouped(slots.reshape([num_experts * per_expert, d_model]), &offsets).reshape(shape)
+    }
+
+    /// Applies each expert to its rows: the step between [`dispatch`](Dispatcher::dispatch) and [`combine`](Dispatcher::combine).
+    ///
+    /// # Shapes
+    /// - rows, output: `[R, D]`
+    ///
+    /// # Panics
+    /// When the dispatcher has another number of experts or of rows.
+    pub fn forward_rows(&self, rows: Tensor<2>, dispatcher: &Dispatcher) -> Tensor<2> {
+        let ([num_experts, _, _], [found, _]) = (self.dims(), rows.dims());
+        let (experts, expected) = (dispatcher.num_experts(), dispatcher.num_rows());
+        assert!(experts == num_experts, "a plan of {experts} experts does not fit {num_experts} experts");
+        assert!(found == expected, "{found} rows do not fit a plan of {expected} rows");
+        match dispatcher.offsets() {
+            Some(offsets) => self.grouped(rows, offsets),
+            None => rows,
+        }
+    }
+
+    /// `[R, D] -> [R, D]`
+    fn grouped(&self, rows: Tensor<2>, offsets: &Offsets) -> Tensor<2> {
+        let bias = |bias: &Option<Param<Tensor<2>>>| bias.as_ref().map(|b| b.val());
+        let hidden = match &self.w_gate {
+            None => ops::grouped_linear(rows, self.w_in.val(), bias(&self.b_in), Some(self.activation), offsets),
+            Some(w_gate) => {
+                let gate = ops::grouped_linear(rows.clone(), w_gate.val(), bias(&self.b_gate), Some(self.activation), offsets);
+                gate * ops::grouped_linear(rows, self.w_in.val(), bias(&self.b_in), None, offsets)
+            }
+        };
+        ops::grouped_linear(hidden, self.w_out.val(), bias(&self.b_out), None, offsets)
+    }
+}
+
+impl ModuleDisplay for ExpertMlp {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        DisplaySettings::new().with_new_line_after_attribute(false).optional()
+    }
+
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        let [num_experts, d_model, d_ff] = self.dims();
+        content
+            .add("num_experts", &num_experts)
+            .add("d_model", &d_model)
+            .add("d_ff", &d_ff)
+            .add_debug_attribute("activation", &self.activation)
+            .add("gated", &self.w_gate.is_some())
+            .add("bias", &self.b_in.is_some())
+            .optional()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[should_panic(expected = "assert_shape!(slots, [num_experts, _, d_model]): axis 0 expected 2, got 3")]
+    fn slots_must_be_those_of_every_expert() {
+        let device = Device::default();
+        ExpertMlpConfig::new(4, 8, 2).init(&device).forward(Tensor::zeros([3, 5, 4], &device));
+    }
+
+    #[test]
+    fn display() {
+        let experts = ExpertMlpConfig::new(4, 8, 2).init(&Device::default());
+        let text = "ExpertMlp {num_experts: 2, d_model: 4, d_ff: 8, activation: Gelu, gated: false, bias: true, params: 152}";
+        assert_eq!(format!("{experts}"), text);
+    }
+}

@@ -1,0 +1,5 @@
+//! The sparse layers, and the experts that they are made of.
+
+pub(crate) mod experts;
+pub(crate) mod moe;
+pub(crate) mod soft_moe;

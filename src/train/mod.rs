@@ -1,0 +1,21 @@
+//! CLIP-UP's recipe: take a dense CLIP, upcycle it, train it a little further, and see what it gained.
+//!
+//! Paper: [arXiv 2502.00965](https://arxiv.org/abs/2502.00965). The loop trains any number of models side by side on the same
+//! batches, so that a dense model trained on and its sparse twin differ in nothing else.
+
+mod bootstrap;
+pub mod data;
+mod evaluate;
+mod recipe;
+mod schedule;
+mod state;
+mod vocabulary;
+
+pub use bootstrap::{PairedBootstrap, paired_bootstrap};
+pub use evaluate::{Evaluation, LayerStats, evaluate};
+pub use recipe::{
+    Arm, Checkpointing, Observer, OptimizerConfig, StepLosses, TrainConfig, TrainError, TrainInput, TrainedArm, train,
+};
+pub use schedule::WarmupCosine;
+pub use state::OptimizerState;
+pub use vocabulary::CompactVocabulary;

@@ -1,0 +1,352 @@
+//! The training loop.
+
+mod checkpointing;
+mod checks;
+mod error;
+
+pub use checkpointing::Checkpointing;
+pub use error::TrainError;
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use burn::config::Config;
+use burn::module::{Module, ParamGroup};
+use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
+use burn::tensor::{Device, Tensor};
+use checkpointing::{Progress, fingerprint_of, resume, save};
+use checks::{check_losses, check_model, check_preprocessing};
+
+use super::{
+    CompactVocabulary, Evaluation, OptimizerState, WarmupCosine,
+    data::{Batch, BatchConfig, Batches, ImageTextSet},
+    evaluate,
+};
+use crate::{
+    clip::{Clip, ClipAuxiliaryLossConfig, contrastive_loss},
+    support::{
+        error::ConfigError,
+        finite::{check_finite, check_finite_module},
+    },
+};
+
+/// AdamW and its learning rate. Biases, norms, embeddings, the logit scale and routers are not decayed.
+#[derive(Config, Debug, PartialEq)]
+pub struct OptimizerConfig {
+    /// The learning rate over the steps.
+    pub schedule: WarmupCosine,
+    /// Weight decay, times the learning rate at each step. Default: 0.1
+    #[config(default = 0.1)]
+    pub weight_decay: f32,
+    /// Decay of the first moment. Default: 0.9
+    #[config(default = 0.9)]
+    pub beta_1: f32,
+    /// Decay of the second moment. Default: 0.98
+    #[config(default = 0.98)]
+    pub beta_2: f32,
+    /// Added to the root of the second moment. Default: 1e-8
+    #[config(default = 1e-8)]
+    pub epsilon: f32,
+}
+
+impl OptimizerConfig {
+    fn init(&self) -> ModuleOptimizer {
+        let adamw = AdamWConfig::new().with_beta_1(self.beta_1).with_beta_2(self.beta_2).with_epsilon(self.epsilon);
+        let undecayed = [
+            ".bias",
+            ".gamma",
+            ".beta",
+            ".b_in",
+            ".b_gate",
+            ".b_out",
+            ".router.",
+            "logit_scale",
+            "class_embedding",
+            "position_embedding",
+            "token_embedding",
+        ];
+        adamw.clone().with_weight_decay(self.weight_decay).init().with_group(
+            ParamGroup::from_any_predicates(undecayed.to_vec()),
+            adamw.with_weight_decay(0.0).build(),
+            None,
+        )
+    }
+}
+
+/// Everything that the arms of a run share.
+#[derive(Config, Debug)]
+pub struct TrainConfig {
+    /// Optimiser steps.
+    pub steps: usize,
+    /// How batches are drawn. Default: [`BatchConfig::new`]
+    #[config(default = "BatchConfig::new()")]
+    pub batch: BatchConfig,
+    /// Steps between evaluations; there is always one at the end. Default: 250
+    #[config(default = 250)]
+    pub eval_every: usize,
+    /// Decides the order of the data, captions and image changes. Default: 0
+    #[config(default = 0)]
+    pub seed: u64,
+}
+
+/// One model of a run.
+#[derive(Debug, Clone)]
+pub struct Arm {
+    /// For progress and reports.
+    pub name: String,
+    /// Where it starts.
+    pub model: Clip,
+    /// How it is optimised.
+    pub optimizer: OptimizerConfig,
+    /// Weights of the auxiliary losses; without effect on a model without routed blocks.
+    pub auxiliary: ClipAuxiliaryLossConfig,
+    /// The optimiser's state at the start, from an arm of an earlier run on the same data; `None`: a new one.
+    pub state: Option<OptimizerState>,
+}
+
+/// One model at the end of a run.
+#[derive(Debug, Clone)]
+pub struct TrainedArm {
+    /// As given.
+    pub name: String,
+    /// Where it ended.
+    pub model: Clip,
+    /// Where its optimiser ended.
+    pub state: OptimizerState,
+    /// Evaluations by the number of steps before them, the first one at 0.
+    pub history: Vec<(usize, Evaluation)>,
+    /// Mean over the last tenth of the steps of the share of choices that were dropped in training; 0 for a dense model.
+    pub dropped: f64,
+    /// Captions of the training batches that did not fit the context and were cut.
+    pub truncated: usize,
+    /// Time spent in this arm's own steps since the start or the last resumption, evaluations aside.
+    pub time: Duration,
+    /// Steps that `time` covers.
+    pub timed_steps: usize,
+}
+
+/// What one step of one arm cost.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepLosses {
+    /// The contrastive loss.
+    pub contrastive: f64,
+    /// The weighted auxiliary losses; 0 for a dense model.
+    pub auxiliary: f64,
+    /// Share of choices that were dropped.
+    pub dropped: f64,
+    /// The learning rate.
+    pub learning_rate: f64,
+}
+
+/// What [`train`] takes.
+pub struct TrainInput<'a> {
+    /// The models, which see the same batches.
+    pub arms: Vec<Arm>,
+    /// What they are trained on.
+    pub set: &'a ImageTextSet,
+    /// What they are evaluated on.
+    pub test: &'a ImageTextSet,
+    /// What all arms share.
+    pub config: &'a TrainConfig,
+    /// Where the run is kept, so that it can go on after it was stopped; `None`: nowhere.
+    pub checkpointing: Option<&'a Checkpointing>,
+    /// Where the models are trained.
+    pub device: &'a Device,
+    /// Hears of every step and evaluation; `&mut ()` hears nothing.
+    pub observer: &'a mut dyn Observer,
+}
+
+/// Watches a run: progress bars, logs. Every method does nothing by default.
+pub trait Observer {
+    /// After each step of each arm; `step` counts from 1.
+    fn on_step(&mut self, _arm: usize, _step: usize, _losses: &StepLosses) {}
+    /// After each evaluation.
+    fn on_evaluation(&mut self, _arm: usize, _step: usize, _evaluation: &Evaluation) {}
+}
+
+impl Observer for () {}
+
+/// Trains all arms on the same batches, step by step, and evaluates each on `test` at the start, every
+/// [`eval_every`](TrainConfig::eval_every) steps and at the end.
+///
+/// The order of the data depends on the seed alone; router noise comes from the device's own generator, which arms share and checkpoints
+/// do not keep. With `checkpointing` the run leaves a checkpoint now and then, and goes on
+/// from the last one when it is started again with the same configuration.
+///
+/// # Errors
+/// When the data does not fit, a loss or a parameter is not finite, or a checkpoint cannot be read or written.
+pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
+    let TrainInput { arms, set, test, config, checkpointing, device, observer } = input;
+    let every = checkpointing.map_or(1, |checkpointing| checkpointing.every);
+    let sizes = [("steps", config.steps), ("eval_every", config.eval_every), ("arms", arms.len()), ("checkpointing.every", every)];
+    sizes.into_iter().try_for_each(|(field, value)| ConfigError::non_zero(field, value))?;
+    let data = fingerprint_of(&[set, test], &arms);
+    let vocabulary = CompactVocabulary::of_sets(&[set, test]);
+    let mut runs = Vec::new();
+    for arm in arms {
+        arm.auxiliary.validate()?;
+        check_model(&arm, set, config)?;
+        check_preprocessing(&arm, set)?;
+        check_preprocessing(&arm, test)?;
+        check_losses(&arm)?;
+        runs.push(Run::new(arm, &vocabulary, device)?);
+    }
+    let resumed = match checkpointing {
+        Some(checkpointing) => resume(checkpointing, config, data, &mut runs)?,
+        None => None,
+    };
+    let first_step = match resumed {
+        Some(step) => step,
+        None => {
+            for (index, run) in runs.iter_mut().enumerate() {
+                run.evaluate(index, 0, test, config, &vocabulary, device, observer)?;
+            }
+            0
+        }
+    };
+    let pools = thread_pools(runs.len());
+    let mut batches = Batches::new(set, config.batch, config.seed, first_step)?;
+    for step in first_step..config.steps {
+        let mut batch = batches.next().expect("batches have no end");
+        vocabulary.compact_ids(&mut batch.texts.ids);
+        runs.iter_mut().for_each(|run| run.progress.truncated += batch.texts.truncated);
+        let losses: Vec<Result<StepLosses, TrainError>> = thread::scope(|scope| {
+            let batch = &batch;
+            let step = |(run, pool): (_, &rayon::ThreadPool)| pool.install(|| Run::step(run, batch, step, config, device));
+            let steps: Vec<_> = runs.iter_mut().zip(&pools).map(|arm| scope.spawn(move || step(arm))).collect();
+            steps.into_iter().map(|step| step.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+        });
+        for (index, (run, losses)) in runs.iter_mut().zip(losses).enumerate() {
+            observer.on_step(index, step + 1, &losses?);
+            if (step + 1) % config.eval_every == 0 || step + 1 == config.steps {
+                run.evaluate(index, step + 1, test, config, &vocabulary, device, observer)?;
+            }
+        }
+        if let Some(checkpointing) = checkpointing
+            && ((step + 1) % checkpointing.every == 0 || step + 1 == config.steps)
+        {
+            save(checkpointing, config, data, &runs, step + 1)?;
+        }
+    }
+    runs.into_iter().map(|run| run.finish(config.steps, &vocabulary)).collect()
+}
+
+/// One pool of threads for each arm, which together have as many threads as there are cores. Models this small leave most of a shared
+/// pool idle, and arms that share one wait for each other.
+fn thread_pools(arms: usize) -> Vec<rayon::ThreadPool> {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let pool = || rayon::ThreadPoolBuilder::new().num_threads((cores / arms).max(1)).build().expect("threads can be started");
+    (0..arms).map(|_| pool()).collect()
+}
+
+/// One arm while it runs.
+struct Run {
+    arm: Arm,
+    model: Clip,
+    optimizer: ModuleOptimizer,
+    progress: Progress,
+    history: Vec<(usize, Evaluation)>,
+    time: Duration,
+    timed_steps: usize,
+}
+
+impl Run {
+    fn new(arm: Arm, vocabulary: &CompactVocabulary, device: &Device) -> Result<Self, TrainError> {
+        let model = vocabulary.compact(arm.model.clone()).valid().fork(&device.clone().inner()).train();
+        let mut optimizer = arm.optimizer.init();
+        if let Some(state) = &arm.state {
+            let [ids, _] = model.text.token_embedding.weight.dims();
+            if state.vocabulary() != ids {
+                return Err(TrainError::Model {
+                    arm: arm.name,
+                    what: "token ids in the optimiser's state",
+                    expected: ids.to_string(),
+                    found: state.vocabulary().to_string(),
+                });
+            }
+            optimizer = state.load(optimizer);
+        }
+        Ok(Self { arm, model, optimizer, progress: Progress::default(), history: Vec::new(), time: Duration::ZERO, timed_steps: 0 })
+    }
+
+    fn step(&mut self, batch: &Batch, step: usize, config: &TrainConfig, device: &Device) -> Result<StepLosses, TrainError> {
+        let start = Instant::now();
+        let device = device.clone().autodiff();
+        let output = self.model.forward(batch.images(&device), batch.tokens(&device));
+        let contrastive = contrastive_loss(output.logits_per_image.clone());
+        let routings = || output.image_routings.iter().chain(&output.text_routings);
+        let dropped = routings().fold(0.0, |sum, routing| sum + routing.plan.dropped()) / routings().count().max(1) as f64;
+        let auxiliary = self.arm.auxiliary.init().forward(&output.image_routings, &output.text_routings).map(|losses| losses.total);
+        let total = match &auxiliary {
+            Some(auxiliary) => contrastive.clone() + auxiliary.clone(),
+            None => contrastive.clone(),
+        };
+        let learning_rate = self.arm.optimizer.schedule.at(step, config.steps);
+        let scalar = |loss: &Tensor<1>| f64::from(loss.clone().detach().into_scalar::<f32>());
+        let losses = StepLosses {
+            contrastive: scalar(&contrastive),
+            auxiliary: auxiliary.as_ref().map_or(0.0, scalar),
+            dropped,
+            learning_rate,
+        };
+        if !(losses.contrastive + losses.auxiliary).is_finite() {
+            return Err(self.non_finite(step + 1, &output.image_embeds, &output.text_embeds, &total));
+        }
+        let gradients = GradientsParams::from_grads(total.backward(), &self.model);
+        let model = self.optimizer.step(learning_rate, self.model.clone(), gradients).clamp_logit_scale();
+        self.model = model.update_balancing_bias(&output.image_routings, &output.text_routings);
+        self.progress.dropped.push(dropped);
+        self.time += start.elapsed();
+        self.timed_steps += 1;
+        Ok(losses)
+    }
+
+    /// The first bad tensor in the order in which they were computed.
+    fn non_finite(&self, step: usize, images: &Tensor<2>, texts: &Tensor<2>, loss: &Tensor<1>) -> TrainError {
+        let first = check_finite_module(&self.model)
+            .and_then(|()| check_finite("image embeddings", images))
+            .and_then(|()| check_finite("text embeddings", texts))
+            .and_then(|()| check_finite("loss", loss));
+        let source = first.expect_err("the loss is not finite");
+        TrainError::NonFinite { arm: self.arm.name.clone(), step, source }
+    }
+
+    #[allow(clippy::too_many_arguments)] // one call site, and a struct for it would be this list again
+    fn evaluate(
+        &mut self,
+        index: usize,
+        step: usize,
+        test: &ImageTextSet,
+        config: &TrainConfig,
+        vocabulary: &CompactVocabulary,
+        device: &Device,
+        observer: &mut dyn Observer,
+    ) -> Result<(), TrainError> {
+        let named = |source| TrainError::NonFinite { arm: self.arm.name.clone(), step, source };
+        check_finite_module(&self.model).map_err(named)?;
+        let evaluation = evaluate(&self.model, test, config.batch.context_length, Some(vocabulary), device)?;
+        observer.on_evaluation(index, step, &evaluation);
+        let ranks = (step, evaluation.retrieval.text_ranks.clone(), evaluation.retrieval.image_ranks.clone());
+        self.progress.evaluations.push(ranks);
+        self.history.push((step, evaluation));
+        Ok(())
+    }
+
+    fn finish(self, steps: usize, vocabulary: &CompactVocabulary) -> Result<TrainedArm, TrainError> {
+        let last = self.progress.dropped.len().saturating_sub(steps.div_ceil(10));
+        let tail = &self.progress.dropped[last..];
+        let [ids, _] = self.model.text.token_embedding.weight.dims();
+        Ok(TrainedArm {
+            state: OptimizerState::new(&self.optimizer, ids),
+            dropped: tail.iter().sum::<f64>() / tail.len().max(1) as f64,
+            truncated: self.progress.truncated,
+            model: vocabulary.restore(self.model.valid(), &self.arm.model),
+            name: self.arm.name,
+            history: self.history,
+            time: self.time,
+            timed_steps: self.timed_steps,
+        })
+    }
+}

@@ -1,0 +1,76 @@
+//! Refusing models, losses and data that do not fit each other.
+
+use super::{Arm, TrainConfig, TrainError};
+use crate::{
+    clip::{EndOfText, ImagePreprocessing, tokenizer::ClipTokenizer},
+    routing::router::RouterScore,
+    train::data::ImageTextSet,
+    transformer::FeedForward,
+};
+
+/// Refuses loss weights that the routers of a model have no use for.
+pub(super) fn check_losses(arm: &Arm) -> Result<(), TrainError> {
+    let refused = |what, expected: &str, found: f64| {
+        Err(TrainError::Model { arm: arm.name.clone(), what, expected: expected.into(), found: found.to_string() })
+    };
+    let towers = [(&arm.model.vision.encoder, &arm.auxiliary.image), (&arm.model.text.encoder, &arm.auxiliary.text)];
+    for (feed_forward, weights) in
+        towers.into_iter().flat_map(|(encoder, weights)| encoder.blocks.iter().map(move |block| (&block.feed_forward, weights)))
+    {
+        let (score, noise) = match feed_forward {
+            FeedForward::Dense(_) | FeedForward::SoftMoe(_) => continue,
+            FeedForward::Moe(moe) => (moe.router.score, moe.router.noise),
+        };
+        if score != RouterScore::Softmax && weights.router_z > 0.0 {
+            return refused("weight of the router z-loss", "0 without softmax scores", weights.router_z);
+        }
+        if noise == 0.0 && weights.load > 0.0 {
+            return refused("weight of the load loss", "0 without router noise", weights.load);
+        }
+    }
+    Ok(())
+}
+
+/// Refuses images that were prepared in another way than the model expects.
+pub(super) fn check_preprocessing(arm: &Arm, set: &ImageTextSet) -> Result<(), TrainError> {
+    let (expected, found) = (&arm.model.vision.preprocessing, set.preprocessing());
+    if expected == found {
+        return Ok(());
+    }
+    let text = |p: &ImagePreprocessing| {
+        format!("mean {:?}, std {:?}, resize {:?}, interpolation {:?}", p.mean, p.std, p.resize_mode, p.interpolation)
+    };
+    Err(TrainError::Preprocessing { arm: arm.name.clone(), expected: text(expected), found: text(found) })
+}
+
+/// Refuses a model that would not understand the batches.
+pub(super) fn check_model(arm: &Arm, set: &ImageTextSet, config: &TrainConfig) -> Result<(), TrainError> {
+    let (vision, text) = (&arm.model.vision, &arm.model.text);
+    let [patch_pixels, _] = vision.patch_embedding.weight.dims();
+    let [vision_tokens, _] = vision.position_embedding.dims();
+    let [context, _] = text.position_embedding.dims();
+    let [vocabulary, _] = text.token_embedding.weight.dims();
+    let pixels = 3 * set.image_size() * set.image_size();
+    let needed = config.batch.context_length;
+    let end = EndOfText::Id(ClipTokenizer::END_OF_TEXT.into());
+    let checks = [
+        ("vocabulary", vocabulary == ClipTokenizer::VOCAB_SIZE, ClipTokenizer::VOCAB_SIZE.to_string(), vocabulary.to_string()),
+        ("context length", context >= needed, format!("at least {needed}"), context.to_string()),
+        (
+            "pixel values",
+            patch_pixels * (vision_tokens - 1) == pixels,
+            pixels.to_string(),
+            (patch_pixels * (vision_tokens - 1)).to_string(),
+        ),
+        (
+            "end of text",
+            [EndOfText::HighestId, end].contains(&text.end_of_text),
+            format!("{:?} or {end:?}", EndOfText::HighestId),
+            format!("{:?}", text.end_of_text),
+        ),
+    ];
+    match checks.into_iter().find(|(_, good, ..)| !good) {
+        None => Ok(()),
+        Some((what, _, expected, found)) => Err(TrainError::Model { arm: arm.name.clone(), what, expected, found }),
+    }
+}

@@ -166,15 +166,18 @@ impl ExpertMlp {
 
     /// `[R, D] -> [R, D]`
     fn grouped(&self, rows: Tensor<2>, offsets: &Offsets) -> Tensor<2> {
-        let bias = |bias: &Option<Param<Tensor<2>>>| bias.as_ref().map(|b| b.val());
-        let hidden = match &self.w_gate {
-            None => ops::grouped_linear(rows, self.w_in.val(), bias(&self.b_in), Some(self.activation), offsets),
-            Some(w_gate) => {
-                let gate = ops::grouped_linear(rows.clone(), w_gate.val(), bias(&self.b_gate), Some(self.activation), offsets);
-                gate * ops::grouped_linear(rows, self.w_in.val(), bias(&self.b_in), None, offsets)
-            }
-        };
-        ops::grouped_linear(hidden, self.w_out.val(), bias(&self.b_out), None, offsets)
+        ops::with_even_rows(rows, offsets, |rows, offsets| {
+            let bias = |bias: &Option<Param<Tensor<2>>>| bias.as_ref().map(|b| b.val());
+            let hidden = match &self.w_gate {
+                None => ops::grouped_linear(rows, self.w_in.val(), bias(&self.b_in), Some(self.activation), offsets),
+                Some(w_gate) => {
+                    let activation = Some(self.activation);
+                    let gate = ops::grouped_linear(rows.clone(), w_gate.val(), bias(&self.b_gate), activation, offsets);
+                    gate * ops::grouped_linear(rows, self.w_in.val(), bias(&self.b_in), None, offsets)
+                }
+            };
+            ops::grouped_linear(hidden, self.w_out.val(), bias(&self.b_out), None, offsets)
+        })
     }
 }
 

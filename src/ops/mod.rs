@@ -38,6 +38,12 @@ impl Offsets {
         let host = host.into();
         Self { device: int_tensor(host.iter().map(|&offset| offset as i32).collect(), device), host }
     }
+
+    /// Whether every expert has as many rows.
+    fn are_even(&self) -> bool {
+        let num_experts = self.host.len() - 1;
+        reference::most_rows(&self.host) * num_experts == self.host[num_experts]
+    }
 }
 
 /// Integers on a device, `[N]`.
@@ -162,6 +168,15 @@ pub(crate) fn dispatch(tokens: Tensor<2>, index: &RowIndex) -> Tensor<2> {
     if has_kernels(&tokens.device(), tokens.dtype()) { kernel::dispatch(tokens, index) } else { reference::dispatch(tokens, index) }
 }
 
+/// Runs `body`, which maps rows `[R, D] -> [R, D']` by [`grouped_linear`], on rows as the reference takes them where there are no kernels: as many
+/// for each expert.
+pub(crate) fn with_even_rows(rows: Tensor<2>, offsets: &Offsets, body: impl FnOnce(Tensor<2>, &Offsets) -> Tensor<2>) -> Tensor<2> {
+    if offsets.are_even() || has_kernels(&rows.device(), rows.dtype()) {
+        return body(rows, offsets);
+    }
+    reference::with_even_rows(rows, &offsets.host, body)
+}
+
 /// One linear map and activation per expert: `out[r] = act(rows[r] · weight[e(r)] + bias[e(r)])`.
 ///
 /// # Shapes
@@ -179,7 +194,8 @@ pub(crate) fn grouped_linear(
     if has_kernels(&rows.device(), rows.dtype()) {
         return kernel::grouped_linear(rows, weight, bias, activation, offsets.clone());
     }
-    let out = reference::grouped_linear(rows, weight, bias, &offsets.host);
+    debug_assert!(offsets.are_even(), "the reference takes as many rows for each expert: see `with_even_rows`");
+    let out = reference::grouped_linear(rows, weight, bias);
     match activation {
         Some(activation) => reference::activation(out, activation),
         None => out,

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Tensor, activation as burn_activation};
 
-use super::{Activation, RowIndex, int_tensor};
+use super::{Activation, Offsets, RowIndex, int_tensor};
 
 /// Gathers the token of each row, `[T, D] -> [R, D]`.
 pub(super) fn dispatch(tokens: Tensor<2>, index: &RowIndex) -> Tensor<2> {
@@ -26,36 +26,41 @@ pub(super) fn combine(rows: Tensor<2>, gates: Tensor<2>, index: &RowIndex) -> Te
     (picked * gates.unsqueeze_dim(2)).sum_dim(1).squeeze_dim(1)
 }
 
-/// One linear map per expert: rows `[R, D]`, weight `[E, D, F]`, bias `[E, F]` `-> [R, F]`.
-///
-/// All experts are one batched product over a grid of equally many rows for each: a product by expert would write the gradient of all
-/// experts' weights once for each of them.
-pub(super) fn grouped_linear(rows: Tensor<2>, weight: Tensor<3>, bias: Option<Tensor<2>>, offsets: &[usize]) -> Tensor<2> {
-    let ([num_experts, d_in, d_out], [num_rows, _], device) = (weight.dims(), rows.dims(), rows.device());
-    let most = offsets.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0);
-    let is_even = most * num_experts == num_rows;
-    let grid = if is_even { rows } else { with_zero_row(rows).select(0, int_tensor(grid_rows(offsets, most), &device)) };
-    let out = grid.reshape([num_experts, most, d_in]).matmul(weight);
+/// One linear map per expert: rows `[R, D]`, as many for each, weight `[E, D, F]`, bias `[E, F]` `-> [R, F]`.
+pub(super) fn grouped_linear(rows: Tensor<2>, weight: Tensor<3>, bias: Option<Tensor<2>>) -> Tensor<2> {
+    let ([num_experts, d_in, d_out], [num_rows, _]) = (weight.dims(), rows.dims());
+    let out = rows.reshape([num_experts, num_rows / num_experts, d_in]).matmul(weight);
     let out = match bias {
         Some(bias) => out + bias.unsqueeze_dim(1),
         None => out,
     };
-    let out = out.reshape([num_experts * most, d_out]);
-    if is_even { out } else { out.select(0, int_tensor(rows_in_grid(offsets, most), &device)) }
+    out.reshape([num_rows, d_out])
 }
 
-/// The row of each place of a grid `[E, most]`; the number of rows for an empty place.
-fn grid_rows(offsets: &[usize], most: usize) -> Vec<i32> {
-    let num_rows = offsets[offsets.len() - 1];
-    let of_expert =
-        |pair: &[usize]| (pair[0]..pair[0] + most).map(|row| if row < pair[1] { row } else { num_rows } as i32).collect::<Vec<_>>();
-    offsets.windows(2).flat_map(of_expert).collect()
+/// Runs `body` on as many rows for each expert, and takes its results back to `rows`.
+///
+/// All experts are then one batched product: a product by expert would write the gradient of all experts' weights once for each of them. A place
+/// that is too many repeats a row of its expert; nobody reads its result.
+pub(super) fn with_even_rows(rows: Tensor<2>, offsets: &[usize], body: impl FnOnce(Tensor<2>, &Offsets) -> Tensor<2>) -> Tensor<2> {
+    let device = rows.device();
+    let most = most_rows(offsets);
+    let last = offsets[offsets.len() - 1] - 1;
+    // An expert without rows repeats any row.
+    let of_expert = |pair: &[usize]| {
+        let end = if pair[0] < pair[1] { pair[1] - 1 } else { last };
+        (pair[0]..pair[0] + most).map(|row| row.min(end) as i32).collect::<Vec<_>>()
+    };
+    let grid_row = offsets.windows(2).flat_map(of_expert).collect();
+    let place = |(expert, pair): (usize, &[usize])| (0..pair[1] - pair[0]).map(move |place| (expert * most + place) as i32);
+    let row_place = offsets.windows(2).enumerate().flat_map(place).collect();
+    let even: Vec<usize> = (0..offsets.len()).map(|expert| expert * most).collect();
+    let out = body(rows.select(0, int_tensor(grid_row, &device)), &Offsets::new(even, &device));
+    out.select(0, int_tensor(row_place, &device))
 }
 
-/// The place of each row in a grid `[E, most]`.
-fn rows_in_grid(offsets: &[usize], most: usize) -> Vec<i32> {
-    let of_expert = |(expert, pair): (usize, &[usize])| (0..pair[1] - pair[0]).map(move |place| (expert * most + place) as i32);
-    offsets.windows(2).enumerate().flat_map(of_expert).collect()
+/// Rows of the expert that has most.
+pub(super) fn most_rows(offsets: &[usize]) -> usize {
+    offsets.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0)
 }
 
 /// The activation of every element; any shape.

@@ -15,6 +15,7 @@ use std::{
     error::Error,
     fs,
     path::{Path, PathBuf},
+    process::ExitCode,
 };
 
 use burn_moe::{
@@ -90,7 +91,11 @@ struct Args {
     eval_every: usize,
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    support::run(run)
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let mut args = Args::parse();
     if args.quick {
         args.steps = args.steps.min(20);

@@ -16,6 +16,7 @@ use std::{
     error::Error,
     fs,
     path::{Path, PathBuf},
+    process::ExitCode,
     thread,
 };
 
@@ -191,7 +192,11 @@ struct Outcome {
     gflops: f64,
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    support::run(compare)
+}
+
+fn compare() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     let config = dense_config();
     let all = recipes(config.vision.encoder.d_ff);

@@ -5,7 +5,9 @@
 //! cargo run --release --example cost -- --checkpoint data/clip-tiny --experts 16 --batch 256
 //! ```
 
-use std::{error::Error, path::PathBuf};
+mod support;
+
+use std::{error::Error, path::PathBuf, process::ExitCode};
 
 use burn_moe::{
     TokenChoiceConfig,
@@ -37,7 +39,11 @@ struct Args {
     batch: usize,
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    support::run(run)
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     let configs: Vec<(String, ClipConfig)> = match &args.checkpoint {
         Some(folder) => vec![(folder.display().to_string(), ClipCheckpoint::read_config(folder)?)],

@@ -9,7 +9,7 @@
 
 mod support;
 
-use std::{error::Error, fs, path::PathBuf, time::Instant};
+use std::{error::Error, fs, path::PathBuf, process::ExitCode, time::Instant};
 
 use burn_moe::clip::{
     Embedder,
@@ -50,7 +50,11 @@ struct Args {
     device: String,
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    support::run(run)
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     if args.images.is_none() && args.texts.is_none() {
         return Err("name a folder of images with --images, a file of texts with --texts, or both".into());
@@ -89,7 +93,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let text = fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
         let texts: Vec<&str> = text.lines().collect();
         let bar = progress(texts.len())?;
-        let found = embedder.texts(&texts, |done| bar.set_position(done as u64));
+        let found = embedder.texts(&texts, |done| bar.set_position(done as u64))?;
         bar.finish();
         println!("{} texts, of which {} did not fit the context and were cut", texts.len(), found.truncated);
         names.insert("texts".into(), texts.into_iter().collect());

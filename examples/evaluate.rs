@@ -12,7 +12,7 @@
 
 mod support;
 
-use std::{error::Error, fs, path::PathBuf};
+use std::{error::Error, fs, path::PathBuf, process::ExitCode};
 
 use burn_moe::clip::{
     Embedder, RetrievalMetrics, ZeroShotClassifier,
@@ -80,7 +80,11 @@ enum Task {
     },
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    support::run(run)
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     let device = device_by_name(&args.device)?;
     let checkpoint = ClipCheckpoint::load(&args.model, &device)?;
@@ -103,7 +107,7 @@ fn retrieval(embedder: &Embedder, list: CaptionedImages, folder: PathBuf) -> Res
     let images = embedder.images(paths, |done| bar.set_position(done as u64))?;
     bar.finish();
     let bar = progress("captions", captions.len())?;
-    let texts = embedder.texts(&captions, |done| bar.set_position(done as u64));
+    let texts = embedder.texts(&captions, |done| bar.set_position(done as u64))?;
     bar.finish();
     let metrics = RetrievalMetrics::new(images, texts.embeddings, &list.image_of_caption())?;
     for (name, recall) in [("text to image", metrics.text_to_image), ("image to text", metrics.image_to_text)] {
@@ -124,7 +128,7 @@ fn classes(embedder: &Embedder, folder: PathBuf, names: Option<PathBuf>, templat
         classes = names;
     }
     println!("{} classes, {} images", classes.len(), images.len());
-    let classifier = ZeroShotClassifier::new(&embedder.prompts(&classes, templates))?;
+    let classifier = ZeroShotClassifier::new(&embedder.prompts(&classes, templates)?)?;
     let bar = progress("images", images.len())?;
     let embeddings = embedder.images(images, |done| bar.set_position(done as u64))?;
     bar.finish();

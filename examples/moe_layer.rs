@@ -7,6 +7,10 @@
 //! The five lines that make a dense block sparse are numbered. The task is one that experts suit: tokens come from eight
 //! clusters, and each cluster is to be turned by a rotation of its own.
 
+mod support;
+
+use std::process::ExitCode;
+
 use burn::{
     config::Config,
     module::Module,
@@ -43,7 +47,11 @@ impl Block {
     }
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> ExitCode {
+    support::run(run)
+}
+
+fn run() -> Result<(), Box<dyn std::error::Error>> {
     let device = Device::default().autodiff();
     device.seed(0);
     let (d_model, clusters, steps) = (16, 8, 300);

@@ -10,7 +10,7 @@
 
 mod support;
 
-use std::{error::Error, path::PathBuf};
+use std::{error::Error, path::PathBuf, process::ExitCode};
 
 use burn_moe::{
     clip::{
@@ -79,7 +79,11 @@ struct Args {
     device: String,
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    support::run(run)
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     let device = device_by_name(&args.device)?;
     device.seed(args.seed);

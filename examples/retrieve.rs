@@ -8,7 +8,7 @@
 
 mod support;
 
-use std::{error::Error, fs, path::PathBuf};
+use std::{error::Error, fs, path::PathBuf, process::ExitCode};
 
 use burn_moe::clip::{
     Embedder,
@@ -42,7 +42,11 @@ struct Args {
     device: String,
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    support::run(run)
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     let device = device_by_name(&args.device)?;
     let checkpoint = ClipCheckpoint::load(&args.model, &device)?;
@@ -57,7 +61,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .with_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed} of {duration}")?);
     let images = embedder.images(paths.clone(), |done| bar.set_position(done as u64))?;
     bar.finish();
-    let query = embedder.texts(&[&args.query], |_| ()).embeddings;
+    let query = embedder.texts(&[&args.query], |_| ())?.embeddings;
     let similarities = normalize(images).matmul(normalize(query).transpose()).try_into_vec_as::<f32>()?;
     let mut order: Vec<usize> = (0..paths.len()).collect();
     order.sort_by(|&a, &b| similarities[b].total_cmp(&similarities[a]));

@@ -10,7 +10,7 @@
 
 mod support;
 
-use std::{error::Error, fs, path::PathBuf, time::Instant};
+use std::{error::Error, fs, path::PathBuf, process::ExitCode, time::Instant};
 
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
 use burn_moe::{
@@ -66,7 +66,11 @@ enum Stored {
     Bf16,
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    support::run(run)
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     let device = device_by_name(&args.device)?;
     device.seed(args.seed);

@@ -8,7 +8,7 @@
 
 mod support;
 
-use std::{error::Error, path::PathBuf};
+use std::{error::Error, path::PathBuf, process::ExitCode};
 
 use burn::tensor::activation::softmax;
 use burn_moe::clip::{
@@ -39,14 +39,18 @@ struct Args {
     device: String,
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    support::run(run)
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     let device = device_by_name(&args.device)?;
     let checkpoint = ClipCheckpoint::load(&args.model, &device)?;
     // Photos are turned the right way up, which open_clip does not do.
     let preprocessor = ImagePreprocessor::for_model(&checkpoint.config.vision).with_orientation(Orientation::Exif);
     let embedder = Embedder::new(&checkpoint.model, preprocessor, &device);
-    let classifier = ZeroShotClassifier::new(&embedder.prompts(&args.labels, &args.templates))?;
+    let classifier = ZeroShotClassifier::new(&embedder.prompts(&args.labels, &args.templates)?)?;
     let images = embedder.images(args.images.clone(), |_| ())?;
     let scale = checkpoint.model.scale().into_scalar::<f32>();
     let probabilities = softmax(classifier.similarities(images) * scale, 1).try_into_vec_as::<f32>()?;

@@ -10,6 +10,7 @@ mod it {
     mod layer;
     mod losses;
     mod outcome;
+    mod published;
     mod recipe;
     mod structure;
     mod support;

@@ -3,7 +3,7 @@
 
 mod device;
 
-use std::{fs, io, path::Path};
+use std::{error::Error, fs, io, path::Path, process::ExitCode};
 
 pub(crate) use device::device_by_name;
 
@@ -13,4 +13,29 @@ pub(crate) fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> io::Result<(
     let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path has no file name"))?;
     let aside = path.with_file_name(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
     fs::write(&aside, bytes).and_then(|()| fs::rename(&aside, path)).inspect_err(|_| drop(fs::remove_file(&aside)))
+}
+
+/// Runs a program. An error is printed as a sentence with its causes, and the status is then 1.
+pub(crate) fn run(program: impl FnOnce() -> Result<(), Box<dyn Error>>) -> ExitCode {
+    match program() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", with_causes(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The error's text, and that of each cause which does not repeat it.
+fn with_causes(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
 }

@@ -8,7 +8,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use super::{
     Clip,
     preprocess::{ImageError, ImagePreprocessor},
-    tokenizer::ClipTokenizer,
+    tokenizer::{ClipTokenizer, TokenizerMismatch},
 };
 
 /// Runs a model over any number of images and texts, batch by batch, with one batch and the embeddings in memory.
@@ -29,6 +29,21 @@ pub struct TextEmbeddings {
     pub embeddings: Tensor<2>,
     /// How many texts were cut because they did not fit the context.
     pub truncated: usize,
+}
+
+/// Prompts that cannot be embedded.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PromptError {
+    /// Every class would have the same prompt.
+    #[error("the template \"{template}\" has no place for the class: write {{}} or {{c}} where its name belongs")]
+    Template {
+        /// As it was given.
+        template: String,
+    },
+    /// The model reads the ids of another tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerMismatch),
 }
 
 impl Embedder {
@@ -64,7 +79,11 @@ impl Embedder {
     }
 
     /// Embeds texts; `progress` hears how many are done.
-    pub fn texts<T: AsRef<str>>(&self, texts: &[T], mut progress: impl FnMut(usize)) -> TextEmbeddings {
+    ///
+    /// # Errors
+    /// When the model was trained with another tokenizer than CLIP's.
+    pub fn texts<T: AsRef<str>>(&self, texts: &[T], mut progress: impl FnMut(usize)) -> Result<TextEmbeddings, TokenizerMismatch> {
+        ClipTokenizer::check(&self.model.text)?;
         let mut rows = self.rows();
         let mut truncated = 0;
         for batch in texts.chunks(self.batch_size) {
@@ -73,15 +92,21 @@ impl Embedder {
             rows.add(self.model.encode_text(tokens.tensor(&self.device)).embedding);
             progress(rows.count);
         }
-        TextEmbeddings { embeddings: rows.into_tensor(&self.device), truncated }
+        Ok(TextEmbeddings { embeddings: rows.into_tensor(&self.device), truncated })
     }
 
-    /// Embeds every prompt of every class: `{}` in a template stands for the class. One `[templates, P]` per class.
-    pub fn prompts<C: AsRef<str>, T: AsRef<str>>(&self, classes: &[C], templates: &[T]) -> Vec<Tensor<2>> {
-        let prompt = |class: &C, template: &T| template.as_ref().replace("{}", class.as_ref());
+    /// Embeds every prompt of every class: `{}` or `{c}` in a template stands for the class. One `[templates, P]` per class.
+    ///
+    /// # Errors
+    /// When a template has no place for the class, or the model was trained with another tokenizer than CLIP's.
+    pub fn prompts<C: AsRef<str>, T: AsRef<str>>(&self, classes: &[C], templates: &[T]) -> Result<Vec<Tensor<2>>, PromptError> {
+        if let Some(template) = templates.iter().map(AsRef::as_ref).find(|t| !t.contains("{}") && !t.contains("{c}")) {
+            return Err(PromptError::Template { template: template.to_string() });
+        }
+        let prompt = |class: &C, template: &T| template.as_ref().replace("{}", class.as_ref()).replace("{c}", class.as_ref());
         let prompts: Vec<String> = classes.iter().flat_map(|class| templates.iter().map(move |t| prompt(class, t))).collect();
-        let all = self.texts(&prompts, |_| ()).embeddings;
-        (0..classes.len()).map(|class| all.clone().narrow(0, class * templates.len(), templates.len())).collect()
+        let all = self.texts(&prompts, |_| ())?.embeddings;
+        Ok((0..classes.len()).map(|class| all.clone().narrow(0, class * templates.len(), templates.len())).collect())
     }
 
     fn rows(&self) -> Rows {

@@ -3,6 +3,8 @@
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use instant_clip_tokenizer::{Token, Tokenizer};
 
+use super::{EndOfText, TextTower};
+
 /// CLIP's own tokenizer with open_clip's treatment of long texts. The vocabulary comes with it.
 pub struct ClipTokenizer {
     tokenizer: Tokenizer,
@@ -12,6 +14,32 @@ impl std::fmt::Debug for ClipTokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         f.debug_struct("ClipTokenizer").finish_non_exhaustive()
     }
+}
+
+/// A text tower that was trained with another tokenizer than CLIP's.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum TokenizerMismatch {
+    /// The model has no embedding for some of the tokenizer's ids.
+    #[error(
+        "the model's vocabulary has {model} tokens, but CLIP's tokenizer has {tokenizer}: this model was trained with another tokenizer"
+    )]
+    Vocabulary {
+        /// Rows of the model's token embedding.
+        model: usize,
+        /// Ids of the tokenizer.
+        tokenizer: usize,
+    },
+    /// The model looks for the end of a text at an id that stands for something else.
+    #[error(
+        "the model's texts end with token {model}, but those of CLIP's tokenizer with {tokenizer}: this model was trained with another tokenizer"
+    )]
+    EndOfText {
+        /// The id that the model looks for.
+        model: i64,
+        /// The id that the tokenizer writes.
+        tokenizer: i64,
+    },
 }
 
 /// Texts as token ids of one length.
@@ -40,6 +68,22 @@ impl ClipTokenizer {
     /// Unpacks the vocabulary, which takes a moment: keep it.
     pub fn new() -> Self {
         Self { tokenizer: Tokenizer::new() }
+    }
+
+    /// Refuses a text tower that does not read this tokenizer's ids.
+    ///
+    /// # Errors
+    /// When its vocabulary is smaller, or its texts end with another token.
+    pub fn check(text: &TextTower) -> Result<(), TokenizerMismatch> {
+        let [model, _] = text.token_embedding.weight.lazy_shape().dims();
+        if model < Self::VOCAB_SIZE {
+            return Err(TokenizerMismatch::Vocabulary { model, tokenizer: Self::VOCAB_SIZE });
+        }
+        let tokenizer = Self::END_OF_TEXT.into();
+        match text.end_of_text {
+            EndOfText::Id(model) if model != tokenizer => Err(TokenizerMismatch::EndOfText { model, tokenizer }),
+            EndOfText::Id(_) | EndOfText::HighestId => Ok(()),
+        }
     }
 
     /// Token ids of a text, without start and end. As in open_clip's clean-up, curly quotes count as straight ones, HTML entities as what they

@@ -357,7 +357,7 @@ fn hostile_weights_are_refused() {
     }
     let integers = first("\"F32\"", "\"I32\"");
     assert!(load(integers).to_string().contains("has dtype I32"));
-    let name = header.split('"').nth(1).unwrap();
+    let name = header.split('"').find(|name| name.ends_with(".weight")).unwrap();
     let twice = header.replacen('{', &format!("{{\"{name}\":{{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}},"), 1);
     assert!(matches!(load(with_header(&twice)), CheckpointError::Duplicate { tensor, .. } if tensor == name));
     // Any byte of the header, changed: an error or a model, and no panic.
@@ -456,7 +456,7 @@ fn a_damaged_checkpoint_is_named() {
         assert!(matches!(load(), CheckpointError::Safetensors { .. }), "cut to {length} bytes");
     }
     fs::remove_file(&weights).unwrap();
-    assert!(matches!(load(), CheckpointError::Io { .. }));
+    assert!(matches!(load(), CheckpointError::NoWeights { .. }));
 
     fs::write(&weights, &whole).unwrap();
     let config_path = folder.path().join("open_clip_config.json");
@@ -467,8 +467,8 @@ fn a_damaged_checkpoint_is_named() {
         load().to_string()
     };
     assert!(with("\"embed_dim\": 10", "\"embed_dim\": 12").contains("`visual.proj` should be [8, 12], but is [8, 10]"));
-    assert!(with("\"layers\": 2", "\"layers\": 3").contains("missing tensors [\"transformer.resblocks.2."));
-    assert!(with("\"layers\": 2", "\"layers\": 1").contains("unexpected tensors [\"transformer.resblocks.1."));
+    assert!(with("\"layers\": 2", "\"layers\": 3").contains("missing tensors: 12 (`transformer.resblocks.2.attn.in_proj_bias`, "));
+    assert!(with("\"layers\": 2", "\"layers\": 1").contains("unexpected tensors: 12 (`transformer.resblocks.1."));
     assert!(with("\"layers\": 2", "\"layers\": 99").contains("the configuration names 101 blocks, and there are "));
     assert!(with("\"layers\": 2", "\"layers\": 4000000000").contains("layers of 4000000000: at most 1048576 is possible"));
     assert!(with("\"width\": 8", "\"width\": 18446744073709551615").contains("at most 1048576 is possible"));

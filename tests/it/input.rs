@@ -180,13 +180,14 @@ fn an_embedding_does_not_depend_on_its_batch() {
     let texts = ["a cat", "two dogs on a beach", "", "one more text that is longer than the context of this small model is"];
     let embedder = |batch| Embedder::new(&model, ImagePreprocessor::new(32), &device).with_batch_size(batch);
     let mut heard = Vec::new();
-    let (images, words) = (embedder(2).images(paths.clone(), |done| heard.push(done)).unwrap(), embedder(2).texts(&texts, |_| ()));
+    let (images, words) =
+        (embedder(2).images(paths.clone(), |done| heard.push(done)).unwrap(), embedder(2).texts(&texts, |_| ()).unwrap());
     assert_eq!(heard, [2, 4, 5]);
     assert_eq!((images.dims(), words.embeddings.dims(), words.truncated), ([5, 10], [4, 10], 1));
     assert!(largest_difference(&values(&images), &values(&embedder(5).images(paths, |_| ()).unwrap())) < 1e-5);
-    assert!(largest_difference(&values(&words.embeddings), &values(&embedder(1).texts(&texts, |_| ()).embeddings)) < 1e-5);
+    assert!(largest_difference(&values(&words.embeddings), &values(&embedder(1).texts(&texts, |_| ()).unwrap().embeddings)) < 1e-5);
     let error = embedder(2).images(vec![data("preprocess/NOTES.md")], |_| ()).unwrap_err().to_string();
     assert!(error.contains("NOTES.md is no readable image"), "{error}");
-    let prompts = embedder(2).prompts(&["cat", "dog"], &["a {}", "the {} of {}"]);
+    let prompts = embedder(2).prompts(&["cat", "dog"], &["a {}", "the {} of {c}"]).unwrap();
     assert_eq!((prompts.len(), prompts[0].dims()), (2, [2, 10]));
 }

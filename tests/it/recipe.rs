@@ -319,7 +319,7 @@ fn images_are_prepared_in_training_and_evaluation_as_the_model_says() {
         let paths = (0..8).map(|index| folder.path().join(format!("{index}.png"))).collect();
         let images = embedder.images(paths, |_| ()).unwrap();
         let captions: Vec<&String> = set.concepts().iter().map(|concept| &concept.captions[0]).collect();
-        let texts = embedder.texts(&captions, |_| ()).embeddings;
+        let texts = embedder.texts(&captions, |_| ()).unwrap().embeddings;
         let own = RetrievalMetrics::new(images, texts, &[0, 1, 2, 3, 4, 5, 6, 7]).unwrap();
         let report = &arm.history.last().unwrap().1.retrieval;
         assert_eq!((&own.text_ranks, &own.image_ranks), (&report.text_ranks, &report.image_ranks));

@@ -21,6 +21,7 @@ pub(super) const FORMAT: Format = Format {
     weights: &["burn_moe_model.safetensors", "model.safetensors"],
     read,
     processor: None,
+    blocks: open_clip::FORMAT.blocks,
     entries: open_clip::entries,
 };
 

@@ -25,6 +25,9 @@ impl From<serde_json::Error> for ConfigFileError {
 
 pub(super) type Result<T> = std::result::Result<T, ConfigFileError>;
 
+/// A number of blocks that the configuration leaves out: the weights then say it.
+pub(super) const LEFT_OUT: usize = usize::MAX;
+
 /// The largest size that any field may have: beyond it no model was ever made, and products of three still fit 64 bits.
 const LARGEST: usize = 1 << 20;
 

@@ -45,6 +45,16 @@ pub enum CheckpointError {
         /// The field that cannot be used.
         source: ConfigError,
     },
+    /// The weights are not there.
+    #[error("{}: no weights: expected {expected}{hint}", folder.display())]
+    NoWeights {
+        /// The folder.
+        folder: PathBuf,
+        /// The name of the file.
+        expected: &'static str,
+        /// What to do with the weights that are there in another form.
+        hint: String,
+    },
     /// The weights file is damaged or is no safetensors file.
     #[error("{} is not a whole safetensors file: {source}", path.display())]
     Safetensors {
@@ -62,7 +72,7 @@ pub enum CheckpointError {
         tensor: String,
     },
     /// The weights file has other tensors than the configuration asks for.
-    #[error("{}: missing tensors {missing:?}, unexpected tensors {unexpected:?}", path.display())]
+    #[error("{}: {}", path.display(), differences(missing, unexpected))]
     Keys {
         /// The file.
         path: PathBuf,
@@ -127,6 +137,19 @@ pub enum CheckpointError {
         /// What it is.
         what: &'static str,
     },
+}
+
+/// Names in short: the first three and how many there are.
+fn some_of(names: &[String]) -> String {
+    let first: Vec<String> = names.iter().take(3).map(|name| format!("`{name}`")).collect();
+    let dots = if names.len() > 3 { ", …" } else { "" };
+    format!("{} ({}{dots})", names.len(), first.join(", "))
+}
+
+fn differences(missing: &[String], unexpected: &[String]) -> String {
+    let part = |what: &str, names: &[String]| (!names.is_empty()).then(|| format!("{what} tensors: {}", some_of(names)));
+    let parts: Vec<String> = [part("missing", missing), part("unexpected", unexpected)].into_iter().flatten().collect();
+    format!("the tensors are not those of the configuration; {}", parts.join("; "))
 }
 
 impl CheckpointError {

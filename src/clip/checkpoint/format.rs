@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use super::{
     CheckpointError, burn_moe,
-    config::{Result, of_possible_size},
+    config::{LEFT_OUT, Result, of_possible_size},
     hugging_face, open_clip,
     table::Entry,
-    tensors,
+    tensors::{self, TensorFiles},
 };
 use crate::clip::{ClipConfig, ImagePreprocessing};
 
@@ -25,6 +25,8 @@ pub(super) struct Format {
     pub read: fn(&str) -> Result<ClipConfig>,
     /// How images are prepared, where that has a file of its own.
     pub processor: Option<Processor>,
+    /// What stands before the number of a block of each tower, vision first.
+    pub blocks: [&'static str; 2],
     /// Which stored tensor is which parameter.
     pub entries: fn(&ClipConfig) -> Vec<Entry>,
 }
@@ -41,6 +43,34 @@ pub(super) struct Processor {
 /// In the order in which they are looked for.
 const FORMATS: [Format; 3] = [burn_moe::FORMAT, open_clip::FORMAT, hugging_face::FORMAT];
 
+/// How many blocks the names of the weights count, if they can be read.
+fn blocks_in(weights: &Path, blocks: &str) -> std::result::Result<Option<usize>, CheckpointError> {
+    let is_there = weights.is_file() || tensors::index_of(weights).is_file();
+    let files = is_there.then(|| TensorFiles::open(weights)).transpose()?;
+    let index = |name: &str| -> Option<usize> {
+        let rest = name.split_once(blocks).filter(|(before, _)| before.is_empty() || before.ends_with('.'))?.1;
+        rest.split('.').next()?.parse().ok()
+    };
+    // `transformer.` is the end of `visual.transformer.`, too.
+    let own = |name: &&str| blocks.starts_with("visual.") || !name.contains("visual.");
+    Ok(files.and_then(|files| files.names().filter(own).filter_map(index).max()).map(|last| last + 1))
+}
+
+/// What is said of a folder without the weights of a format.
+pub(super) fn no_weights(folder: &Path, format: Format) -> CheckpointError {
+    let pickles = ["pytorch_model.bin", "open_clip_pytorch_model.bin", "pytorch_model.pt", "open_clip_pytorch_model.pt"];
+    let hint = match pickles.into_iter().find(|name| folder.join(name).is_file()) {
+        None => String::new(),
+        Some(pickle) => format!(
+            "; {pickle} is a pickle of PyTorch, which can run code and is not read. Write it again as safetensors, in Python: \
+             `from safetensors.torch import save_file; import torch; save_file({{k: v.clone() for k, v in torch.load(\"{pickle}\", \
+             weights_only=True).items()}}, \"{}\", {{\"format\": \"pt\"}})`",
+            format.weights[0]
+        ),
+    };
+    CheckpointError::NoWeights { folder: folder.to_path_buf(), expected: format.weights[0], hint }
+}
+
 /// The configuration of a folder, where its weights are, and their format.
 pub(super) fn found_in(folder: &Path) -> std::result::Result<(ClipConfig, PathBuf, Format), CheckpointError> {
     // Some folders hold the configurations of several formats: the one whose weights are there counts.
@@ -53,7 +83,13 @@ pub(super) fn found_in(folder: &Path) -> std::result::Result<(ClipConfig, PathBu
     };
     let path = folder.join(format.config);
     let text = tensors::read_text(&path, LONGEST_CONFIG)?;
-    let mut config = (format.read)(&text).and_then(of_possible_size).map_err(|error| error.at(&path))?;
+    let mut config = (format.read)(&text).map_err(|error| error.at(&path))?;
+    for (encoder, blocks) in [(&mut config.vision.encoder, format.blocks[0]), (&mut config.text.encoder, format.blocks[1])] {
+        if encoder.n_layers == LEFT_OUT {
+            encoder.n_layers = blocks_in(&folder.join(weights), blocks)?.unwrap_or(12);
+        }
+    }
+    let mut config = of_possible_size(config).map_err(|error| error.at(&path))?;
     if let Some(processor) = format.processor
         && let Some(path) = processor.files.map(|name| folder.join(name)).into_iter().find(|path| path.is_file())
     {

@@ -20,6 +20,7 @@ pub(super) const FORMAT: Format = Format {
     weights: &["model.safetensors"],
     read,
     processor: Some(Processor { files: [PROCESSOR, "processor_config.json"], read: read_processor }),
+    blocks: ["vision_model.encoder.layers.", "text_model.encoder.layers."],
     entries,
 };
 
@@ -27,6 +28,15 @@ pub(super) const PROCESSOR: &str = "preprocessor_config.json";
 
 fn read(text: &str) -> Result<ClipConfig> {
     let root: Map<String, Value> = serde_json::from_str(text)?;
+    match root.get("model_type").and_then(Value::as_str) {
+        None | Some("clip") => {}
+        Some(family) => {
+            let text = format!(
+                "`model_type` = \"{family}\": this family is not supported; `clip` is (models of CLIP's architecture that read CLIP's tokens)"
+            );
+            return Err(ConfigFileError(text));
+        }
+    }
     let vision = Section::new(&root, "vision_config")?;
     let text = Section::new(&root, "text_config")?;
     // transformers leaves out what has its default value.
@@ -155,8 +165,9 @@ impl<'a> Section<'a> {
 /// `CLIPImageProcessor` gives it, but for sizes, which are then the model's.
 #[derive(Deserialize)]
 struct HuggingFaceProcessor {
-    #[serde(alias = "feature_extractor_type")]
     image_processor_type: Option<String>,
+    /// The older name of the same; some files have both.
+    feature_extractor_type: Option<String>,
     do_resize: Option<bool>,
     size: Option<Size>,
     resample: Option<u8>,
@@ -198,7 +209,8 @@ fn read_processor(text: &str, image_size: usize) -> Result<ImagePreprocessing> {
         value = nested.take();
     }
     let file: HuggingFaceProcessor = serde_json::from_value(value)?;
-    if let Some(kind) = file.image_processor_type.filter(|kind| !kind.starts_with("CLIP")) {
+    let kind = file.image_processor_type.or(file.feature_extractor_type);
+    if let Some(kind) = kind.filter(|kind| !kind.starts_with("CLIP")) {
         return refuse("image_processor_type", kind);
     }
     for (setting, done) in [("do_resize", file.do_resize), ("do_rescale", file.do_rescale)] {

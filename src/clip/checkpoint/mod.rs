@@ -9,6 +9,7 @@ mod config;
 mod error;
 mod format;
 mod hugging_face;
+mod naming;
 mod numbers;
 mod open_clip;
 mod params;
@@ -29,7 +30,8 @@ use burn::tensor::Device;
 use safetensors::{Dtype, tensor::View};
 
 use super::{Clip, ClipConfig};
-use format::{Format, found_in};
+use format::{Format, found_in, no_weights};
+use naming::{HARMLESS, Naming};
 use params::Source;
 use table::Entry;
 use tensors::TensorFiles;
@@ -54,9 +56,6 @@ pub enum Precision {
     BF16,
 }
 
-/// Tensors of other writers' files that hold no parameter.
-const HARMLESS: [&str; 3] = ["attn_mask", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"];
-
 impl ClipCheckpoint {
     /// Reads a folder: `config.json` means Hugging Face's `CLIPModel` (with `model.safetensors`), `open_clip_config.json` means
     /// open_clip (with `open_clip_model.safetensors`), `burn_moe_config.json` means [`save_sparse`](Self::save_sparse). Instead of one file of
@@ -68,7 +67,11 @@ impl ClipCheckpoint {
     /// When a file is missing, truncated or of another kind, a setting is not known, or a tensor is missing, not expected, of
     /// another shape or not finite; each is named.
     pub fn load(folder: impl AsRef<Path>, device: &Device) -> Result<Self, CheckpointError> {
-        let (config, weights, format) = found_in(folder.as_ref())?;
+        let folder = folder.as_ref();
+        let (config, weights, format) = found_in(folder)?;
+        if !weights.is_file() && !tensors::index_of(&weights).is_file() {
+            return Err(no_weights(folder, format));
+        }
         let model = load_weights(&TensorFiles::open(&weights)?, &config, format, device)?;
         Ok(Self { config, model })
     }
@@ -146,7 +149,9 @@ impl ClipCheckpoint {
             |aside| {
                 // The crate would make a file that nobody else may read; one that is there keeps its rights.
                 fs::File::create(aside).map_err(CheckpointError::io(&weights))?;
-                let written = safetensors::serialize_to_file(stored, None, aside);
+                // transformers refuses files that do not say so.
+                let about = [("format".to_string(), "pt".to_string())].into();
+                let written = safetensors::serialize_to_file(stored, Some(about), aside);
                 written.map_err(CheckpointError::safetensors(&weights))?;
                 overflow.take().map_or(Ok(()), |(tensor, count)| Err(CheckpointError::Overflow { tensor, count }))
             },
@@ -211,7 +216,8 @@ fn load_weights(files: &TensorFiles, config: &ClipConfig, format: Format, device
     }
     let entries = (format.entries)(config);
     let expected: BTreeSet<&str> = entries.iter().map(|entry| entry.key.as_str()).collect();
-    let found: BTreeSet<&str> = files.names().filter(|name| !HARMLESS.contains(name)).collect();
+    let naming = Naming::of(files, &expected);
+    let found: BTreeSet<&str> = files.names().map(|name| naming.key_of(name)).filter(|key| !HARMLESS.contains(key)).collect();
     let names = |set: std::collections::btree_set::Difference<&str>| set.map(|name| name.to_string()).collect::<Vec<_>>();
     let missing = names(expected.difference(&found));
     let unexpected = names(found.difference(&expected));
@@ -220,7 +226,7 @@ fn load_weights(files: &TensorFiles, config: &ClipConfig, format: Format, device
     }
     // All shapes before the first number: what does not fit costs no memory.
     for entry in &entries {
-        let (path, info) = files.info(&entry.key);
+        let (path, info) = files.info(&naming.stored(&entry.key));
         let is_scalar = entry.stored_shape.is_empty() && info.shape == [1];
         if info.shape != entry.stored_shape && !is_scalar {
             return Err(CheckpointError::Shape {
@@ -234,8 +240,9 @@ fn load_weights(files: &TensorFiles, config: &ClipConfig, format: Format, device
     let mut entries: BTreeMap<String, Entry> = entries.into_iter().map(|entry| (entry.path.clone(), entry)).collect();
     let model = params::replace(config.init(device), |path| {
         let entry = entries.remove(path).unwrap_or_else(|| panic!("no format names the parameter `{path}`"));
-        let (file, info) = files.info(&entry.key);
-        let bytes = files.read(&entry.key, entry.part())?;
+        let name = naming.stored(&entry.key);
+        let (file, info) = files.info(&name);
+        let bytes = files.read(&name, entry.part())?;
         let values = numbers::decode(info.dtype, &bytes).ok_or_else(|| CheckpointError::Dtype {
             path: file.to_path_buf(),
             tensor: entry.key.clone(),

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use super::{
     CheckpointError,
     burn_moe::sparse_layer,
-    config::{Channels, ConfigFileError, Result, refuse},
+    config::{Channels, ConfigFileError, LEFT_OUT, Result, refuse},
     format::Format,
     table::{Entry, Form, Table},
 };
@@ -16,8 +16,15 @@ use crate::{
     transformer::EncoderConfig,
 };
 
-pub(super) const FORMAT: Format =
-    Format { config: "open_clip_config.json", weights: &["open_clip_model.safetensors"], read, processor: None, entries };
+pub(super) const FORMAT: Format = Format {
+    config: "open_clip_config.json",
+    // The second is the name that open_clip wrote first.
+    weights: &["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"],
+    read,
+    processor: None,
+    blocks: ["visual.transformer.resblocks.", "transformer.resblocks."],
+    entries,
+};
 
 #[derive(Deserialize)]
 struct OpenClipFile {
@@ -39,11 +46,15 @@ struct OpenClipModel {
 
 #[derive(Deserialize, Serialize)]
 struct OpenClipVision {
+    #[serde(default = "left_out")]
     layers: usize,
+    #[serde(default = "vision_width")]
     width: usize,
     #[serde(default = "head_width")]
     head_width: usize,
+    #[serde(default = "patch_size")]
     patch_size: usize,
+    #[serde(default = "image_size")]
     image_size: usize,
     #[serde(default = "mlp_ratio")]
     mlp_ratio: f64,
@@ -57,8 +68,11 @@ struct OpenClipText {
     context_length: usize,
     #[serde(default = "vocab_size")]
     vocab_size: usize,
+    #[serde(default = "text_width")]
     width: usize,
+    #[serde(default = "heads")]
     heads: usize,
+    #[serde(default = "left_out")]
     layers: usize,
     #[serde(default = "mlp_ratio")]
     mlp_ratio: f64,
@@ -66,6 +80,32 @@ struct OpenClipText {
     proj_bias: bool,
     #[serde(flatten)]
     rest: Map<String, Value>,
+}
+
+// What open_clip takes for settings that a file leaves out.
+
+fn left_out() -> usize {
+    LEFT_OUT
+}
+
+fn vision_width() -> usize {
+    768
+}
+
+fn patch_size() -> usize {
+    16
+}
+
+fn image_size() -> usize {
+    224
+}
+
+fn text_width() -> usize {
+    512
+}
+
+fn heads() -> usize {
+    8
 }
 
 fn head_width() -> usize {
@@ -84,13 +124,23 @@ fn vocab_size() -> usize {
     49408
 }
 
-/// Settings whose value here says what is so anyway, or that say nothing about the weights.
-const KNOWN: [(&str, Option<&str>); 5] = [
+/// Settings whose value here says what is so anyway; any value (`None`) of those that change nothing at inference.
+const KNOWN: [(&str, Option<&str>); 15] = [
     ("pool_type", Some("tok")),
     ("pool_type", Some("argmax")),
+    ("proj_type", Some("linear")),
+    ("pos_embed_type", Some("learnable")),
+    ("eos_id", Some("49407")),
+    ("pad_id", None),
+    ("custom_text", None),
+    ("patch_dropout", None),
     ("init_logit_scale", None),
-    ("hf_tokenizer_name", None),
+    ("nonscalar_logit_scale", None),
+    ("attn_pooler_queries", None),
+    ("attn_pooler_heads", None),
     ("tokenizer_kwargs", None),
+    ("timm_drop", None),
+    ("timm_drop_path", None),
 ];
 
 /// A setting that is not known changes nothing when it is off; otherwise the model would be another one.
@@ -101,9 +151,20 @@ fn refuse_unknown(part: &str, rest: &Map<String, Value>) -> Result<()> {
             Value::Number(number) => number.as_f64() == Some(0.0),
             Value::Object(map) => map.is_empty(),
             Value::Array(list) => list.is_empty(),
+            Value::String(text) => text.is_empty(),
             _ => false,
         };
-        let known = KNOWN.iter().any(|(known, wanted)| known == name && wanted.is_none_or(|wanted| value == wanted));
+        let text = value.as_str().map_or_else(|| value.to_string(), str::to_string);
+        let known = KNOWN.iter().any(|(known, wanted)| known == name && wanted.is_none_or(|wanted| text == wanted));
+        if name == "hf_tokenizer_name" && !off {
+            // The ids of another tokenizer mean something else, whatever their number.
+            if text.to_lowercase().contains("clip-vit") {
+                continue;
+            }
+            return Err(ConfigFileError(format!(
+                "`{part}.{name}` = {value} is not supported: texts are read with CLIP's tokenizer"
+            )));
+        }
         if !off && !known {
             return Err(ConfigFileError(format!("`{part}.{name}` = {value} is not supported")));
         }

@@ -284,10 +284,7 @@ impl Encoder {
         let mut hidden = x;
         let mut routings = Vec::new();
         for (index, block) in self.blocks.iter().enumerate() {
-            let router = match &mut router {
-                Some(router) => Some((index, &mut **router as &mut dyn BlockRouter)),
-                None => None,
-            };
+            let router = router.as_mut().map(|router| (index, &mut **router as &mut dyn BlockRouter));
             let (next, routing) = block.run(hidden, mask.clone(), &marks, router, &mut observe);
             hidden = next;
             routings.extend(routing);

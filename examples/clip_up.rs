@@ -28,7 +28,7 @@ use burn_moe::{
     },
     train::{
         Arm, Evaluation, Observer, OptimizerConfig, PairedBootstrap, StepLosses, TrainConfig, TrainInput, TrainedArm, WarmupCosine,
-        data::{DataError, EmojiPack, EmojiVendor, ImageTextSet, load_folder},
+        data::{DataError, EmojiPack, EmojiVendor, ImageTextSet, LoadedFolder, load_folder},
         paired_bootstrap, train,
     },
     transformer::{BlockSelection, RoutedLayerConfig, SparseEncoderConfig},
@@ -38,7 +38,7 @@ use clap::Parser;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use plotters::prelude::*;
 use serde_json::{Value, json};
-use support::{device_by_name, write_atomic};
+use support::{device_by_name, report_skipped, write_atomic};
 
 #[derive(Parser)]
 #[command(about = "Upcycles a dense CLIP and trains it on beside the dense one")]
@@ -52,6 +52,9 @@ struct Args {
     /// Where the results go
     #[arg(long, default_value = "out/clip_up")]
     out: PathBuf,
+    /// With --data: stop with an error when an image cannot be read, instead of skipping it
+    #[arg(long)]
+    strict: bool,
     /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -202,7 +205,9 @@ fn run() -> Result<(), Box<dyn Error>> {
 
 fn data(args: &Args, vision: &VisionConfig) -> Result<(ImageTextSet, ImageTextSet), Box<dyn Error>> {
     if let Some(list) = &args.data {
-        let all = load_folder(list, &ImagePreprocessor::for_model(vision).with_orientation(Orientation::Exif))?;
+        let preprocessor = ImagePreprocessor::for_model(vision).with_orientation(Orientation::Exif);
+        let LoadedFolder { set: all, skipped } = load_folder(list, &preprocessor)?;
+        report_skipped(&skipped, args.strict)?;
         if all.len() < 10 {
             let (list, images) = (list.display(), all.len());
             return Err(format!("{list}: {images} images; at least 10 are needed, because every tenth is held out").into());

@@ -14,14 +14,14 @@ use std::{error::Error, fs, path::PathBuf, process::ExitCode, time::Instant};
 use burn_moe::clip::{
     Embedder,
     checkpoint::ClipCheckpoint,
-    lists::images_in,
+    lists::{images_in, lines_in},
     normalize,
     preprocess::{ImagePreprocessor, Orientation},
 };
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use safetensors::{Dtype, tensor::TensorView};
-use support::{device_by_name, write_atomic};
+use support::{device_by_name, report_skipped, write_atomic};
 
 #[derive(Parser)]
 #[command(about = "Embeds images and texts")]
@@ -40,6 +40,9 @@ struct Args {
     /// Leave images as the camera stored them, as open_clip does, instead of turning them the right way up
     #[arg(long)]
     as_stored: bool,
+    /// Stop with an error when an image cannot be read, instead of skipping it
+    #[arg(long)]
+    strict: bool,
     /// Also time preprocessing alone
     #[arg(long)]
     rates: bool,
@@ -76,22 +79,22 @@ fn run() -> Result<(), Box<dyn Error>> {
         if args.rates {
             let start = Instant::now();
             for batch in preprocessor.batches(paths.clone(), args.batch) {
-                let batch: Vec<_> = batch.into_iter().collect::<Result<_, _>>()?;
+                let batch: Vec<_> = batch.into_iter().flatten().collect();
                 std::hint::black_box(preprocessor.tensor(&batch, &device));
             }
             println!("preprocess {:.1} images a second", rate(start));
         }
         let bar = progress(paths.len())?;
         let start = Instant::now();
-        let embeddings = embedder.images(paths.clone(), |done| bar.set_position(done as u64))?;
+        let found = embedder.images(paths.clone(), |done| bar.set_position(done as u64));
         bar.finish();
         println!("embed {:.1} images a second ({} images, orientation {orientation:?})", rate(start), paths.len());
-        names.insert("images".into(), paths.iter().map(|path| path.display().to_string()).collect());
-        tensors.push(("image_embeds", embeddings));
+        report_skipped(&found.skipped, args.strict)?;
+        names.insert("images".into(), found.kept.iter().map(|&image| paths[image].display().to_string()).collect());
+        tensors.push(("image_embeds", found.embeddings));
     }
     if let Some(file) = &args.texts {
-        let text = fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
-        let texts: Vec<&str> = text.lines().collect();
+        let texts = lines_in(file)?;
         let bar = progress(texts.len())?;
         let found = embedder.texts(&texts, |done| bar.set_position(done as u64))?;
         bar.finish();

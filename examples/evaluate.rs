@@ -12,17 +12,17 @@
 
 mod support;
 
-use std::{error::Error, fs, path::PathBuf, process::ExitCode};
+use std::{error::Error, path::PathBuf, process::ExitCode};
 
 use burn_moe::clip::{
     Embedder, RetrievalMetrics, ZeroShotClassifier,
     checkpoint::ClipCheckpoint,
-    lists::{CaptionedImages, ClassifiedImages},
+    lists::{CaptionedImages, ClassifiedImages, lines_in},
     preprocess::{ImagePreprocessor, Orientation},
 };
 use clap::{Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
-use support::device_by_name;
+use support::{device_by_name, report_skipped};
 
 #[derive(Parser)]
 #[command(about = "Evaluates a CLIP checkpoint")]
@@ -33,6 +33,9 @@ struct Args {
     /// Leave images as the camera stored them, as open_clip and CLIP_benchmark do, instead of turning them the right way up
     #[arg(long)]
     as_stored: bool,
+    /// Stop with an error when an image cannot be read, instead of skipping it
+    #[arg(long)]
+    strict: bool,
     #[arg(long, default_value_t = 64)]
     batch: usize,
     /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
@@ -92,24 +95,28 @@ fn run() -> Result<(), Box<dyn Error>> {
     let preprocessor = ImagePreprocessor::for_model(&checkpoint.config.vision).with_orientation(orientation);
     let embedder = Embedder::new(&checkpoint.model, preprocessor, &device).with_batch_size(args.batch);
     match args.task {
-        Task::Coco { list, images } => retrieval(&embedder, CaptionedImages::coco(list)?, images),
-        Task::Karpathy { list, split, images } => retrieval(&embedder, CaptionedImages::karpathy(list, &split)?, images),
-        Task::Flickr30k { list, images } => retrieval(&embedder, CaptionedImages::flickr30k(list)?, images),
-        Task::Classes { images, names, templates } => classes(&embedder, images, names, &templates),
+        Task::Coco { list, images } => retrieval(&embedder, CaptionedImages::coco(list)?, images, args.strict),
+        Task::Karpathy { list, split, images } => {
+            retrieval(&embedder, CaptionedImages::karpathy(list, &split)?, images, args.strict)
+        }
+        Task::Flickr30k { list, images } => retrieval(&embedder, CaptionedImages::flickr30k(list)?, images, args.strict),
+        Task::Classes { images, names, templates } => classes(&embedder, images, names, &templates, args.strict),
     }
 }
 
-fn retrieval(embedder: &Embedder, list: CaptionedImages, folder: PathBuf) -> Result<(), Box<dyn Error>> {
+fn retrieval(embedder: &Embedder, mut list: CaptionedImages, folder: PathBuf, strict: bool) -> Result<(), Box<dyn Error>> {
     let paths: Vec<PathBuf> = list.images.iter().map(|image| folder.join(image)).collect();
-    let captions: Vec<&String> = list.captions.iter().map(|(caption, _)| caption).collect();
-    println!("{} images, {} captions", paths.len(), captions.len());
+    println!("{} images, {} captions", paths.len(), list.captions.len());
     let bar = progress("images", paths.len())?;
-    let images = embedder.images(paths, |done| bar.set_position(done as u64))?;
+    let images = embedder.images(paths, |done| bar.set_position(done as u64));
     bar.finish();
+    report_skipped(&images.skipped, strict)?;
+    list.keep(&images.kept);
+    let captions: Vec<&String> = list.captions.iter().map(|(caption, _)| caption).collect();
     let bar = progress("captions", captions.len())?;
     let texts = embedder.texts(&captions, |done| bar.set_position(done as u64))?;
     bar.finish();
-    let metrics = RetrievalMetrics::new(images, texts.embeddings, &list.image_of_caption())?;
+    let metrics = RetrievalMetrics::new(images.embeddings, texts.embeddings, &list.image_of_caption())?;
     for (name, recall) in [("text to image", metrics.text_to_image), ("image to text", metrics.image_to_text)] {
         println!("{name}: R@1 {:.2} %, R@5 {:.2} %, R@10 {:.2} %", 100.0 * recall.r1, 100.0 * recall.r5, 100.0 * recall.r10);
     }
@@ -117,11 +124,16 @@ fn retrieval(embedder: &Embedder, list: CaptionedImages, folder: PathBuf) -> Res
     Ok(())
 }
 
-fn classes(embedder: &Embedder, folder: PathBuf, names: Option<PathBuf>, templates: &[String]) -> Result<(), Box<dyn Error>> {
+fn classes(
+    embedder: &Embedder,
+    folder: PathBuf,
+    names: Option<PathBuf>,
+    templates: &[String],
+    strict: bool,
+) -> Result<(), Box<dyn Error>> {
     let ClassifiedImages { mut classes, images, class_of_image } = ClassifiedImages::folders(folder)?;
     if let Some(file) = names {
-        let text = fs::read_to_string(&file).map_err(|error| format!("{}: {error}", file.display()))?;
-        let names: Vec<String> = text.lines().map(str::to_string).collect();
+        let names = lines_in(&file)?;
         if names.len() != classes.len() {
             return Err(format!("{} has {} names for {} class folders", file.display(), names.len(), classes.len()).into());
         }
@@ -130,9 +142,11 @@ fn classes(embedder: &Embedder, folder: PathBuf, names: Option<PathBuf>, templat
     println!("{} classes, {} images", classes.len(), images.len());
     let classifier = ZeroShotClassifier::new(&embedder.prompts(&classes, templates)?)?;
     let bar = progress("images", images.len())?;
-    let embeddings = embedder.images(images, |done| bar.set_position(done as u64))?;
+    let found = embedder.images(images, |done| bar.set_position(done as u64));
     bar.finish();
-    let metrics = classifier.evaluate(embeddings, &class_of_image)?;
+    report_skipped(&found.skipped, strict)?;
+    let class_of_image: Vec<usize> = found.kept.iter().map(|&image| class_of_image[image]).collect();
+    let metrics = classifier.evaluate(found.embeddings, &class_of_image)?;
     let [top_1, top_5, mean] = [metrics.top_1, metrics.top_5, metrics.mean_per_class_recall].map(|share| 100.0 * share);
     println!("top-1 {top_1:.2} %, top-5 {top_5:.2} %, mean per-class recall {mean:.2} %");
     Ok(())

@@ -19,7 +19,7 @@ use burn_moe::clip::{
 };
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
-use support::{device_by_name, write_atomic};
+use support::{device_by_name, report_skipped, write_atomic};
 
 #[derive(Parser)]
 #[command(about = "Finds images by a text")]
@@ -37,6 +37,9 @@ struct Args {
     top: usize,
     #[arg(long, default_value = "out/retrieve.html")]
     out: PathBuf,
+    /// Stop with an error when an image cannot be read, instead of skipping it
+    #[arg(long)]
+    strict: bool,
     /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -59,17 +62,18 @@ fn run() -> Result<(), Box<dyn Error>> {
     }
     let bar = ProgressBar::new(paths.len() as u64)
         .with_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed} of {duration}")?);
-    let images = embedder.images(paths.clone(), |done| bar.set_position(done as u64))?;
+    let found = embedder.images(paths.clone(), |done| bar.set_position(done as u64));
     bar.finish();
+    report_skipped(&found.skipped, args.strict)?;
     let query = embedder.texts(&[&args.query], |_| ())?.embeddings;
-    let similarities = normalize(images).matmul(normalize(query).transpose()).try_into_vec_as::<f32>()?;
-    let mut order: Vec<usize> = (0..paths.len()).collect();
+    let similarities = normalize(found.embeddings).matmul(normalize(query).transpose()).try_into_vec_as::<f32>()?;
+    let mut order: Vec<usize> = (0..found.kept.len()).collect();
     order.sort_by(|&a, &b| similarities[b].total_cmp(&similarities[a]));
     order.truncate(args.top);
 
     let mut page = format!("<!doctype html>\n<meta charset=\"utf-8\">\n<title>{0}</title>\n<h1>{0}</h1>\n", escaped(&args.query));
     for &image in &order {
-        let (path, similarity) = (paths[image].display().to_string(), similarities[image]);
+        let (path, similarity) = (paths[found.kept[image]].display().to_string(), similarities[image]);
         println!("{similarity:.3}  {path}");
         let path = escaped(&path);
         page += &format!(

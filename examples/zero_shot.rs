@@ -17,7 +17,7 @@ use burn_moe::clip::{
     preprocess::{ImagePreprocessor, Orientation},
 };
 use clap::Parser;
-use support::device_by_name;
+use support::{device_by_name, report_skipped};
 
 #[derive(Parser)]
 #[command(about = "Classifies images by labels")]
@@ -34,6 +34,9 @@ struct Args {
     /// Folder of the checkpoint: Hugging Face, open_clip or sparse
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-tiny"))]
     model: PathBuf,
+    /// Stop with an error when an image cannot be read, instead of skipping it
+    #[arg(long)]
+    strict: bool,
     /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -51,11 +54,12 @@ fn run() -> Result<(), Box<dyn Error>> {
     let preprocessor = ImagePreprocessor::for_model(&checkpoint.config.vision).with_orientation(Orientation::Exif);
     let embedder = Embedder::new(&checkpoint.model, preprocessor, &device);
     let classifier = ZeroShotClassifier::new(&embedder.prompts(&args.labels, &args.templates)?)?;
-    let images = embedder.images(args.images.clone(), |_| ())?;
+    let found = embedder.images(args.images.clone(), |_| ());
+    report_skipped(&found.skipped, args.strict)?;
     let scale = checkpoint.model.scale().into_scalar::<f32>();
-    let probabilities = softmax(classifier.similarities(images) * scale, 1).try_into_vec_as::<f32>()?;
-    for (image, probabilities) in args.images.iter().zip(probabilities.chunks_exact(args.labels.len())) {
-        println!("{}", image.display());
+    let probabilities = softmax(classifier.similarities(found.embeddings) * scale, 1).try_into_vec_as::<f32>()?;
+    for (&image, probabilities) in found.kept.iter().zip(probabilities.chunks_exact(args.labels.len())) {
+        println!("{}", args.images[image].display());
         let mut order: Vec<usize> = (0..args.labels.len()).collect();
         order.sort_by(|&a, &b| probabilities[b].total_cmp(&probabilities[a]));
         for label in order {

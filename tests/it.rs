@@ -8,6 +8,7 @@ mod it {
     mod input;
     mod kernels;
     mod layer;
+    mod lists;
     mod losses;
     mod outcome;
     mod published;

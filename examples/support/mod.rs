@@ -39,3 +39,16 @@ fn with_causes(error: &dyn Error) -> String {
     }
     text
 }
+
+/// Says which images were skipped: all of them, or the first ten and how many more. With `strict` it is an error.
+pub(crate) fn report_skipped<E: Error>(skipped: &[E], strict: bool) -> Result<(), Box<dyn Error>> {
+    if skipped.is_empty() {
+        return Ok(());
+    }
+    eprintln!("{} images were skipped:", skipped.len());
+    skipped.iter().take(10).for_each(|error| eprintln!("  {}", with_causes(error)));
+    if skipped.len() > 10 {
+        eprintln!("  and {} more", skipped.len() - 10);
+    }
+    if strict { Err("images were skipped, and --strict forbids it".into()) } else { Ok(()) }
+}

@@ -22,6 +22,17 @@ pub struct Embedder {
     device: Device,
 }
 
+/// Embeddings of images.
+#[derive(Debug)]
+pub struct ImageEmbeddings {
+    /// Not normalised, `[I, P]`, of the images that could be read.
+    pub embeddings: Tensor<2>,
+    /// The place of each of them among the paths.
+    pub kept: Vec<usize>,
+    /// Why each of the others could not be read.
+    pub skipped: Vec<ImageError>,
+}
+
 /// Embeddings of texts.
 #[derive(Debug, Clone)]
 pub struct TextEmbeddings {
@@ -61,21 +72,31 @@ impl Embedder {
         self
     }
 
-    /// Embeds image files, `[I, P]`, not normalised. The next batch is decoded while the last one is computed; `progress` hears how
-    /// many images are done.
-    ///
-    /// # Errors
-    /// The first image that cannot be read.
-    pub fn images(&self, paths: Vec<PathBuf>, mut progress: impl FnMut(usize)) -> Result<Tensor<2>, ImageError> {
+    /// Embeds image files. The next batch is decoded while the last one is computed; `progress` is called with the number of images that are done.
+    /// Images that cannot be read are skipped.
+    pub fn images(&self, paths: Vec<PathBuf>, mut progress: impl FnMut(usize)) -> ImageEmbeddings {
         let mut rows = self.rows();
-        let count = paths.len();
+        let (count, mut done) = (paths.len(), 0);
+        let (mut kept, mut skipped) = (Vec::new(), Vec::new());
         for batch in self.preprocessor.batches(paths, self.batch_size) {
-            let batch = batch.into_iter().collect::<Result<Vec<_>, _>>()?;
-            rows.add(self.model.encode_image(self.preprocessor.tensor(&batch, &self.device)).embedding);
-            progress(rows.count);
+            let mut images = Vec::new();
+            for image in batch {
+                match image {
+                    Ok(image) => {
+                        images.push(image);
+                        kept.push(done);
+                    }
+                    Err(error) => skipped.push(error),
+                }
+                done += 1;
+            }
+            if !images.is_empty() {
+                rows.add(self.model.encode_image(self.preprocessor.tensor(&images, &self.device)).embedding);
+            }
+            progress(done);
         }
-        assert!(rows.count == count, "{} of {count} images came back", rows.count);
-        Ok(rows.into_tensor(&self.device))
+        assert!(done == count, "{done} of {count} images came back");
+        ImageEmbeddings { embeddings: rows.into_tensor(&self.device), kept, skipped }
     }
 
     /// Embeds texts; `progress` hears how many are done.

@@ -25,12 +25,11 @@ fn folder_with(name: &str, list: &str) -> tempfile::TempDir {
     folder
 }
 
-fn load(name: &str, list: &str) -> Result<ImageTextSet, String> {
+fn load(name: &str, list: &str) -> Result<(ImageTextSet, Vec<String>), String> {
     let folder = folder_with(name, list);
-    load_folder(folder.path().join(name), &ImagePreprocessor::new(8)).map_err(|error| {
-        let folder = format!("{}/", folder.path().display());
-        error.to_string().replace(&folder, "")
-    })
+    let short = |error: &dyn std::error::Error| error.to_string().replace(&format!("{}/", folder.path().display()), "");
+    let loaded = load_folder(folder.path().join(name), &ImagePreprocessor::new(8)).map_err(|error| short(&error))?;
+    Ok((loaded.set, loaded.skipped.iter().map(|error| short(error)).collect()))
 }
 
 #[test]
@@ -38,23 +37,37 @@ fn a_users_list_is_read_from_csv_and_json_lines() {
     let csv = load("list.csv", "path,caption\nred.png,a red thing\nblue.png,\"blue, square\"\nred.png,red again\n").unwrap();
     let lines = "{\"path\": \"red.png\", \"caption\": \"a red thing\"}\n\n{\"path\": \"blue.png\", \"caption\": \"blue, square\"}\n{\"path\": \"red.png\", \"caption\": \"red again\"}\n";
     let jsonl = load("list.jsonl", lines).unwrap();
-    for set in [csv, jsonl] {
-        assert_eq!((set.len(), set.image_size()), (2, 8));
-        assert_eq!(set.concepts()[0].captions, ["blue, square"]);
-        assert_eq!(set.concepts()[1].captions, ["a red thing", "red again"]);
-        assert_eq!((&set.image(0)[..3], &set.image(1)[..3]), (&[0u8, 0, 255][..], &[255u8, 0, 0][..]));
+    for (set, skipped) in [csv, jsonl] {
+        assert_eq!((set.len(), set.image_size(), skipped), (2, 8, vec![]));
+        assert_eq!(set.concepts()[0].captions, ["a red thing", "red again"]);
+        assert_eq!(set.concepts()[1].captions, ["blue, square"]);
+        assert_eq!((&set.image(0)[..3], &set.image(1)[..3]), (&[255u8, 0, 0][..], &[0u8, 0, 255][..]));
     }
+}
+
+#[test]
+fn images_that_cannot_be_read_are_skipped_and_named() {
+    let (set, skipped) = load("list.csv", "path,caption\nno.png,no\nred.png,red\ngone.png,gone\nblue.png,blue\n").unwrap();
+    assert_eq!((set.len(), set.concepts()[0].captions[0].as_str(), set.concepts()[1].captions[0].as_str()), (2, "red", "blue"));
+    assert!(skipped[0].starts_with("no.png is no readable image: ") && skipped[1].starts_with("gone.png: "), "{skipped:?}");
 }
 
 #[test]
 fn what_is_wrong_in_a_users_list_is_named() {
     let error = |name, list| load(name, list).unwrap_err();
-    assert_eq!(error("list.csv", "path,caption\nred.png,red\nblue.png,  \n"), "list.csv, line 3: the caption of blue.png is empty");
+    assert_eq!(error("list.csv", "path,caption\nred.png,red\nblue.png,  \n"), "list.csv: line 3: no caption");
+    let text = error("list.csv", "path,caption\nred.png\nred.png\nred.png\nred.png\nred.png\n");
+    let line = |line: usize| format!("line {line}: 1 columns, but the first line has 2");
+    assert_eq!(text, format!("list.csv: {}; {}; {}; and 2 more lines", line(2), line(3), line(4)));
     assert!(error("list.csv", "path,caption\nno.png,no\n").starts_with("no.png is no readable image: "));
     assert!(error("list.csv", "path,caption\nmissing.png,x\n").starts_with("missing.png: "));
-    assert!(error("list.csv", "file,text\nred.png,x\n").starts_with("list.csv, line 2: "));
-    assert!(error("list.jsonl", "{\"path\": \"red.png\"}\n").starts_with("list.jsonl, line 1: missing field `caption`"));
-    assert!(error("list.txt", "").starts_with("list.txt: expected a `.csv`, `.jsonl` or `.ndjson` file"));
+    let text = error("list.csv", "photo,words\nred.png,x\n");
+    assert!(
+        text.starts_with("list.csv: the columns of its first line are `photo`, `words`; expected one of path, filepath"),
+        "{text}"
+    );
+    let text = error("list.jsonl", "{\"path\": \"red.png\"}\n");
+    assert!(text.starts_with("list.jsonl: line 1: its fields are path; expected one of path,"), "{text}");
     assert!(load_folder("nowhere.csv", &ImagePreprocessor::new(8)).unwrap_err().to_string().starts_with("nowhere.csv: "));
 }
 

@@ -181,13 +181,16 @@ fn an_embedding_does_not_depend_on_its_batch() {
     let embedder = |batch| Embedder::new(&model, ImagePreprocessor::new(32), &device).with_batch_size(batch);
     let mut heard = Vec::new();
     let (images, words) =
-        (embedder(2).images(paths.clone(), |done| heard.push(done)).unwrap(), embedder(2).texts(&texts, |_| ()).unwrap());
+        (embedder(2).images(paths.clone(), |done| heard.push(done)).embeddings, embedder(2).texts(&texts, |_| ()).unwrap());
     assert_eq!(heard, [2, 4, 5]);
     assert_eq!((images.dims(), words.embeddings.dims(), words.truncated), ([5, 10], [4, 10], 1));
-    assert!(largest_difference(&values(&images), &values(&embedder(5).images(paths, |_| ()).unwrap())) < 1e-5);
+    assert!(largest_difference(&values(&images), &values(&embedder(5).images(paths, |_| ()).embeddings)) < 1e-5);
     assert!(largest_difference(&values(&words.embeddings), &values(&embedder(1).texts(&texts, |_| ()).unwrap().embeddings)) < 1e-5);
-    let error = embedder(2).images(vec![data("preprocess/NOTES.md")], |_| ()).unwrap_err().to_string();
-    assert!(error.contains("NOTES.md is no readable image"), "{error}");
+    // A file that is no image is skipped and named; the others keep their places.
+    let paths = ["preprocess/rgb.png", "preprocess/NOTES.md", "preprocess/gray.png"].map(data).to_vec();
+    let some = embedder(2).images(paths, |_| ());
+    assert_eq!((some.kept, some.embeddings.dims()[0], some.skipped.len()), (vec![0, 2], 2, 1));
+    assert!(some.skipped[0].to_string().contains("NOTES.md is no readable image"), "{}", some.skipped[0]);
     let prompts = embedder(2).prompts(&["cat", "dog"], &["a {}", "the {} of {c}"]).unwrap();
     assert_eq!((prompts.len(), prompts[0].dims()), (2, [2, 10]));
 }

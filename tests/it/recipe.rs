@@ -292,7 +292,7 @@ fn images_are_prepared_in_training_and_evaluation_as_the_model_says() {
         device.seed(3);
         let model: Clip = config.init(&device);
         let preprocessor = ImagePreprocessor::for_model(&config.vision);
-        let set = load_folder(folder.path().join("list.csv"), &preprocessor).unwrap();
+        let set = load_folder(folder.path().join("list.csv"), &preprocessor).unwrap().set;
         let run = TrainConfig::new(6).with_batch(batches()).with_eval_every(6);
         let arm = Arm {
             name: "arm".into(),
@@ -317,7 +317,7 @@ fn images_are_prepared_in_training_and_evaluation_as_the_model_says() {
         // The report's recalls are those that embedding the files gives.
         let embedder = Embedder::new(&arm.model, preprocessor, &device);
         let paths = (0..8).map(|index| folder.path().join(format!("{index}.png"))).collect();
-        let images = embedder.images(paths, |_| ()).unwrap();
+        let images = embedder.images(paths, |_| ()).embeddings;
         let captions: Vec<&String> = set.concepts().iter().map(|concept| &concept.captions[0]).collect();
         let texts = embedder.texts(&captions, |_| ()).unwrap().embeddings;
         let own = RetrievalMetrics::new(images, texts, &[0, 1, 2, 3, 4, 5, 6, 7]).unwrap();

@@ -121,7 +121,8 @@ pub(super) fn read_text(path: &Path, longest: u64) -> Result<String, CheckpointE
         let reason = format!("more than {longest} bytes: too long for what it should be");
         return Err(CheckpointError::ConfigFile { path: path.to_path_buf(), reason });
     }
-    Ok(text)
+    // Some editors put a byte order mark in front.
+    Ok(text.strip_prefix('\u{feff}').map_or_else(|| text.clone(), str::to_string))
 }
 
 /// The index that stands for a file in shards.

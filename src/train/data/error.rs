@@ -37,10 +37,13 @@ pub enum DataError {
     /// A file that should be an image cannot be used.
     #[error(transparent)]
     Image(#[from] crate::clip::preprocess::ImageError),
-    /// The file of captions is of no known kind.
-    #[error("{}: expected a `.csv`, `.jsonl` or `.ndjson` file of image paths and captions", path.display())]
-    Kind {
-        /// The file.
+    /// The list of images and captions cannot be understood.
+    #[error(transparent)]
+    List(#[from] crate::clip::lists::ListError),
+    /// No image of the list can be read.
+    #[error("{}: no image can be read", path.display())]
+    NoImage {
+        /// The list.
         path: PathBuf,
     },
     /// Fewer concepts than a batch needs.

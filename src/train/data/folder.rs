@@ -1,69 +1,48 @@
 //! A user's own images with captions.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::{Path, PathBuf},
-};
-
-use serde::Deserialize;
+use std::path::Path;
 
 use super::{Concept, DataError, ImageTextSet};
-use crate::clip::preprocess::ImagePreprocessor;
+use crate::clip::{
+    lists::{CaptionedImages, Columns},
+    preprocess::{ImageError, ImagePreprocessor},
+};
 
-#[derive(Deserialize)]
-struct Row {
-    path: PathBuf,
-    caption: String,
+/// What [`load_folder`] read.
+#[derive(Debug)]
+pub struct LoadedFolder {
+    /// The images that could be read, with their captions.
+    pub set: ImageTextSet,
+    /// Why each of the others could not.
+    pub skipped: Vec<ImageError>,
 }
 
-/// Reads a list of image paths and captions, and the images. Paths are relative to the list. The list is a `.csv` with a header
-/// line `path,caption`, or a `.jsonl` with `{"path": …, "caption": …}` in every line. Several lines may name one image: it then
-/// has several captions. Each image is a concept of its own. `preprocessor` prepares the images: take
-/// [`ImagePreprocessor::for_model`], so that a model is trained on images as it is used on them.
+/// Reads a list of image paths and captions ([`CaptionedImages::table`]), and the images. Paths are relative to the list. Each image is a concept of
+/// its own. `preprocessor` prepares the images: take [`ImagePreprocessor::for_model`], so that a model is trained on images as it is used on them.
 ///
 /// # Errors
-/// When the list cannot be understood, a caption is empty, or an image is none; each with the file and the line.
-pub fn load_folder(list: impl AsRef<Path>, preprocessor: &ImagePreprocessor) -> Result<ImageTextSet, DataError> {
+/// When the list cannot be understood, or none of its images can be read.
+pub fn load_folder(list: impl AsRef<Path>, preprocessor: &ImagePreprocessor) -> Result<LoadedFolder, DataError> {
     let list = list.as_ref();
-    let text = fs::read_to_string(list).map_err(|source| DataError::Io { path: list.to_path_buf(), source })?;
-    let bad = |line: u64, reason: String| DataError::Line { path: list.to_path_buf(), line, reason };
-    let rows: Vec<(u64, Row)> = match list.extension().and_then(|e| e.to_str()) {
-        Some("csv") => csv::Reader::from_reader(text.as_bytes())
-            .into_deserialize()
-            .enumerate()
-            .map(|(index, row)| {
-                // The header is line 1. A quoted line break makes this a row number, which csv's own text corrects.
-                let line = index as u64 + 2;
-                row.map(|row| (line, row)).map_err(|error| bad(line, error.to_string()))
-            })
-            .collect::<Result<_, _>>()?,
-        Some("jsonl" | "ndjson") => text
-            .lines()
-            .enumerate()
-            .filter(|(_, line)| !line.trim().is_empty())
-            .map(|(index, line)| {
-                let number = index as u64 + 1;
-                serde_json::from_str(line).map(|row| (number, row)).map_err(|error| bad(number, error.to_string()))
-            })
-            .collect::<Result<_, _>>()?,
-        _ => return Err(DataError::Kind { path: list.to_path_buf() }),
-    };
+    let mut table = CaptionedImages::table(list, &Columns::default())?;
     let folder = list.parent().unwrap_or(Path::new("."));
-    let mut captions: BTreeMap<PathBuf, Vec<String>> = BTreeMap::new();
-    for (line, row) in rows {
-        let caption = row.caption.trim();
-        if caption.is_empty() {
-            return Err(bad(line, format!("the caption of {} is empty", row.path.display())));
+    let paths: Vec<_> = table.images.iter().map(|image| folder.join(image)).collect();
+    let (mut pixels, mut kept, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
+    for (index, image) in preprocessor.open_all(&paths).into_iter().enumerate() {
+        match image {
+            Ok(image) => {
+                pixels.extend(image);
+                kept.push(index);
+            }
+            Err(error) => skipped.push(error),
         }
-        captions.entry(folder.join(row.path)).or_default().push(caption.to_string());
     }
-    let paths: Vec<&PathBuf> = captions.keys().collect();
-    let mut pixels = Vec::new();
-    for image in preprocessor.open_all(&paths) {
-        pixels.extend(image?);
+    table.keep(&kept);
+    if table.images.is_empty() {
+        return Err(skipped.into_iter().next().map_or(DataError::NoImage { path: list.to_path_buf() }, DataError::Image));
     }
-    let concepts: Vec<Concept> = captions.into_values().map(|captions| Concept { captions, tags: Vec::new() }).collect();
+    let mut concepts: Vec<Concept> = kept.iter().map(|_| Concept { captions: Vec::new(), tags: Vec::new() }).collect();
+    table.captions.into_iter().for_each(|(caption, image)| concepts[image].captions.push(caption));
     let set = ImageTextSet::new(preprocessor.image_size, pixels, (0..concepts.len()).collect(), concepts);
-    Ok(set.with_preprocessing(preprocessor.preprocessing))
+    Ok(LoadedFolder { set: set.with_preprocessing(preprocessor.preprocessing), skipped })
 }

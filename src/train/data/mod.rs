@@ -11,5 +11,5 @@ pub use augment::AugmentConfig;
 pub use batch::{Batch, BatchConfig, Batches};
 pub use emoji::{EmojiPack, EmojiVendor};
 pub use error::DataError;
-pub use folder::load_folder;
+pub use folder::{LoadedFolder, load_folder};
 pub use set::{Concept, ImageTextSet};

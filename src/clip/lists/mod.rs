@@ -1,4 +1,8 @@
-//! Images and captions as data sets publish them.
+//! Images and captions as data sets publish them, and as people write them.
+
+mod table;
+
+pub use table::Columns;
 
 use std::{
     collections::BTreeMap,
@@ -141,6 +145,14 @@ impl CaptionedImages {
         Self::of(path, order.into_iter().map(|name| (PathBuf::from(&name), captions_of.remove(&name).unwrap_or_default())))
     }
 
+    /// The list without the images that are not among the `kept`, which are indices in ascending order, and without their captions.
+    pub fn keep(&mut self, kept: &[usize]) {
+        let place: BTreeMap<usize, usize> = kept.iter().enumerate().map(|(new, old)| (*old, new)).collect();
+        self.images = kept.iter().map(|image| self.images[*image].clone()).collect();
+        let captions = std::mem::take(&mut self.captions).into_iter();
+        self.captions = captions.filter_map(|(caption, image)| Some((caption, *place.get(&image)?))).collect();
+    }
+
     /// The image of each caption.
     pub fn image_of_caption(&self) -> Vec<usize> {
         self.captions.iter().map(|(_, image)| *image).collect()
@@ -169,12 +181,16 @@ impl ClassifiedImages {
     /// folders.
     ///
     /// # Errors
-    /// When a folder cannot be read, or there is no class.
+    /// When a folder cannot be read, there is no class, or a class has no image.
     pub fn folders(folder: impl AsRef<Path>) -> Result<Self, ListError> {
         let folder = folder.as_ref();
         let mut found = Self::default();
-        for class in entries(folder)?.into_iter().filter(|path| path.is_dir()) {
-            for image in images_in(&class)? {
+        for class in entries(folder)?.into_iter().filter(|path| path.is_dir() && !is_hidden(path)) {
+            let images = images_in(&class)?;
+            if images.is_empty() {
+                return Err(format_error(&class, "a class without an image: remove the folder, or put images in".into()));
+            }
+            for image in images {
                 found.images.push(image);
                 found.class_of_image.push(found.classes.len());
             }
@@ -187,14 +203,22 @@ impl ClassifiedImages {
     }
 }
 
-/// The PNG, JPEG and WebP files of a folder, by their names' endings, sorted.
+fn is_hidden(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'))
+}
+
+/// The PNG, JPEG and WebP files of a folder, by their names' endings, sorted. Names that begin with a dot are passed over.
 ///
 /// # Errors
 /// When the folder cannot be read.
 pub fn images_in(folder: impl AsRef<Path>) -> Result<Vec<PathBuf>, ListError> {
     let is_image = |path: &PathBuf| {
+        // What macOS writes beside each photo (`._photo.jpg`) has its ending, too.
+        if is_hidden(path) {
+            return false;
+        }
         let ending = path.extension().and_then(|ending| ending.to_str()).map(str::to_lowercase);
-        path.is_file() && matches!(ending.as_deref(), Some("png" | "jpg" | "jpeg" | "webp"))
+        path.is_file() && matches!(ending.as_deref(), Some("png" | "jpg" | "jpeg" | "jpe" | "jfif" | "webp"))
     };
     Ok(entries(folder.as_ref())?.into_iter().filter(is_image).collect())
 }
@@ -208,8 +232,31 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>, ListError> {
     Ok(paths)
 }
 
+/// A text without its byte order mark.
 fn read(path: &Path) -> Result<String, ListError> {
-    fs::read_to_string(path).map_err(|source| ListError::Io { path: path.to_path_buf(), source })
+    let bytes = fs::read(path).map_err(|source| ListError::Io { path: path.to_path_buf(), source })?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        let line = 1 + good.iter().filter(|byte| **byte == b'\n').count();
+        format_error(path, format!("line {line} is no UTF-8: save the file in this encoding"))
+    })?;
+    Ok(match text.strip_prefix('\u{feff}') {
+        Some(text) => text.to_string(),
+        None => text,
+    })
+}
+
+/// A text in every line: labels, captions. Blanks at the ends of lines, a byte order mark and empty lines at the end do not count.
+///
+/// # Errors
+/// When the file cannot be read, is no UTF-8, or has an empty line before its last one.
+pub fn lines_in(path: impl AsRef<Path>) -> Result<Vec<String>, ListError> {
+    let path = path.as_ref();
+    let lines: Vec<String> = read(path)?.trim_end().lines().map(|line| line.trim().to_string()).collect();
+    match lines.iter().position(String::is_empty) {
+        Some(line) => Err(format_error(path, format!("line {} is empty: every line is a text", line + 1))),
+        None => Ok(lines),
+    }
 }
 
 fn json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ListError> {
@@ -274,7 +321,8 @@ mod tests {
     #[test]
     fn classes_are_folders() {
         let folder = tempfile::tempdir().unwrap();
-        for (class, file) in [("dog", "2.png"), ("cat", "1.png"), ("dog", "1.JPG"), ("dog", ".DS_Store")] {
+        let files = [("dog", "2.png"), ("cat", "1.png"), ("dog", "1.JPG"), ("dog", "._1.JPG"), (".ipynb_checkpoints", "1.png")];
+        for (class, file) in files {
             fs::create_dir_all(folder.path().join(class)).unwrap();
             fs::write(folder.path().join(class).join(file), "").unwrap();
         }
@@ -283,5 +331,8 @@ mod tests {
         assert_eq!(found.class_of_image, [0, 1, 1]);
         assert!(found.images[1].ends_with("dog/1.JPG"));
         assert!(ClassifiedImages::folders(folder.path().join("cat")).unwrap_err().to_string().ends_with("no folder of a class"));
+        fs::create_dir(folder.path().join("empty")).unwrap();
+        let error = ClassifiedImages::folders(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("empty: a class without an image"), "{error}");
     }
 }

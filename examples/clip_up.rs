@@ -27,7 +27,8 @@ use burn_moe::{
         tokenizer::ClipTokenizer,
     },
     train::{
-        Arm, Evaluation, Observer, OptimizerConfig, PairedBootstrap, StepLosses, TrainConfig, TrainInput, TrainedArm, WarmupCosine,
+        Arm, Checkpointing, Evaluation, Observer, OptimizerConfig, PairedBootstrap, StepLosses, TrainConfig, TrainInput,
+        TrainedArm, WarmupCosine,
         data::{DataError, EmojiPack, EmojiVendor, ImageTextSet, LoadedFolder, load_folder},
         paired_bootstrap, train,
     },
@@ -39,6 +40,9 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use plotters::prelude::*;
 use serde_json::{Value, json};
 use support::{device_by_name, report_skipped, write_atomic};
+
+/// Parameters of models that take the learning rate of this repository's.
+const SMALL: u64 = 5_000_000;
 
 #[derive(Parser)]
 #[command(about = "Upcycles a dense CLIP and trains it on beside the dense one")]
@@ -58,6 +62,9 @@ struct Args {
     /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// Go on with the run in --out that was interrupted, from its last evaluation; all other options as before
+    #[arg(long)]
+    resume: bool,
     /// A few steps only, to see that everything works
     #[arg(long)]
     quick: bool,
@@ -79,12 +86,12 @@ struct Args {
     /// Experts of each sparse block
     #[arg(long, default_value_t = 8)]
     experts: usize,
-    /// Highest learning rate of the dense model
-    #[arg(long, default_value_t = 8e-3)]
-    dense_lr: f64,
-    /// Highest learning rate of the sparse model
-    #[arg(long, default_value_t = 8e-3)]
-    sparse_lr: f64,
+    /// Highest learning rate of the dense model; without it 8e-3 for a model as small as this repository's, and 1e-5 for others
+    #[arg(long)]
+    dense_lr: Option<f64>,
+    /// Highest learning rate of the sparse model; without it as for the dense one
+    #[arg(long)]
+    sparse_lr: Option<f64>,
     #[arg(long, default_value_t = 0.05)]
     weight_decay: f32,
     #[arg(long, default_value_t = 256)]
@@ -133,6 +140,9 @@ fn run() -> Result<(), Box<dyn Error>> {
     let upcycled = sparse_config.init(&device).upcycle_from_dense(&dense.model, &options)?;
     println!("{}", upcycled.report);
 
+    let is_small = dense.config.cost().params_total < SMALL;
+    let rate = if is_small { 8e-3 } else { 1e-5 };
+    let (dense_lr, sparse_lr) = (args.dense_lr.unwrap_or(rate), args.sparse_lr.unwrap_or(rate));
     let optimizer = |rate| OptimizerConfig::new(WarmupCosine::new(rate)).with_weight_decay(args.weight_decay);
     let arm = |name: &str, model, rate| Arm {
         name: name.to_string(),
@@ -141,21 +151,40 @@ fn run() -> Result<(), Box<dyn Error>> {
         auxiliary: ClipAuxiliaryLossConfig::new(),
         state: None,
     };
-    let arms =
-        vec![arm("dense_continued", dense.model.clone(), args.dense_lr), arm("sparse", upcycled.model.clone(), args.sparse_lr)];
+    let arms = vec![arm("dense_continued", dense.model.clone(), dense_lr), arm("sparse", upcycled.model.clone(), sparse_lr)];
     let mut config = TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed);
     config.batch = config.batch.with_batch_size(args.batch_size.min(set.len())).with_context_length(context_length);
+    let checkpointing = Checkpointing { folder: args.out.join("checkpoints"), every: args.eval_every };
+    if !args.resume && checkpointing.folder.is_dir() {
+        let folder = checkpointing.folder.display();
+        return Err(
+            format!("{folder} holds a run that was interrupted: go on with --resume, take another --out, or remove it").into()
+        );
+    }
     let mut progress = Progress::new(&arms, args.steps)?;
     let trained = train(TrainInput {
         arms,
         set: &set,
         test: &test,
         config: &config,
-        checkpointing: None,
+        checkpointing: Some(&checkpointing),
         device: &device,
         observer: &mut progress,
     })?;
     progress.finish();
+    // A small model dips in its warm-up and comes back.
+    for arm in trained.iter().filter(|_| !is_small) {
+        let recall = |evaluation: &Evaluation| evaluation.retrieval.text_to_image.r1;
+        if let [(_, before), (step, first), ..] = &arm.history[..]
+            && recall(first) < recall(before)
+        {
+            let (before, first) = (100.0 * recall(before), 100.0 * recall(first));
+            eprintln!(
+                "warning: {} fell from {before:.2} to {first:.2} % (text to image R@1) until step {step}: is its learning rate too high?",
+                arm.name
+            );
+        }
+    }
     let [dense_continued, sparse] = &trained[..] else { unreachable!("two arms were trained") };
 
     let before = &dense_continued.history[0].1;
@@ -187,7 +216,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         "seed": args.seed,
         "config": {
             "train": config,
-            "optimizer": { "dense_continued": optimizer(args.dense_lr), "sparse": optimizer(args.sparse_lr) },
+            "optimizer": { "dense_continued": optimizer(dense_lr), "sparse": optimizer(sparse_lr) },
             "auxiliary": ClipAuxiliaryLossConfig::new(),
             "model": sparse_config,
             "device": args.device,
@@ -199,6 +228,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     checkpoint.save_sparse(args.out.join("sparse"), Precision::F32)?;
     write_atomic(args.out.join("report.json"), serde_json::to_string_pretty(&report)?.as_bytes())?;
     picture(&args.out.join("clip_up.png"), &trained, args.steps)?;
+    fs::remove_dir_all(&checkpointing.folder)?;
     println!("checkpoint, report.json and clip_up.png are in {}", args.out.display());
     Ok(())
 }

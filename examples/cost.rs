@@ -56,7 +56,7 @@ fn run() -> Result<(), Box<dyn Error>> {
             })
             .collect::<Result<_, String>>()?,
     };
-    let tokens = TokenChoiceConfig::new().with_top_k(args.top_k);
+    let tokens = TokenChoiceConfig::of_top_k(args.top_k);
     let sparse = SparseEncoderConfig::new()
         .with_blocks(BlockSelection::EveryNth(args.every))
         .with_num_experts(args.experts)

@@ -78,7 +78,7 @@ fn run() -> Result<(), Box<dyn Error>> {
 
     let dense = ClipCheckpoint::load(&args.dense, &device)?;
     clock.lap("load");
-    let tokens = TokenChoiceConfig::new().with_top_k(args.top_k);
+    let tokens = TokenChoiceConfig::of_top_k(args.top_k);
     let experts = SparseEncoderConfig::new()
         .with_blocks(BlockSelection::EveryNth(args.every))
         .with_num_experts(args.experts)

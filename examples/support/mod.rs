@@ -45,7 +45,10 @@ pub(crate) fn report_skipped<E: Error>(skipped: &[E], strict: bool) -> Result<()
     if skipped.is_empty() {
         return Ok(());
     }
-    eprintln!("{} images were skipped:", skipped.len());
+    match skipped.len() {
+        1 => eprintln!("1 image was skipped:"),
+        count => eprintln!("{count} images were skipped:"),
+    }
     skipped.iter().take(10).for_each(|error| eprintln!("  {}", with_causes(error)));
     if skipped.len() > 10 {
         eprintln!("  and {} more", skipped.len() - 10);

@@ -64,6 +64,13 @@ pub enum FillOrder {
 }
 
 impl TokenChoiceConfig {
+    /// `top_k` choices per token, with the gates that fit: not normalised for one choice, whose gate would be the constant 1, and as by default
+    /// for more.
+    pub fn of_top_k(top_k: usize) -> Self {
+        let config = Self::new().with_top_k(top_k);
+        if top_k == 1 { config.with_gate_normalization(GateNormalization::None) } else { config }
+    }
+
     /// Refuses what cannot work with `num_experts` experts.
     ///
     /// # Errors

@@ -95,13 +95,26 @@ fn run() -> Result<(), Box<dyn Error>> {
     let preprocessor = ImagePreprocessor::for_model(&checkpoint.config.vision).with_orientation(orientation);
     let embedder = Embedder::new(&checkpoint.model, preprocessor, &device).with_batch_size(args.batch);
     match args.task {
-        Task::Coco { list, images } => retrieval(&embedder, CaptionedImages::coco(list)?, images, args.strict),
+        Task::Coco { list, images } => retrieval(&embedder, as_in_papers(CaptionedImages::coco(list)?, 5000), images, args.strict),
         Task::Karpathy { list, split, images } => {
             retrieval(&embedder, CaptionedImages::karpathy(list, &split)?, images, args.strict)
         }
-        Task::Flickr30k { list, images } => retrieval(&embedder, CaptionedImages::flickr30k(list)?, images, args.strict),
+        Task::Flickr30k { list, images } => {
+            retrieval(&embedder, as_in_papers(CaptionedImages::flickr30k(list)?, 1000), images, args.strict)
+        }
         Task::Classes { images, names, templates } => classes(&embedder, images, names, &templates, args.strict),
     }
+}
+
+/// Says so when a list is not as long as the split that papers report on.
+fn as_in_papers(list: CaptionedImages, images: usize) -> CaptionedImages {
+    if list.images.len() != images {
+        println!(
+            "note: papers report on Karpathy's test split of {images} images (`evaluate karpathy`); this list has {}, and its figures are others",
+            list.images.len()
+        );
+    }
+    list
 }
 
 fn retrieval(embedder: &Embedder, mut list: CaptionedImages, folder: PathBuf, strict: bool) -> Result<(), Box<dyn Error>> {

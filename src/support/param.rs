@@ -7,10 +7,10 @@ use burn::tensor::{Tensor, TensorCreationOptions, TensorData};
 pub(crate) fn with_value<const D: usize>(param: Param<Tensor<D>>, f: impl FnOnce(Tensor<D>) -> Tensor<D>) -> Param<Tensor<D>> {
     param.map(|old| {
         let (tracked, device) = (old.is_require_grad(), old.device());
-        let new = f(old.detach().without_autodiff());
-        assert!(!new.is_autodiff(), "a parameter's value comes from outside of any graph");
-        let new = if device.is_autodiff() { new.autodiff() } else { new };
-        new.set_require_grad(tracked)
+        // Detached, and still on the parameter's own device: another one would checkpoint gradients in another way.
+        let new = f(old.detach());
+        assert!(new.device() == device, "a parameter's value stays on {device:?}, but is on {:?}", new.device());
+        new.detach().set_require_grad(tracked)
     })
 }
 

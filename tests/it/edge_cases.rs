@@ -20,7 +20,7 @@ use burn_moe::{
     upcycle::Probe,
 };
 
-use super::support::values;
+use super::support::{numbers, values};
 
 fn flags<const N: usize>(flags: [bool; N]) -> Option<TokenMask> {
     Some(TokenMask::new(Tensor::<1, Bool>::from_data(flags, &Device::default())))
@@ -340,4 +340,30 @@ fn masks_of_a_layer_by_a_plan_are_obeyed_or_refused() {
     assert_eq!((&with[..6], &with[6..]), (&without[..6], &[0.0; 6][..]));
     let panic = panic_of(|| layer.forward_with(MoeInput::new(x).protected(mask), &plan));
     assert!(panic.starts_with("`protected` changes nothing in a plan that exists"), "{panic}");
+}
+
+#[test]
+fn gradient_checkpointing_changes_no_gradient_and_parameters_can_be_moved() {
+    let run = |device: Device| {
+        device.seed(4);
+        let router = RouterOptions::new().with_init_std(1.0).with_balancing_rate(Some(0.1));
+        let mut layer = MoeFeedForwardConfig::new(6, 10, 4).with_router(router).init(&device);
+        let x = Tensor::<2>::from_data(numbers::<2>([9, 6], 3, &Device::default()).into_data(), &device);
+        let result = layer.forward(x.clone());
+        let loss =
+            result.output.square().sum() + AuxiliaryLossConfig::new().init().forward(std::slice::from_ref(&result.routing)).total;
+        let grads = loss.backward();
+        layer = layer.update_balancing_bias(&result.routing);
+        let after = values(&layer.forward(x).output);
+        let clip = ClipConfig::tiny().init(&device).clamp_logit_scale();
+        let scale = values(&clip.scale());
+        (
+            values(&layer.experts.w_in.val().grad(&grads).unwrap()),
+            values(&layer.router.weight.val().grad(&grads).unwrap()),
+            after,
+            scale,
+        )
+    };
+    let device = Device::default().autodiff();
+    assert_eq!(run(device.clone().gradient_checkpointing()), run(device));
 }

@@ -161,6 +161,9 @@ fn run() -> Result<(), Box<dyn Error>> {
             format!("{folder} holds a run that was interrupted: go on with --resume, take another --out, or remove it").into()
         );
     }
+    if args.resume && !checkpointing.folder.is_dir() {
+        return Err(format!("{} holds no run to go on with: leave --resume out, or name its --out", args.out.display()).into());
+    }
     let mut progress = Progress::new(&arms, args.steps)?;
     let trained = train(TrainInput {
         arms,
@@ -228,7 +231,9 @@ fn run() -> Result<(), Box<dyn Error>> {
     checkpoint.save_sparse(args.out.join("sparse"), Precision::F32)?;
     write_atomic(args.out.join("report.json"), serde_json::to_string_pretty(&report)?.as_bytes())?;
     picture(&args.out.join("clip_up.png"), &trained, args.steps)?;
-    fs::remove_dir_all(&checkpointing.folder)?;
+    if checkpointing.folder.is_dir() {
+        fs::remove_dir_all(&checkpointing.folder)?;
+    }
     println!("checkpoint, report.json and clip_up.png are in {}", args.out.display());
     Ok(())
 }
@@ -237,7 +242,7 @@ fn data(args: &Args, vision: &VisionConfig) -> Result<(ImageTextSet, ImageTextSe
     if let Some(list) = &args.data {
         let preprocessor = ImagePreprocessor::for_model(vision).with_orientation(Orientation::Exif);
         let LoadedFolder { set: all, skipped } = load_folder(list, &preprocessor)?;
-        report_skipped(&skipped, args.strict)?;
+        report_skipped(&skipped, all.len(), args.strict)?;
         if all.len() < 10 {
             let (list, images) = (list.display(), all.len());
             return Err(format!("{list}: {images} images; at least 10 are needed, because every tenth is held out").into());

@@ -14,14 +14,14 @@ use std::{error::Error, fs, path::PathBuf, process::ExitCode, time::Instant};
 use burn_moe::clip::{
     Embedder,
     checkpoint::ClipCheckpoint,
-    lists::{images_in, lines_in},
+    lists::{images_in, lines_in, others_in},
     normalize,
     preprocess::{ImagePreprocessor, Orientation},
 };
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use safetensors::{Dtype, tensor::TensorView};
-use support::{device_by_name, report_skipped, write_atomic};
+use support::{device_by_name, report_passed_over, report_skipped, write_atomic};
 
 #[derive(Parser)]
 #[command(about = "Embeds images and texts")]
@@ -72,6 +72,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let mut names = serde_json::Map::new();
     if let Some(folder) = &args.images {
         let paths = images_in(folder)?;
+        report_passed_over(&others_in(folder)?);
         if paths.is_empty() {
             return Err(format!("{} holds no PNG, JPEG or WebP file", folder.display()).into());
         }
@@ -89,7 +90,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         let found = embedder.images(paths.clone(), |done| bar.set_position(done as u64));
         bar.finish();
         println!("embed {:.1} images a second ({} images, orientation {orientation:?})", rate(start), paths.len());
-        report_skipped(&found.skipped, args.strict)?;
+        report_skipped(&found.skipped, found.kept.len(), args.strict)?;
         names.insert("images".into(), found.kept.iter().map(|&image| paths[image].display().to_string()).collect());
         tensors.push(("image_embeds", found.embeddings));
     }

@@ -123,7 +123,7 @@ fn retrieval(embedder: &Embedder, mut list: CaptionedImages, folder: PathBuf, st
     let bar = progress("images", paths.len())?;
     let images = embedder.images(paths, |done| bar.set_position(done as u64));
     bar.finish();
-    report_skipped(&images.skipped, strict)?;
+    report_skipped(&images.skipped, images.kept.len(), strict)?;
     list.keep(&images.kept);
     let captions: Vec<&String> = list.captions.iter().map(|(caption, _)| caption).collect();
     let bar = progress("captions", captions.len())?;
@@ -157,7 +157,7 @@ fn classes(
     let bar = progress("images", images.len())?;
     let found = embedder.images(images, |done| bar.set_position(done as u64));
     bar.finish();
-    report_skipped(&found.skipped, strict)?;
+    report_skipped(&found.skipped, found.kept.len(), strict)?;
     let class_of_image: Vec<usize> = found.kept.iter().map(|&image| class_of_image[image]).collect();
     let metrics = classifier.evaluate(found.embeddings, &class_of_image)?;
     let [top_1, top_5, mean] = [metrics.top_1, metrics.top_5, metrics.mean_per_class_recall].map(|share| 100.0 * share);

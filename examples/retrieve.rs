@@ -13,13 +13,13 @@ use std::{error::Error, fs, path::PathBuf, process::ExitCode};
 use burn_moe::clip::{
     Embedder,
     checkpoint::ClipCheckpoint,
-    lists::images_in,
+    lists::{images_in, others_in},
     normalize,
     preprocess::{ImagePreprocessor, Orientation},
 };
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
-use support::{device_by_name, report_skipped, write_atomic};
+use support::{device_by_name, report_passed_over, report_skipped, write_atomic};
 
 #[derive(Parser)]
 #[command(about = "Finds images by a text")]
@@ -56,6 +56,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let preprocessor = ImagePreprocessor::for_model(&checkpoint.config.vision).with_orientation(Orientation::Exif);
     let embedder = Embedder::new(&checkpoint.model, preprocessor, &device);
 
+    report_passed_over(&others_in(&args.images)?);
     let paths: Vec<PathBuf> = images_in(&args.images)?.iter().map(|path| path.canonicalize()).collect::<Result<_, _>>()?;
     if paths.is_empty() {
         return Err(format!("{} holds no PNG, JPEG or WebP file", args.images.display()).into());
@@ -64,7 +65,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         .with_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed} of {duration}")?);
     let found = embedder.images(paths.clone(), |done| bar.set_position(done as u64));
     bar.finish();
-    report_skipped(&found.skipped, args.strict)?;
+    report_skipped(&found.skipped, found.kept.len(), args.strict)?;
     let query = embedder.texts(&[&args.query], |_| ())?.embeddings;
     let similarities = normalize(found.embeddings).matmul(normalize(query).transpose()).try_into_vec_as::<f32>()?;
     let mut order: Vec<usize> = (0..found.kept.len()).collect();

@@ -55,7 +55,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let embedder = Embedder::new(&checkpoint.model, preprocessor, &device);
     let classifier = ZeroShotClassifier::new(&embedder.prompts(&args.labels, &args.templates)?)?;
     let found = embedder.images(args.images.clone(), |_| ());
-    report_skipped(&found.skipped, args.strict)?;
+    report_skipped(&found.skipped, found.kept.len(), args.strict)?;
     let scale = checkpoint.model.scale().into_scalar::<f32>();
     let probabilities = softmax(classifier.similarities(found.embeddings) * scale, 1).try_into_vec_as::<f32>()?;
     for (&image, probabilities) in found.kept.iter().zip(probabilities.chunks_exact(args.labels.len())) {

@@ -3,7 +3,12 @@
 
 mod device;
 
-use std::{error::Error, fs, io, path::Path, process::ExitCode};
+use std::{
+    error::Error,
+    fs, io,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 pub(crate) use device::device_by_name;
 
@@ -13,6 +18,18 @@ pub(crate) fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> io::Result<(
     let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path has no file name"))?;
     let aside = path.with_file_name(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
     fs::write(&aside, bytes).and_then(|()| fs::rename(&aside, path)).inspect_err(|_| drop(fs::remove_file(&aside)))
+}
+
+/// Says what else a folder of images holds.
+pub(crate) fn report_passed_over(others: &[PathBuf]) {
+    let (folders, files): (Vec<_>, Vec<_>) = others.iter().partition(|path| path.is_dir());
+    let of = |what: &str, paths: &[&PathBuf]| {
+        if let Some(first) = paths.first() {
+            eprintln!("{} {what} passed over, such as {}", paths.len(), first.display());
+        }
+    };
+    of("files that are no PNG, JPEG or WebP:", &files);
+    of("folders inside the folder:", &folders);
 }
 
 /// Runs a program. An error is printed as a sentence with its causes, and the status is then 1.
@@ -40,8 +57,8 @@ fn with_causes(error: &dyn Error) -> String {
     text
 }
 
-/// Says which images were skipped: all of them, or the first ten and how many more. With `strict` it is an error.
-pub(crate) fn report_skipped<E: Error>(skipped: &[E], strict: bool) -> Result<(), Box<dyn Error>> {
+/// Says which images were skipped: all of them, or the first ten and how many more. With `strict`, or when none was `kept`, it is an error.
+pub(crate) fn report_skipped<E: Error>(skipped: &[E], kept: usize, strict: bool) -> Result<(), Box<dyn Error>> {
     if skipped.is_empty() {
         return Ok(());
     }
@@ -52,6 +69,9 @@ pub(crate) fn report_skipped<E: Error>(skipped: &[E], strict: bool) -> Result<()
     skipped.iter().take(10).for_each(|error| eprintln!("  {}", with_causes(error)));
     if skipped.len() > 10 {
         eprintln!("  and {} more", skipped.len() - 10);
+    }
+    if kept == 0 {
+        return Err("no image can be read".into());
     }
     if strict { Err("images were skipped, and --strict forbids it".into()) } else { Ok(()) }
 }

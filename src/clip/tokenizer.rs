@@ -20,7 +20,7 @@ impl std::fmt::Debug for ClipTokenizer {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TokenizerMismatch {
-    /// The model has no embedding for some of the tokenizer's ids.
+    /// The model's token ids are not those of the tokenizer.
     #[error(
         "the model's vocabulary has {model} tokens, but CLIP's tokenizer has {tokenizer}: this model was trained with another tokenizer"
     )]
@@ -73,10 +73,10 @@ impl ClipTokenizer {
     /// Refuses a text tower that does not read this tokenizer's ids.
     ///
     /// # Errors
-    /// When its vocabulary is smaller, or its texts end with another token.
+    /// When its vocabulary has another size, or its texts end with another token.
     pub fn check(text: &TextTower) -> Result<(), TokenizerMismatch> {
         let [model, _] = text.token_embedding.weight.lazy_shape().dims();
-        if model < Self::VOCAB_SIZE {
+        if model != Self::VOCAB_SIZE {
             return Err(TokenizerMismatch::Vocabulary { model, tokenizer: Self::VOCAB_SIZE });
         }
         let tokenizer = Self::END_OF_TEXT.into();

@@ -125,6 +125,11 @@ fn prefixes_and_sizes_among_the_weights() {
         rename(&folder.path().join("open_clip_model.safetensors"), name, vec![]);
         is_same(folder.path(), &model, &device);
     }
+    let twice = Stored(Dtype::F32, vec![8], vec![0; 32]);
+    let (_, folder_with_twice) = open_clip(&device);
+    let path = folder_with_twice.path().join("open_clip_model.safetensors");
+    rename(&path, |key| if is_text(key) { format!("text.{key}") } else { key.to_string() }, vec![("ln_final.weight", twice)]);
+    assert!(error(folder_with_twice.path()).ends_with("has `ln_final.weight` twice"));
     rename(&weights, |key| format!("a.{key}").replace("a.visual", "b.visual"), vec![]);
     let text = error(folder.path());
     assert!(text.contains("missing tensors: ") && text.contains("unexpected tensors: ") && text.contains(", …)"), "{text}");
@@ -193,6 +198,9 @@ fn other_families_and_other_tokenizers_are_named() {
     };
     let vocabulary = TokenizerMismatch::Vocabulary { model: 50, tokenizer: 49408 };
     assert_eq!(embedder(config().text).texts(&["a cat"], |_| ()).unwrap_err(), vocabulary);
+    // A larger one would hide it.
+    let larger = embedder(config().text.with_vocab_size(60_000)).texts(&["a cat"], |_| ()).unwrap_err();
+    assert_eq!(larger, TokenizerMismatch::Vocabulary { model: 60_000, tokenizer: 49408 });
     let text = config().text.with_vocab_size(49408);
     let end = TokenizerMismatch::EndOfText { model: 2, tokenizer: 49407 };
     assert_eq!(embedder(text.clone().with_end_of_text(EndOfText::Id(2))).texts(&["a cat"], |_| ()).unwrap_err(), end);

@@ -53,7 +53,7 @@ fn blocks_in(weights: &Path, blocks: &str) -> std::result::Result<Option<usize>,
     };
     // `transformer.` is the end of `visual.transformer.`, too.
     let own = |name: &&str| blocks.starts_with("visual.") || !name.contains("visual.");
-    Ok(files.and_then(|files| files.names().filter(own).filter_map(index).max()).map(|last| last + 1))
+    Ok(files.and_then(|files| files.names().filter(own).filter_map(index).max()).map(|last| last.saturating_add(1)))
 }
 
 /// What is said of a folder without the weights of a format.

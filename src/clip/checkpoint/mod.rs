@@ -217,7 +217,12 @@ fn load_weights(files: &TensorFiles, config: &ClipConfig, format: Format, device
     let entries = (format.entries)(config);
     let expected: BTreeSet<&str> = entries.iter().map(|entry| entry.key.as_str()).collect();
     let naming = Naming::of(files, &expected);
-    let found: BTreeSet<&str> = files.names().map(|name| naming.key_of(name)).filter(|key| !HARMLESS.contains(key)).collect();
+    let mut found = BTreeSet::new();
+    for key in files.names().map(|name| naming.key_of(name)).filter(|key| !HARMLESS.contains(key)) {
+        if !found.insert(key) {
+            return Err(CheckpointError::Duplicate { path: files.path.clone(), tensor: key.to_string() });
+        }
+    }
     let names = |set: std::collections::btree_set::Difference<&str>| set.map(|name| name.to_string()).collect::<Vec<_>>();
     let missing = names(expected.difference(&found));
     let unexpected = names(found.difference(&expected));

@@ -212,15 +212,22 @@ fn is_hidden(path: &Path) -> bool {
 /// # Errors
 /// When the folder cannot be read.
 pub fn images_in(folder: impl AsRef<Path>) -> Result<Vec<PathBuf>, ListError> {
-    let is_image = |path: &PathBuf| {
-        // What macOS writes beside each photo (`._photo.jpg`) has its ending, too.
-        if is_hidden(path) {
-            return false;
-        }
-        let ending = path.extension().and_then(|ending| ending.to_str()).map(str::to_lowercase);
-        path.is_file() && matches!(ending.as_deref(), Some("png" | "jpg" | "jpeg" | "jpe" | "jfif" | "webp"))
-    };
-    Ok(entries(folder.as_ref())?.into_iter().filter(is_image).collect())
+    Ok(entries(folder.as_ref())?.into_iter().filter(|path| is_image(path)).collect())
+}
+
+/// The files and folders of a folder that [`images_in`] passes over, but for those whose names begin with a dot, sorted.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn others_in(folder: impl AsRef<Path>) -> Result<Vec<PathBuf>, ListError> {
+    Ok(entries(folder.as_ref())?.into_iter().filter(|path| !is_image(path) && !is_hidden(path)).collect())
+}
+
+fn is_image(path: &Path) -> bool {
+    let ending = path.extension().and_then(|ending| ending.to_str()).map(str::to_lowercase);
+    // What macOS writes beside each photo (`._photo.jpg`) has its ending, too.
+    let is_named = matches!(ending.as_deref(), Some("png" | "jpg" | "jpeg" | "jpe" | "jfif" | "webp"));
+    is_named && !is_hidden(path) && path.is_file()
 }
 
 /// What a folder holds, sorted.
@@ -329,6 +336,8 @@ mod tests {
         let found = ClassifiedImages::folders(folder.path()).unwrap();
         assert_eq!(found.classes, ["cat", "dog"]);
         assert_eq!(found.class_of_image, [0, 1, 1]);
+        let others = others_in(folder.path()).unwrap();
+        assert_eq!(others, ["cat", "dog"].map(|class| folder.path().join(class)));
         assert!(found.images[1].ends_with("dog/1.JPG"));
         assert!(ClassifiedImages::folders(folder.path().join("cat")).unwrap_err().to_string().ends_with("no folder of a class"));
         fs::create_dir(folder.path().join("empty")).unwrap();

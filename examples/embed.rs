@@ -89,7 +89,8 @@ fn run() -> Result<(), Box<dyn Error>> {
         let start = Instant::now();
         let found = embedder.images(paths.clone(), |done| bar.set_position(done as u64));
         bar.finish();
-        println!("embed {:.1} images a second ({} images, orientation {orientation:?})", rate(start), paths.len());
+        let turned = if args.as_stored { "as stored" } else { "turned the right way up" };
+        println!("embed {:.1} images a second ({} images, {turned})", rate(start), paths.len());
         report_skipped(&found.skipped, found.kept.len(), args.strict)?;
         names.insert("images".into(), found.kept.iter().map(|&image| paths[image].display().to_string()).collect());
         tensors.push(("image_embeds", found.embeddings));

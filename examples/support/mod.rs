@@ -25,11 +25,11 @@ pub(crate) fn report_passed_over(others: &[PathBuf]) {
     let (folders, files): (Vec<_>, Vec<_>) = others.iter().partition(|path| path.is_dir());
     let of = |what: &str, paths: &[&PathBuf]| {
         if let Some(first) = paths.first() {
-            eprintln!("{} {what} passed over, such as {}", paths.len(), first.display());
+            eprintln!("passed over: {what} ({}), such as {}", paths.len(), first.display());
         }
     };
-    of("files that are no PNG, JPEG or WebP:", &files);
-    of("folders inside the folder:", &folders);
+    of("files of other kinds than PNG, JPEG and WebP", &files);
+    of("subfolders", &folders);
 }
 
 /// Runs a program. An error is printed as a sentence with its causes, and the status is then 1.

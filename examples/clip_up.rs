@@ -6,8 +6,8 @@
 //!
 //! It takes the small CLIP of this repository (`data/clip-tiny`) and the emoji pack (`data/emoji`): five vendors' drawings to
 //! train on, Twemoji's to test on. Everything is written into `--out`: the sparse checkpoint, `report.json` and `clip_up.png`.
-//! With `--data pairs.csv` (or `.jsonl`; image path, caption) it takes your own images, of which every tenth is held out. Images are
-//! prepared as the dense checkpoint says.
+//! With `--list pairs.csv` it takes your own images: a list of any kind that `CaptionedImages::read` knows. `--test` names another list to test
+//! on; without it every tenth image is held out. Images are prepared as the dense checkpoint says.
 
 mod support;
 
@@ -27,9 +27,9 @@ use burn_moe::{
         tokenizer::ClipTokenizer,
     },
     train::{
-        Arm, Checkpointing, Evaluation, Observer, OptimizerConfig, PairedBootstrap, StepLosses, TrainConfig, TrainInput,
+        Arm, Checkpointing, Evaluation, KeptRun, Observer, OptimizerConfig, PairedBootstrap, StepLosses, TrainConfig, TrainInput,
         TrainedArm, WarmupCosine,
-        data::{DataError, EmojiPack, EmojiVendor, ImageTextSet, LoadedFolder, load_folder},
+        data::{DataError, EmojiPack, EmojiVendor, ImageTextSet, LoadedImages, load_images},
         paired_bootstrap, train,
     },
     transformer::{BlockSelection, RoutedLayerConfig, SparseEncoderConfig},
@@ -39,38 +39,50 @@ use clap::Parser;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use plotters::prelude::*;
 use serde_json::{Value, json};
-use support::{device_by_name, report_skipped, write_atomic};
+use support::{ListArgs, device_by_name, progress, report_skipped, write_atomic};
 
 /// Parameters of models that take the learning rate of this repository's.
 const SMALL: u64 = 5_000_000;
 
 #[derive(Parser)]
-#[command(about = "Upcycles a dense CLIP and trains it on beside the dense one")]
+#[command(
+    about = "Upcycles a dense CLIP and trains it on beside the dense one",
+    after_help = "Example: clip_up --dense clip-vit-base-patch16 --list train.csv --test test.csv --every 2 --steps 2000 --out out/mine"
+)]
 struct Args {
     /// Decides routers, data order and image changes
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Optimiser steps of both models
+    /// Optimiser steps of both models, in all
     #[arg(long, default_value_t = 3000)]
     steps: usize,
-    /// Where the results go
+    /// Where the results go, and the run's last checkpoint, with which it can be resumed (some six times the size of both models)
     #[arg(long, default_value = "out/clip_up")]
     out: PathBuf,
-    /// With --data: stop with an error when an image cannot be read, instead of skipping it
-    #[arg(long)]
+    /// With --list: stop with an error when an image cannot be read, instead of skipping it
+    #[arg(long, requires = "list")]
     strict: bool,
     /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// Go on with the run in --out that was interrupted, from its last evaluation; all other options as before
+    /// Go on with the run in --out, from its last evaluation; all other options as before, but for --steps: with more of them, a run that has ended
+    /// goes on, and the learning rate follows the schedule of all steps from there on
     #[arg(long)]
     resume: bool,
-    /// A few steps only, to see that everything works
+    /// A few steps only (at most 20), to see that everything works
     #[arg(long)]
     quick: bool,
-    /// A `.csv` or `.jsonl` file of image paths and captions, instead of the emoji
+    /// A list of images and captions to train on, instead of the emoji
+    #[arg(long, visible_alias = "data")]
+    list: Option<PathBuf>,
+    /// A list to test on, read with the same options; without it every tenth image of --list is held out
+    #[arg(long, requires = "list")]
+    test: Option<PathBuf>,
+    #[command(flatten)]
+    columns: ListArgs,
+    /// Side of the images in pixels, if it should be another than the checkpoint's: its position embeddings are then interpolated
     #[arg(long)]
-    data: Option<PathBuf>,
+    image_size: Option<usize>,
     /// The dense checkpoint (Hugging Face or open_clip)
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-tiny"))]
     dense: PathBuf,
@@ -92,10 +104,12 @@ struct Args {
     /// Highest learning rate of the sparse model; without it as for the dense one
     #[arg(long)]
     sparse_lr: Option<f64>,
+    /// Weight decay, times the learning rate at each step
     #[arg(long, default_value_t = 0.05)]
     weight_decay: f32,
-    #[arg(long, default_value_t = 256)]
-    batch_size: usize,
+    /// Pairs in a batch, no caption twice; without it 256, or half of the training images if there are fewer than 512
+    #[arg(long)]
+    batch_size: Option<usize>,
     /// Steps between evaluations
     #[arg(long, default_value_t = 500)]
     eval_every: usize,
@@ -116,10 +130,10 @@ fn run() -> Result<(), Box<dyn Error>> {
 
     fs::create_dir_all(&args.out)?;
 
-    let dense = ClipCheckpoint::load(&args.dense, &device).map_err(|error| {
+    let dense = ClipCheckpoint::load_with_image_size(&args.dense, args.image_size, &device).map_err(|error| {
         format!("{error}\n(the published package holds no data: `data/clip-tiny` is in the repository, and `--example pretrain` makes one)")
     })?;
-    let (set, test) = data(&args, &dense.config.vision)?;
+    let Data { set, test, skipped } = data(&args, &dense.config.vision)?;
     println!("{} images to train on, {} to test on", set.len(), test.len());
 
     let capacity = args.capacity.map_or(Capacity::Dropless, Capacity::OfTokens);
@@ -153,18 +167,15 @@ fn run() -> Result<(), Box<dyn Error>> {
     };
     let arms = vec![arm("dense_continued", dense.model.clone(), dense_lr), arm("sparse", upcycled.model.clone(), sparse_lr)];
     let mut config = TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed);
-    config.batch = config.batch.with_batch_size(args.batch_size.min(set.len())).with_context_length(context_length);
+    let batch_size = args.batch_size.unwrap_or((set.len() / 2).clamp(1, config.batch.batch_size));
+    println!("batches of {batch_size}, highest learning rate {dense_lr} (dense) and {sparse_lr} (sparse)");
+    config.batch = config.batch.with_batch_size(batch_size).with_context_length(context_length);
     let checkpointing = Checkpointing { folder: args.out.join("checkpoints"), every: args.eval_every };
+    check_kept_run(&args, checkpointing.kept_run()?)?;
     if !args.resume && checkpointing.folder.is_dir() {
-        let folder = checkpointing.folder.display();
-        return Err(
-            format!("{folder} holds a run that was interrupted: go on with --resume, take another --out, or remove it").into()
-        );
+        fs::remove_dir_all(&checkpointing.folder)?;
     }
-    if args.resume && !checkpointing.folder.is_dir() {
-        return Err(format!("{} holds no run to go on with: leave --resume out, or name its --out", args.out.display()).into());
-    }
-    let mut progress = Progress::new(&arms, args.steps)?;
+    let mut progress = Progress::new(&arms, args.steps);
     let trained = train(TrainInput {
         arms,
         set: &set,
@@ -216,6 +227,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         "upcycling": upcycled.report,
         "history": trained.iter().map(|arm| (arm.name.clone(), history(arm))).collect::<serde_json::Map<_, _>>(),
         "truncated_captions_in_training": sparse.truncated,
+        "skipped_images": skipped,
         "seed": args.seed,
         "config": {
             "train": config,
@@ -224,30 +236,66 @@ fn run() -> Result<(), Box<dyn Error>> {
             "model": sparse_config,
             "device": args.device,
             "dense_checkpoint": args.dense,
-            "data": args.data,
+            "list": args.list,
+            "test": args.test,
         },
     });
     let checkpoint = ClipCheckpoint { config: sparse_config, model: sparse.model.clone() };
     checkpoint.save_sparse(args.out.join("sparse"), Precision::F32)?;
     write_atomic(args.out.join("report.json"), serde_json::to_string_pretty(&report)?.as_bytes())?;
     picture(&args.out.join("clip_up.png"), &trained, args.steps)?;
-    if checkpointing.folder.is_dir() {
-        fs::remove_dir_all(&checkpointing.folder)?;
-    }
     println!("checkpoint, report.json and clip_up.png are in {}", args.out.display());
     Ok(())
 }
 
-fn data(args: &Args, vision: &VisionConfig) -> Result<(ImageTextSet, ImageTextSet), Box<dyn Error>> {
-    if let Some(list) = &args.data {
+/// Refuses to overwrite a run that was interrupted, and to resume what is not there or has done its steps.
+fn check_kept_run(args: &Args, kept: Option<KeptRun>) -> Result<(), Box<dyn Error>> {
+    let out = args.out.display();
+    match kept {
+        Some(KeptRun { step, steps }) if !args.resume && step < steps => Err(format!(
+            "{out} holds a run that was interrupted at step {step} of {steps}: go on with --resume, take another --out, or remove it"
+        )
+        .into()),
+        None if args.resume => Err(format!("{out} holds no run to go on with: leave --resume out, or name its --out").into()),
+        Some(KeptRun { step, .. }) if args.resume && step >= args.steps => {
+            Err(format!("the run in {out} has done {step} steps already: name more with --steps").into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What the models are trained and tested on.
+struct Data {
+    set: ImageTextSet,
+    test: ImageTextSet,
+    /// Images that could not be read, and why.
+    skipped: Vec<String>,
+}
+
+fn data(args: &Args, vision: &VisionConfig) -> Result<Data, Box<dyn Error>> {
+    if let Some(list) = &args.list {
         let preprocessor = ImagePreprocessor::for_model(vision).with_orientation(Orientation::Exif);
-        let LoadedFolder { set: all, skipped } = load_folder(list, &preprocessor)?;
-        report_skipped(&skipped, all.len(), args.strict)?;
+        let mut skipped = Vec::new();
+        let mut read = |list: &PathBuf| -> Result<ImageTextSet, Box<dyn Error>> {
+            let (list, folder) = args.columns.read(list)?;
+            let bar = progress("images", list.images.len());
+            let loaded = load_images(list, folder, &preprocessor, |done| bar.set_position(done as u64))?;
+            bar.finish_and_clear();
+            let LoadedImages { set, skipped: bad } = loaded;
+            report_skipped(&bad, set.len(), args.strict)?;
+            skipped.extend(bad.iter().map(ToString::to_string));
+            Ok(set)
+        };
+        let all = read(list)?;
+        if let Some(test) = &args.test {
+            let test = read(test)?;
+            return Ok(Data { set: all, test, skipped });
+        }
         if all.len() < 10 {
             let (list, images) = (list.display(), all.len());
             return Err(format!("{list}: {images} images; at least 10 are needed, because every tenth is held out").into());
         }
-        return Ok((all.select(|image| image % 10 != 9), all.select(|image| image % 10 == 9)));
+        return Ok(Data { set: all.select(|image| image % 10 != 9), test: all.select(|image| image % 10 == 9), skipped });
     }
     let pack = EmojiPack::open(concat!(env!("CARGO_MANIFEST_DIR"), "/data/emoji"))?;
     let test = match &args.hold_out {
@@ -260,7 +308,7 @@ fn data(args: &Args, vision: &VisionConfig) -> Result<(ImageTextSet, ImageTextSe
     let vendors: Vec<_> = EmojiVendor::TRAINING.into_iter().filter(|vendor| *vendor != test).collect();
     let load =
         |vendors: &[EmojiVendor], tags| Ok::<_, DataError>(pack.load(vendors, tags)?.with_preprocessing(vision.preprocessing));
-    Ok((load(&vendors, true)?, load(&[test], false)?))
+    Ok(Data { set: load(&vendors, true)?, test: load(&[test], false)?, skipped: Vec::new() })
 }
 
 fn captions(set: &ImageTextSet, count: usize) -> Vec<String> {
@@ -343,17 +391,19 @@ fn print_table(results: &[Outcome], truncated_in_training: usize) {
 struct Progress {
     bars: Vec<ProgressBar>,
     names: Vec<String>,
+    steps: usize,
 }
 
 impl Progress {
-    fn new(arms: &[Arm], steps: usize) -> Result<Self, Box<dyn Error>> {
+    fn new(arms: &[Arm], steps: usize) -> Self {
         let all = MultiProgress::new();
-        let style = ProgressStyle::with_template("{prefix:>16} {wide_bar} {pos}/{len} {elapsed} of {duration} {msg}")?;
+        let style = ProgressStyle::with_template("{prefix:>16} {wide_bar} {pos}/{len} {per_sec} {elapsed} of {duration} {msg}")
+            .expect("a template that indicatif reads");
         let bars = arms.iter().map(|arm| {
             let bar = all.add(ProgressBar::new(steps as u64));
             bar.with_style(style.clone()).with_prefix(arm.name.clone())
         });
-        Ok(Self { bars: bars.collect(), names: arms.iter().map(|arm| arm.name.clone()).collect() })
+        Self { bars: bars.collect(), names: arms.iter().map(|arm| arm.name.clone()).collect(), steps }
     }
 
     fn finish(&self) {
@@ -365,6 +415,13 @@ impl Observer for Progress {
     fn on_step(&mut self, arm: usize, step: usize, losses: &StepLosses) {
         self.bars[arm].set_position(step as u64);
         self.bars[arm].set_message(format!("loss {:.3}", losses.contrastive));
+    }
+
+    fn on_resume(&mut self, KeptRun { step, steps }: KeptRun) {
+        println!("going on from step {step}");
+        if steps != self.steps {
+            println!("note: {steps} steps were planned; from here on, the learning rate follows the schedule of {}", self.steps);
+        }
     }
 
     fn on_evaluation(&mut self, arm: usize, step: usize, evaluation: &Evaluation) {

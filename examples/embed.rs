@@ -4,53 +4,81 @@
 //! cargo run --release --example embed -- --model path/to/checkpoint --images photos --texts captions.txt --out out/embeddings.safetensors
 //! ```
 //!
-//! `--images` is a folder (its PNG, JPEG and WebP files, sorted) and `--texts` a file with a text in every line. The file has `image_embeds` and
-//! `text_embeds`, f32, a row each in that order, of length 1; their names are beside it in `.json`.
+//! `--images` is a folder of images, `--texts` a file with a text in every line; `--list` is a list of images and captions, of any kind that
+//! `CaptionedImages::read` knows. The file has `image_embeds` and `text_embeds`, f32, a row each, of length 1. Beside it in `.json` are their
+//! names in that order, the images that were skipped, and for a list the row of each text's image.
 
 mod support;
 
 use std::{error::Error, fs, path::PathBuf, process::ExitCode, time::Instant};
 
 use burn_moe::clip::{
-    Embedder,
-    checkpoint::ClipCheckpoint,
-    lists::{images_in, lines_in, others_in},
+    ImageEmbedder, TextEmbedder,
+    checkpoint::{TextCheckpoint, VisionCheckpoint},
+    lists::{CaptionedImages, lines_in},
     normalize,
-    preprocess::{ImagePreprocessor, Orientation},
 };
 use clap::Parser;
-use indicatif::{ProgressBar, ProgressStyle};
 use safetensors::{Dtype, tensor::TensorView};
-use support::{device_by_name, report_passed_over, report_skipped, write_atomic};
+use serde_json::{Map, json};
+use support::{ImageArgs, ListArgs, ModelArgs, images_in, progress, report_skipped, write_atomic};
 
 #[derive(Parser)]
-#[command(about = "Embeds images and texts")]
+#[command(
+    about = "Embeds images and texts",
+    after_help = "Example: embed --model clip-vit-base-patch16 --images photos --texts captions.txt --out out/embeddings.safetensors"
+)]
 struct Args {
-    /// Folder of the checkpoint: Hugging Face, open_clip or sparse
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-tiny"))]
-    model: PathBuf,
-    /// A folder of images
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    reading: ImageArgs,
+    /// Read the subfolders of --images, too
     #[arg(long)]
-    images: Option<PathBuf>,
+    recursive: bool,
     /// A file of texts, one in every line
-    #[arg(long)]
+    #[arg(long, conflicts_with = "list")]
     texts: Option<PathBuf>,
+    /// A list of images and captions
+    #[arg(long)]
+    list: Option<PathBuf>,
+    #[command(flatten)]
+    columns: ListArgs,
+    /// Where the embeddings go
     #[arg(long, default_value = "out/embeddings.safetensors")]
     out: PathBuf,
-    /// Leave images as the camera stored them, as open_clip does, instead of turning them the right way up
-    #[arg(long)]
-    as_stored: bool,
-    /// Stop with an error when an image cannot be read, instead of skipping it
-    #[arg(long)]
-    strict: bool,
     /// Also time preprocessing alone
     #[arg(long)]
     rates: bool,
-    #[arg(long, default_value_t = 32)]
-    batch: usize,
-    /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
-    #[arg(long, default_value = "cpu")]
-    device: String,
+}
+
+/// What is embedded.
+#[derive(Default)]
+struct Input {
+    images: Option<Vec<PathBuf>>,
+    texts: Option<Vec<String>>,
+    /// Where both are from, with the places of its images.
+    list: Option<CaptionedImages>,
+}
+
+impl Input {
+    fn of(args: &Args) -> Result<Self, Box<dyn Error>> {
+        if let Some(file) = &args.list {
+            let (list, folder) = args.columns.read(file)?;
+            return Ok(Self {
+                images: Some(list.images.iter().map(|image| folder.join(image)).collect()),
+                texts: None,
+                list: Some(list),
+            });
+        }
+        if args.columns.images.is_none() && args.texts.is_none() {
+            return Err(
+                "name a folder of images with --images, a file of texts with --texts, or both; or a list with --list".into()
+            );
+        }
+        let images = args.columns.images.as_ref().map(|folder| images_in(folder, args.recursive)).transpose()?;
+        Ok(Self { images, texts: args.texts.as_ref().map(lines_in).transpose()?, list: None })
+    }
 }
 
 fn main() -> ExitCode {
@@ -59,46 +87,44 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
-    if args.images.is_none() && args.texts.is_none() {
-        return Err("name a folder of images with --images, a file of texts with --texts, or both".into());
-    }
-    let device = device_by_name(&args.device)?;
-    let checkpoint = ClipCheckpoint::load(&args.model, &device)?;
-    let orientation = if args.as_stored { Orientation::AsStored } else { Orientation::Exif };
-    let preprocessor = ImagePreprocessor::for_model(&checkpoint.config.vision).with_orientation(orientation);
-    let embedder = Embedder::new(&checkpoint.model, preprocessor.clone(), &device).with_batch_size(args.batch);
-
+    let device = args.model.device()?;
+    let Input { images, mut texts, list } = Input::of(&args)?;
     let mut tensors = Vec::new();
-    let mut names = serde_json::Map::new();
-    if let Some(folder) = &args.images {
-        let paths = images_in(folder)?;
-        report_passed_over(&others_in(folder)?);
-        if paths.is_empty() {
-            return Err(format!("{} holds no PNG, JPEG or WebP file", folder.display()).into());
-        }
+    let mut names = Map::new();
+    if let Some(paths) = images {
+        let checkpoint = VisionCheckpoint::load(&args.model.model, args.model.image_size, &device)?;
+        let preprocessor = args.reading.preprocessor(&checkpoint.config);
         let rate = |start: Instant| paths.len() as f64 / start.elapsed().as_secs_f64();
         if args.rates {
             let start = Instant::now();
-            for batch in preprocessor.batches(paths.clone(), args.batch) {
+            for batch in preprocessor.batches(paths.clone(), args.model.batch_size) {
                 let batch: Vec<_> = batch.into_iter().flatten().collect();
                 std::hint::black_box(preprocessor.tensor(&batch, &device));
             }
             println!("preprocess {:.1} images a second", rate(start));
         }
-        let bar = progress(paths.len())?;
+        let embedder = ImageEmbedder::new(&checkpoint.model, preprocessor, &device).with_batch_size(args.model.batch_size);
+        let bar = progress("images", paths.len());
         let start = Instant::now();
         let found = embedder.images(paths.clone(), |done| bar.set_position(done as u64));
         bar.finish();
-        let turned = if args.as_stored { "as stored" } else { "turned the right way up" };
+        let turned = if args.reading.as_stored { "as stored" } else { "turned the right way up" };
         println!("embed {:.1} images a second ({} images, {turned})", rate(start), paths.len());
-        report_skipped(&found.skipped, found.kept.len(), args.strict)?;
+        report_skipped(&found.skipped, found.kept.len(), args.reading.strict)?;
+        if let Some(mut list) = list {
+            list.keep(&found.kept);
+            names.insert("image_of_text".into(), json!(list.image_of_caption()));
+            texts = Some(list.captions.into_iter().map(|(caption, _)| caption).collect());
+        }
         names.insert("images".into(), found.kept.iter().map(|&image| paths[image].display().to_string()).collect());
+        names.insert("skipped_images".into(), found.skipped.iter().map(ToString::to_string).collect());
         tensors.push(("image_embeds", found.embeddings));
     }
-    if let Some(file) = &args.texts {
-        let texts = lines_in(file)?;
-        let bar = progress(texts.len())?;
-        let found = embedder.texts(&texts, |done| bar.set_position(done as u64))?;
+    if let Some(texts) = texts {
+        let checkpoint = TextCheckpoint::load(&args.model.model, &device)?;
+        let embedder = TextEmbedder::new(&checkpoint.model, &device)?.with_batch_size(args.model.batch_size);
+        let bar = progress("texts", texts.len());
+        let found = embedder.texts(&texts, |done| bar.set_position(done as u64));
         bar.finish();
         println!("{} texts, of which {} did not fit the context and were cut", texts.len(), found.truncated);
         names.insert("texts".into(), texts.into_iter().collect());
@@ -120,9 +146,4 @@ fn run() -> Result<(), Box<dyn Error>> {
     write_atomic(args.out.with_extension("json"), serde_json::to_string_pretty(&names)?.as_bytes())?;
     println!("written to {}", args.out.display());
     Ok(())
-}
-
-fn progress(count: usize) -> Result<ProgressBar, Box<dyn Error>> {
-    let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed} of {duration}")?;
-    Ok(ProgressBar::new(count as u64).with_style(style))
 }

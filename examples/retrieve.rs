@@ -10,39 +10,31 @@ mod support;
 
 use std::{error::Error, fs, path::PathBuf, process::ExitCode};
 
-use burn_moe::clip::{
-    Embedder,
-    checkpoint::ClipCheckpoint,
-    lists::{images_in, others_in},
-    normalize,
-    preprocess::{ImagePreprocessor, Orientation},
-};
+use burn_moe::clip::{ImageEmbedder, TextEmbedder, checkpoint::ClipCheckpoint, normalize};
 use clap::Parser;
-use indicatif::{ProgressBar, ProgressStyle};
-use support::{device_by_name, report_passed_over, report_skipped, write_atomic};
+use support::{ImageArgs, ModelArgs, file_url, images_in, progress, report_skipped, write_atomic};
 
 #[derive(Parser)]
-#[command(about = "Finds images by a text")]
+#[command(about = "Finds images by a text", after_help = "Example: retrieve --images photos \"a dog on a beach\"")]
 struct Args {
     /// What to look for
     query: String,
     /// A folder of images
     #[arg(long)]
     images: PathBuf,
-    /// Folder of the checkpoint: Hugging Face, open_clip or sparse
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-tiny"))]
-    model: PathBuf,
+    /// Read its subfolders, too
+    #[arg(long)]
+    recursive: bool,
     /// How many to show
     #[arg(long, default_value_t = 12)]
     top: usize,
+    /// The page
     #[arg(long, default_value = "out/retrieve.html")]
     out: PathBuf,
-    /// Stop with an error when an image cannot be read, instead of skipping it
-    #[arg(long)]
-    strict: bool,
-    /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
-    #[arg(long, default_value = "cpu")]
-    device: String,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    reading: ImageArgs,
 }
 
 fn main() -> ExitCode {
@@ -51,22 +43,18 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
-    let device = device_by_name(&args.device)?;
-    let checkpoint = ClipCheckpoint::load(&args.model, &device)?;
-    let preprocessor = ImagePreprocessor::for_model(&checkpoint.config.vision).with_orientation(Orientation::Exif);
-    let embedder = Embedder::new(&checkpoint.model, preprocessor, &device);
+    let device = args.model.device()?;
+    let checkpoint = ClipCheckpoint::load_with_image_size(&args.model.model, args.model.image_size, &device)?;
+    let query = TextEmbedder::new(&checkpoint.model.text, &device)?.texts(&[&args.query], |_| ()).embeddings;
+    let preprocessor = args.reading.preprocessor(&checkpoint.config.vision);
+    let embedder = ImageEmbedder::new(&checkpoint.model.vision, preprocessor, &device).with_batch_size(args.model.batch_size);
 
-    report_passed_over(&others_in(&args.images)?);
-    let paths: Vec<PathBuf> = images_in(&args.images)?.iter().map(|path| path.canonicalize()).collect::<Result<_, _>>()?;
-    if paths.is_empty() {
-        return Err(format!("{} holds no PNG, JPEG or WebP file", args.images.display()).into());
-    }
-    let bar = ProgressBar::new(paths.len() as u64)
-        .with_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed} of {duration}")?);
+    let paths: Vec<PathBuf> =
+        images_in(&args.images, args.recursive)?.iter().map(|path| path.canonicalize()).collect::<Result<_, _>>()?;
+    let bar = progress("images", paths.len());
     let found = embedder.images(paths.clone(), |done| bar.set_position(done as u64));
     bar.finish();
-    report_skipped(&found.skipped, found.kept.len(), args.strict)?;
-    let query = embedder.texts(&[&args.query], |_| ())?.embeddings;
+    report_skipped(&found.skipped, found.kept.len(), args.reading.strict)?;
     let similarities = normalize(found.embeddings).matmul(normalize(query).transpose()).try_into_vec_as::<f32>()?;
     let mut order: Vec<usize> = (0..found.kept.len()).collect();
     order.sort_by(|&a, &b| similarities[b].total_cmp(&similarities[a]));
@@ -74,11 +62,11 @@ fn run() -> Result<(), Box<dyn Error>> {
 
     let mut page = format!("<!doctype html>\n<meta charset=\"utf-8\">\n<title>{0}</title>\n<h1>{0}</h1>\n", escaped(&args.query));
     for &image in &order {
-        let (path, similarity) = (paths[found.kept[image]].display().to_string(), similarities[image]);
-        println!("{similarity:.3}  {path}");
-        let path = escaped(&path);
+        let (path, similarity) = (&paths[found.kept[image]], similarities[image]);
+        println!("{similarity:.3}  {}", path.display());
+        let (url, name) = (escaped(&file_url(path)), escaped(&path.display().to_string()));
         page += &format!(
-            "<figure><img src=\"file://{path}\" height=\"200\"><figcaption>{similarity:.3} {path}</figcaption></figure>\n"
+            "<figure><a href=\"{url}\"><img src=\"{url}\" height=\"200\"></a><figcaption>{similarity:.3} {name}</figcaption></figure>\n"
         );
     }
     page += "<style>body { font-family: sans-serif } figure { display: inline-block; margin: 8px } figcaption { font-size: small }</style>\n";

@@ -4,9 +4,10 @@
 //! cargo run --release --example upcycle_checkpoint -- --dense path/to/clip-vit-base-patch16 --out out/sparse-b16
 //! ```
 //!
-//! `--dense` is a folder of Hugging Face's `CLIPModel` (`config.json` with one or several safetensors files) or of open_clip
-//! (`open_clip_config.json`). The sparse model equals the dense one until it is trained; the report says by how much it does, on random images
-//! and texts. It prints what it took, with the largest memory of the process where the system tells (Linux).
+//! `--dense` is a folder of Hugging Face's `CLIPModel` (`config.json` with one or several files of weights), of open_clip
+//! (`open_clip_config.json`), or of one tower alone. With copied experts the sparse model equals the dense one until it is trained; the report
+//! says how far it is from it, on random images and texts. It prints what it took, with the largest memory of the process where the system
+//! tells (Linux).
 
 mod support;
 
@@ -14,19 +15,24 @@ use std::{error::Error, fs, path::PathBuf, process::ExitCode, time::Instant};
 
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
 use burn_moe::{
-    TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
+    Capacity, FillOrder, GateNormalization, RouterOptions, RouterScore, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{
-        ClipConfig, SparseClipConfig,
-        checkpoint::{ClipCheckpoint, Precision},
+        SparseClipConfig, TextConfig, VisionConfig,
+        checkpoint::{ClipCheckpoint, Precision, TextCheckpoint, Towers, VisionCheckpoint, towers_in},
+        preprocess::ImagePreprocessor,
+        tokenizer::ClipTokenizer,
     },
     transformer::{BlockSelection, RoutedLayerConfig, SparseEncoderConfig},
-    upcycle::Probe,
+    upcycle::{Probe, UpcycleReport, UpcycleStrategy},
 };
 use clap::{Parser, ValueEnum};
-use support::{device_by_name, write_atomic};
+use support::{ListArgs, device_by_name, report_skipped, write_atomic};
 
 #[derive(Parser)]
-#[command(about = "Upcycles a dense CLIP checkpoint")]
+#[command(
+    about = "Upcycles a dense CLIP checkpoint",
+    after_help = "Example: upcycle_checkpoint --dense clip-vit-base-patch16 --experts 16 --strategy drop --out out/sparse-b16"
+)]
 struct Args {
     /// Folder of the dense checkpoint
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-tiny"))]
@@ -34,6 +40,33 @@ struct Args {
     /// Folder of the sparse one
     #[arg(long, default_value = "out/upcycled")]
     out: PathBuf,
+    /// Side of the images in pixels, if it should be another than the checkpoint's: its position embeddings are then interpolated
+    #[arg(long)]
+    image_size: Option<usize>,
+    /// Leave the text tower dense
+    #[arg(long)]
+    dense_text: bool,
+    /// Leave the vision tower dense
+    #[arg(long)]
+    dense_vision: bool,
+    #[command(flatten)]
+    layer: LayerArgs,
+    #[command(flatten)]
+    making: StrategyArgs,
+    /// How numbers are stored
+    #[arg(long, value_enum, default_value = "f32")]
+    precision: Stored,
+    /// Decides the routers, and what is random in the experts
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+/// The sparse layers.
+#[derive(clap::Args)]
+struct LayerArgs {
     /// Experts of each sparse block
     #[arg(long, default_value_t = 8)]
     experts: usize,
@@ -43,20 +76,55 @@ struct Args {
     /// Every N-th block becomes sparse
     #[arg(long, default_value_t = 2)]
     every: usize,
-    /// Leave the text tower dense
+    /// These blocks become sparse, counted from 0, such as 1,3,5
+    #[arg(long, value_delimiter = ',', conflicts_with_all = ["every", "last"])]
+    blocks: Vec<usize>,
+    /// The last N blocks become sparse
+    #[arg(long, conflicts_with = "every")]
+    last: Option<usize>,
+    /// Slots per expert in training, in parts of an even load; 0 for as many as are chosen
+    #[arg(long, default_value_t = 1.0)]
+    capacity: f64,
+    /// Which choices get a slot first where there are too few
+    #[arg(long, value_enum, default_value = "choice-major")]
+    fill_order: Fill,
+    /// What gates are divided by: the sum over all choices, or over those that got a slot; by default nothing for one choice and all for more
+    #[arg(long, value_enum)]
+    gates: Option<Gates>,
+    /// How the router's logits become scores
+    #[arg(long, value_enum, default_value = "softmax")]
+    score: Score,
+    /// Balance the load by a bias, which moves by this much in each training step
     #[arg(long)]
-    dense_text: bool,
-    /// Leave the vision tower dense
+    balancing_rate: Option<f64>,
+}
+
+/// How experts are made from the dense network.
+#[derive(clap::Args)]
+struct StrategyArgs {
+    /// How experts are made
+    #[arg(long, value_enum, default_value = "copy")]
+    strategy: Strategy,
+    /// Of copy-with-noise: standard deviation of the noise, in parts of the weight's
+    #[arg(long, default_value_t = 0.01)]
+    noise: f64,
+    /// Of drop: share of the hidden units that start anew
+    #[arg(long, default_value_t = 0.5)]
+    drop_ratio: f64,
+    /// Of granular: parts of the hidden units; --experts and --top-k count the parts
+    #[arg(long, default_value_t = 2)]
+    shards: usize,
+    /// Of cluster-aware: share of the squared singular values that is kept
+    #[arg(long, default_value_t = 0.9)]
+    energy: f64,
+    /// Of cluster-aware: a list of images and captions, of which the first --calibration are read
     #[arg(long)]
-    dense_vision: bool,
-    #[arg(long, value_enum, default_value = "f32")]
-    precision: Stored,
-    /// Decides the routers
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
-    #[arg(long, default_value = "cpu")]
-    device: String,
+    list: Option<PathBuf>,
+    #[command(flatten)]
+    columns: ListArgs,
+    /// Of cluster-aware: how many images are read
+    #[arg(long, default_value_t = 64)]
+    calibration: usize,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -64,6 +132,103 @@ enum Stored {
     F32,
     F16,
     Bf16,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Fill {
+    ChoiceMajor,
+    TokenMajor,
+    BatchPriority,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Gates {
+    None,
+    BeforeDrop,
+    AfterDrop,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Score {
+    Softmax,
+    Sigmoid,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Strategy {
+    Copy,
+    CopyWithNoise,
+    Drop,
+    Granular,
+    ClusterAware,
+}
+
+impl LayerArgs {
+    /// The sparse blocks of a tower whose dense networks have a hidden width of `d_ff`.
+    fn config(&self, making: &StrategyArgs, d_ff: usize) -> SparseEncoderConfig {
+        let mut tokens = TokenChoiceConfig::of_top_k(self.top_k)
+            .with_training_capacity(if self.capacity == 0.0 { Capacity::Dropless } else { Capacity::OfBalancedLoad(self.capacity) })
+            .with_fill_order(match self.fill_order {
+                Fill::ChoiceMajor => FillOrder::ChoiceMajor,
+                Fill::TokenMajor => FillOrder::TokenMajor,
+                Fill::BatchPriority => FillOrder::BatchPriority,
+            });
+        if let Some(gates) = self.gates {
+            tokens = tokens.with_gate_normalization(match gates {
+                Gates::None => GateNormalization::None,
+                Gates::BeforeDrop => GateNormalization::BeforeDrop,
+                Gates::AfterDrop => GateNormalization::AfterDrop,
+            });
+        }
+        let score = match self.score {
+            Score::Softmax => RouterScore::Softmax,
+            Score::Sigmoid => RouterScore::Sigmoid,
+        };
+        let router = RouterOptions::new().with_score(score).with_balancing_rate(self.balancing_rate);
+        let blocks = match self.last {
+            _ if !self.blocks.is_empty() => BlockSelection::List(self.blocks.clone()),
+            Some(last) => BlockSelection::Last(last),
+            None => BlockSelection::EveryNth(self.every),
+        };
+        let parts = making.strategy == Strategy::Granular;
+        SparseEncoderConfig::new()
+            .with_blocks(blocks)
+            .with_num_experts(self.experts)
+            .with_d_ff(parts.then(|| d_ff / making.shards.max(1)))
+            .with_layer(RoutedLayerConfig::new().with_router(router).with_assignment(tokens.into()).into())
+    }
+}
+
+impl StrategyArgs {
+    fn strategy(&self) -> UpcycleStrategy {
+        match self.strategy {
+            Strategy::Copy => UpcycleStrategy::Copy,
+            Strategy::CopyWithNoise => UpcycleStrategy::CopyWithNoise { relative_std: self.noise },
+            Strategy::Drop => UpcycleStrategy::Drop { ratio: self.drop_ratio },
+            Strategy::Granular => UpcycleStrategy::Granular { shards: self.shards },
+            Strategy::ClusterAware => UpcycleStrategy::ClusterAware { energy: self.energy },
+        }
+    }
+
+    /// The images of the list, if one is read.
+    fn images(&self, vision: &VisionConfig, device: &Device) -> Result<Option<Tensor<4>>, Box<dyn Error>> {
+        let Some(list) = &self.list else { return Ok(None) };
+        let (list, folder) = self.columns.read(list)?;
+        let paths: Vec<PathBuf> = list.images.iter().take(self.calibration).map(|image| folder.join(image)).collect();
+        let preprocessor = ImagePreprocessor::for_model(vision);
+        let (images, skipped): (Vec<_>, Vec<_>) = preprocessor.open_all(&paths).into_iter().partition(Result::is_ok);
+        let images: Vec<_> = images.into_iter().flatten().collect();
+        report_skipped(&skipped.into_iter().filter_map(Result::err).collect::<Vec<_>>(), images.len(), false)?;
+        Ok(Some(preprocessor.tensor(&images, device)))
+    }
+
+    /// The captions of the list, if one is read.
+    fn texts(&self, text: &TextConfig, device: &Device) -> Result<Option<Tensor<2, Int>>, Box<dyn Error>> {
+        let Some(list) = &self.list else { return Ok(None) };
+        let (list, _) = self.columns.read(list)?;
+        let captions: Vec<&String> = list.captions.iter().take(self.calibration).map(|(caption, _)| caption).collect();
+        Ok(Some(ClipTokenizer::new().tokenize(&captions, text.context_length).tensor(device)))
+    }
 }
 
 fn main() -> ExitCode {
@@ -75,39 +240,13 @@ fn run() -> Result<(), Box<dyn Error>> {
     let device = device_by_name(&args.device)?;
     device.seed(args.seed);
     let mut clock = Clock::start();
-
-    let dense = ClipCheckpoint::load(&args.dense, &device)?;
-    clock.lap("load");
-    let tokens = TokenChoiceConfig::of_top_k(args.top_k);
-    let experts = SparseEncoderConfig::new()
-        .with_blocks(BlockSelection::EveryNth(args.every))
-        .with_num_experts(args.experts)
-        .with_layer(RoutedLayerConfig::new().with_assignment(tokens.into()).into());
-    let tower = |stays_dense: bool| (!stays_dense).then(|| experts.clone());
-    let towers = SparseClipConfig::new().with_vision(tower(args.dense_vision)).with_text(tower(args.dense_text));
-    let config = dense.config.clone().sparse(towers);
-    config.validate()?;
-    let options = UpcycleOptions::default().with_probe(probe(&config, &device));
-    let upcycled = config.init(&device).upcycle_from_dense(&dense.model, &options)?;
-    clock.lap("upcycle and compare");
-    drop(dense);
-    println!("{}", upcycled.report);
-
-    let precision = match args.precision {
-        Stored::F32 => Precision::F32,
-        Stored::F16 => Precision::F16,
-        Stored::Bf16 => Precision::BF16,
+    let report = match towers_in(&args.dense)? {
+        Towers::Both => clip(&args, &device, &mut clock)?,
+        Towers::Vision => vision(&args, &device, &mut clock)?,
+        Towers::Text => text(&args, &device, &mut clock)?,
     };
-    ClipCheckpoint { config, model: upcycled.model }.save_sparse(&args.out, precision)?;
-    clock.lap("save");
-    let back = ClipCheckpoint::load(&args.out, &device)?;
-    clock.lap("load the sparse one");
-    let embedding = back.model.encode_image(images(&back.config, 1, &device)).embedding;
-    burn_moe::finite::check_finite("the embedding", &embedding)?;
-    clock.lap("embed an image");
-    write_atomic(args.out.join("report.json"), serde_json::to_string_pretty(&upcycled.report)?.as_bytes())?;
-
-    println!("weights: {} MB sparse", back.config.memory(1).weights / 1_000_000);
+    println!("{report}");
+    write_atomic(args.out.join("report.json"), serde_json::to_string_pretty(&report)?.as_bytes())?;
     if let Some(peak) = peak_memory() {
         println!("largest memory of this process: {peak} MB");
     }
@@ -115,26 +254,106 @@ fn run() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn images(config: &ClipConfig, count: usize, device: &Device) -> Tensor<4> {
-    let side = config.vision.image_size;
-    Tensor::random([count, config.vision.channels, side, side], Distribution::Normal(0.0, 1.0), device)
+fn clip(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleReport, Box<dyn Error>> {
+    let dense = ClipCheckpoint::load_with_image_size(&args.dense, args.image_size, device)?;
+    clock.lap("load");
+    let tower = |d_ff: usize, stays_dense: bool| (!stays_dense).then(|| args.layer.config(&args.making, d_ff));
+    let towers = SparseClipConfig::new()
+        .with_vision(tower(dense.config.vision.encoder.d_ff, args.dense_vision))
+        .with_text(tower(dense.config.text.encoder.d_ff, args.dense_text));
+    let config = dense.config.clone().sparse(towers);
+    config.validate()?;
+    let mut options =
+        args.options(Probe::ImagesAndTexts { images: images(&config.vision, device), tokens: texts(&config.text, device) });
+    if let (Some(images), Some(tokens)) = (args.making.images(&config.vision, device)?, args.making.texts(&config.text, device)?) {
+        options = options.with_calibration(Probe::ImagesAndTexts { images, tokens });
+    }
+    let upcycled = config.init(device).upcycle_from_dense(&dense.model, &options)?;
+    clock.lap("upcycle and compare");
+    drop(dense);
+    ClipCheckpoint { config, model: upcycled.model }.save_sparse(&args.out, args.precision())?;
+    clock.lap("save");
+    let back = ClipCheckpoint::load(&args.out, device)?;
+    clock.lap("load the sparse one");
+    burn_moe::finite::check_finite("the embedding", &back.model.encode_image(images(&back.config.vision, device)).embedding)?;
+    clock.lap("embed four images");
+    println!("weights: {} MB sparse", back.config.memory(1).weights / 1_000_000);
+    Ok(upcycled.report)
 }
 
-/// A few random images, and texts of random lengths.
-fn probe(config: &ClipConfig, device: &Device) -> Probe {
-    let (count, context, vocabulary) = (4, config.text.context_length, config.text.vocab_size as i32);
-    let mut tokens = vec![0; count * context];
+fn vision(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleReport, Box<dyn Error>> {
+    let dense = VisionCheckpoint::load(&args.dense, args.image_size, device)?;
+    clock.lap("load");
+    let mut config = dense.config.clone();
+    config.encoder.sparse = Some(args.layer.config(&args.making, config.encoder.d_ff));
+    config.validate()?;
+    let mut options = args.options(Probe::Images(images(&config, device)));
+    if let Some(images) = args.making.images(&config, device)? {
+        options = options.with_calibration(Probe::Images(images));
+    }
+    let upcycled = config.init(dense.embed_dim, device).upcycle_from_dense(&dense.model, &options)?;
+    clock.lap("upcycle and compare");
+    VisionCheckpoint { config, embed_dim: dense.embed_dim, model: upcycled.model }.save_sparse(&args.out, args.precision())?;
+    clock.lap("save");
+    VisionCheckpoint::load(&args.out, None, device)?;
+    clock.lap("load the sparse one");
+    Ok(upcycled.report)
+}
+
+fn text(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleReport, Box<dyn Error>> {
+    let dense = TextCheckpoint::load(&args.dense, device)?;
+    clock.lap("load");
+    let mut config = dense.config.clone();
+    config.encoder.sparse = Some(args.layer.config(&args.making, config.encoder.d_ff));
+    config.validate()?;
+    let mut options = args.options(Probe::Texts(texts(&config, device)));
+    if let Some(tokens) = args.making.texts(&config, device)? {
+        options = options.with_calibration(Probe::Texts(tokens));
+    }
+    let upcycled = config.init(dense.embed_dim, device).upcycle_from_dense(&dense.model, &options)?;
+    clock.lap("upcycle and compare");
+    TextCheckpoint { config, embed_dim: dense.embed_dim, model: upcycled.model }.save_sparse(&args.out, args.precision())?;
+    clock.lap("save");
+    TextCheckpoint::load(&args.out, device)?;
+    clock.lap("load the sparse one");
+    Ok(upcycled.report)
+}
+
+impl Args {
+    fn options(&self, probe: Probe) -> UpcycleOptions {
+        UpcycleOptions::default().with_strategy(self.making.strategy()).with_probe(probe)
+    }
+
+    fn precision(&self) -> Precision {
+        match self.precision {
+            Stored::F32 => Precision::F32,
+            Stored::F16 => Precision::F16,
+            Stored::Bf16 => Precision::BF16,
+        }
+    }
+}
+
+/// Samples that both models are compared on.
+const PROBES: usize = 4;
+
+/// Random images.
+fn images(vision: &VisionConfig, device: &Device) -> Tensor<4> {
+    let side = vision.image_size;
+    Tensor::random([PROBES, vision.channels, side, side], Distribution::Normal(0.0, 1.0), device)
+}
+
+/// Random texts of several lengths.
+fn texts(text: &TextConfig, device: &Device) -> Tensor<2, Int> {
+    let (context, vocabulary) = (text.context_length, text.vocab_size as i32);
+    let mut tokens = vec![0; PROBES * context];
     for (text, tokens) in tokens.chunks_exact_mut(context).enumerate() {
         let end = (2 + text * context / 5).min(context - 1);
-        tokens
-            .iter_mut()
-            .take(end)
-            .enumerate()
-            .for_each(|(i, token)| *token = (1 + (text * 977 + i * 131) as i32) % (vocabulary - 1).max(1));
+        for (i, token) in tokens.iter_mut().take(end).enumerate() {
+            *token = (1 + (text * 977 + i * 131) as i32) % (vocabulary - 1).max(1);
+        }
         tokens[end] = vocabulary - 1;
     }
-    let tokens = Tensor::<2, Int>::from_data(TensorData::new(tokens, [count, context]), device);
-    Probe::ImagesAndTexts { images: images(config, count, device), tokens }
+    Tensor::from_data(TensorData::new(tokens, [PROBES, context]), device)
 }
 
 struct Clock(Instant);

@@ -4,23 +4,19 @@
 //! cargo run --release --example zero_shot -- --model path/to/checkpoint --labels "cat,dog,train" photo.jpg
 //! ```
 //!
-//! Each label goes into every template (`{}` is the label); embeddings are averaged as CLIP does.
+//! Each label goes into every template (`{}` or `{c}` is the label); embeddings are averaged as CLIP does.
 
 mod support;
 
 use std::{error::Error, path::PathBuf, process::ExitCode};
 
 use burn::tensor::activation::softmax;
-use burn_moe::clip::{
-    Embedder, ZeroShotClassifier,
-    checkpoint::ClipCheckpoint,
-    preprocess::{ImagePreprocessor, Orientation},
-};
+use burn_moe::clip::{ImageEmbedder, TextEmbedder, ZeroShotClassifier, checkpoint::ClipCheckpoint};
 use clap::Parser;
-use support::{device_by_name, report_skipped};
+use support::{ImageArgs, ModelArgs, progress, report_skipped};
 
 #[derive(Parser)]
-#[command(about = "Classifies images by labels")]
+#[command(about = "Classifies images by labels", after_help = "Example: zero_shot --labels \"cat,dog,train\" photo.jpg")]
 struct Args {
     /// The images
     #[arg(required = true)]
@@ -28,18 +24,13 @@ struct Args {
     /// The labels
     #[arg(long, value_delimiter = ',', required = true)]
     labels: Vec<String>,
-    /// Sentences around the label; may be given several times
+    /// Sentences around the label, for which {} or {c} stands; may be given several times
     #[arg(long = "template", default_value = "a photo of a {}.")]
     templates: Vec<String>,
-    /// Folder of the checkpoint: Hugging Face, open_clip or sparse
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-tiny"))]
-    model: PathBuf,
-    /// Stop with an error when an image cannot be read, instead of skipping it
-    #[arg(long)]
-    strict: bool,
-    /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
-    #[arg(long, default_value = "cpu")]
-    device: String,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    reading: ImageArgs,
 }
 
 fn main() -> ExitCode {
@@ -48,14 +39,16 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
-    let device = device_by_name(&args.device)?;
-    let checkpoint = ClipCheckpoint::load(&args.model, &device)?;
-    // Photos are turned the right way up, which open_clip does not do.
-    let preprocessor = ImagePreprocessor::for_model(&checkpoint.config.vision).with_orientation(Orientation::Exif);
-    let embedder = Embedder::new(&checkpoint.model, preprocessor, &device);
-    let classifier = ZeroShotClassifier::new(&embedder.prompts(&args.labels, &args.templates)?)?;
-    let found = embedder.images(args.images.clone(), |_| ());
-    report_skipped(&found.skipped, found.kept.len(), args.strict)?;
+    let device = args.model.device()?;
+    let checkpoint = ClipCheckpoint::load_with_image_size(&args.model.model, args.model.image_size, &device)?;
+    let texts = TextEmbedder::new(&checkpoint.model.text, &device)?;
+    let classifier = ZeroShotClassifier::new(&texts.prompts(&args.labels, &args.templates)?)?;
+    let preprocessor = args.reading.preprocessor(&checkpoint.config.vision);
+    let embedder = ImageEmbedder::new(&checkpoint.model.vision, preprocessor, &device).with_batch_size(args.model.batch_size);
+    let bar = progress("images", args.images.len());
+    let found = embedder.images(args.images.clone(), |done| bar.set_position(done as u64));
+    bar.finish_and_clear();
+    report_skipped(&found.skipped, found.kept.len(), args.reading.strict)?;
     let scale = checkpoint.model.scale().into_scalar::<f32>();
     let probabilities = softmax(classifier.similarities(found.embeddings) * scale, 1).try_into_vec_as::<f32>()?;
     for (&image, probabilities) in found.kept.iter().zip(probabilities.chunks_exact(args.labels.len())) {

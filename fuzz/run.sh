@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 seconds=${1:-600}
-for target in ${2:-weights index config lists pairs image tokenizer}; do
+for target in ${2:-weights index pickle config lists pairs image tokenizer}; do
   mkdir -p "corpus-found/$target"
   echo "== $target"
   cargo +nightly fuzz run --release "$target" "corpus-found/$target" "corpus/$target" -- \

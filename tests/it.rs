@@ -16,4 +16,5 @@ mod it {
     mod structure;
     mod support;
     mod upcycle;
+    mod written_by_others;
 }

@@ -1,6 +1,7 @@
 //! What the command lines of several examples share: copy what you need.
 #![allow(dead_code, unused_imports, reason = "no example needs all of it")]
 
+mod args;
 mod device;
 
 use std::{
@@ -10,7 +11,10 @@ use std::{
     process::ExitCode,
 };
 
+pub(crate) use args::{ImageArgs, ListArgs, ModelArgs};
+use burn_moe::clip::lists::ImageFolder;
 pub(crate) use device::device_by_name;
+use indicatif::{ProgressBar, ProgressStyle};
 
 /// Writes a file beside `path` and renames it into place: whoever stops the program finds the old file or the new one.
 pub(crate) fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> io::Result<()> {
@@ -20,7 +24,17 @@ pub(crate) fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> io::Result<(
     fs::write(&aside, bytes).and_then(|()| fs::rename(&aside, path)).inspect_err(|_| drop(fs::remove_file(&aside)))
 }
 
-/// Says what else a folder of images holds.
+/// The images of a folder; says what else it holds.
+pub(crate) fn images_in(folder: &Path, recursive: bool) -> Result<Vec<PathBuf>, Box<dyn Error>> {
+    let ImageFolder { images, others } = ImageFolder::read(folder, recursive)?;
+    report_passed_over(&others);
+    if images.is_empty() {
+        return Err(format!("{} holds no image that can be read", folder.display()).into());
+    }
+    Ok(images)
+}
+
+/// Says what was passed over in a folder.
 pub(crate) fn report_passed_over(others: &[PathBuf]) {
     let (folders, files): (Vec<_>, Vec<_>) = others.iter().partition(|path| path.is_dir());
     let of = |what: &str, paths: &[&PathBuf]| {
@@ -28,8 +42,26 @@ pub(crate) fn report_passed_over(others: &[PathBuf]) {
             eprintln!("passed over: {what} ({}), such as {}", paths.len(), first.display());
         }
     };
-    of("files of other kinds than PNG, JPEG and WebP", &files);
-    of("subfolders", &folders);
+    of("files that are no PNG, JPEG, WebP, GIF, BMP or TIFF", &files);
+    of("subfolders (--recursive reads them)", &folders);
+}
+
+/// A progress bar with a rate and the time that is left; it shows nothing where the output is no terminal.
+pub(crate) fn progress(what: &'static str, count: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {per_sec} {elapsed} of {duration}");
+    ProgressBar::new(count as u64).with_style(style.expect("a template that indicatif reads")).with_prefix(what)
+}
+
+/// The link to a file, for a page: what a URL cannot hold is percent-encoded, byte by byte.
+pub(crate) fn file_url(path: &Path) -> String {
+    let encoded = path.to_string_lossy().replace('\\', "/").bytes().fold(String::new(), |url, byte| match byte {
+        b'/' | b'-' | b'_' | b'.' | b'~' => url + &char::from(byte).to_string(),
+        byte if byte.is_ascii_alphanumeric() => url + &char::from(byte).to_string(),
+        byte => url + &format!("%{byte:02X}"),
+    });
+    // Windows: `C:` has no slash in front.
+    let root = if encoded.starts_with('/') { "" } else { "/" };
+    format!("file://{root}{}", encoded.replace("%3A", ":"))
 }
 
 /// Runs a program. An error is printed as a sentence with its causes, and the status is then 1.

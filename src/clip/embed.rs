@@ -3,19 +3,28 @@
 use std::path::PathBuf;
 
 use burn::module::Module;
+use burn::nn::Linear;
 use burn::tensor::{Device, Tensor, TensorData};
 
 use super::{
-    Clip,
+    TextTower, VisionTower,
     preprocess::{ImageError, ImagePreprocessor},
     tokenizer::{ClipTokenizer, TokenizerMismatch},
 };
 
-/// Runs a model over any number of images and texts, batch by batch, with one batch and the embeddings in memory.
+/// Runs a vision tower over any number of images, batch by batch, with one batch and the embeddings in memory.
 #[derive(Debug)]
-pub struct Embedder {
-    model: Clip,
+pub struct ImageEmbedder {
+    tower: VisionTower,
     preprocessor: ImagePreprocessor,
+    batch_size: usize,
+    device: Device,
+}
+
+/// Runs a text tower over any number of texts, batch by batch.
+#[derive(Debug)]
+pub struct TextEmbedder {
+    tower: TextTower,
     tokenizer: ClipTokenizer,
     context_length: usize,
     batch_size: usize,
@@ -52,17 +61,18 @@ pub enum PromptError {
         /// As it was given.
         template: String,
     },
-    /// The model reads the ids of another tokenizer.
-    #[error(transparent)]
-    Tokenizer(#[from] TokenizerMismatch),
+    /// There is no prompt without a template.
+    #[error("no template was given")]
+    NoTemplate,
 }
 
-impl Embedder {
-    /// For a model on `device`, as it is at inference.
-    pub fn new(model: &Clip, preprocessor: ImagePreprocessor, device: &Device) -> Self {
-        let [context_length, _] = model.text.position_embedding.lazy_shape().dims();
-        let (model, tokenizer, device) = (model.valid(), ClipTokenizer::new(), device.clone().inner());
-        Self { model, preprocessor, tokenizer, context_length, batch_size: 64, device }
+/// Samples in one forward pass, unless another number is asked for.
+const BATCH: usize = 64;
+
+impl ImageEmbedder {
+    /// For a tower on `device`, as it is at inference.
+    pub fn new(tower: &VisionTower, preprocessor: ImagePreprocessor, device: &Device) -> Self {
+        Self { tower: tower.valid(), preprocessor, batch_size: BATCH, device: device.clone().inner() }
     }
 
     /// Another number of samples in one forward pass than 64. Results do not depend on it while inference is dropless and padding is kept
@@ -75,7 +85,7 @@ impl Embedder {
     /// Embeds image files. The next batch is decoded while the last one is computed; `progress` is called with the number of images that are done.
     /// Images that cannot be read are skipped.
     pub fn images(&self, paths: Vec<PathBuf>, mut progress: impl FnMut(usize)) -> ImageEmbeddings {
-        let mut rows = self.rows();
+        let mut rows = Rows::new(&self.tower.projection);
         let (count, mut done) = (paths.len(), 0);
         let (mut kept, mut skipped) = (Vec::new(), Vec::new());
         for batch in self.preprocessor.batches(paths, self.batch_size) {
@@ -91,48 +101,61 @@ impl Embedder {
                 done += 1;
             }
             if !images.is_empty() {
-                rows.add(self.model.encode_image(self.preprocessor.tensor(&images, &self.device)).embedding);
+                rows.add(self.tower.forward(self.preprocessor.tensor(&images, &self.device)).embedding);
             }
             progress(done);
         }
         assert!(done == count, "{done} of {count} images came back");
         ImageEmbeddings { embeddings: rows.into_tensor(&self.device), kept, skipped }
     }
+}
 
-    /// Embeds texts; `progress` hears how many are done.
+impl TextEmbedder {
+    /// For a tower on `device`, as it is at inference.
     ///
     /// # Errors
-    /// When the model was trained with another tokenizer than CLIP's.
-    pub fn texts<T: AsRef<str>>(&self, texts: &[T], mut progress: impl FnMut(usize)) -> Result<TextEmbeddings, TokenizerMismatch> {
-        ClipTokenizer::check(&self.model.text)?;
-        let mut rows = self.rows();
+    /// When the tower was trained with another tokenizer than CLIP's.
+    pub fn new(tower: &TextTower, device: &Device) -> Result<Self, TokenizerMismatch> {
+        ClipTokenizer::check(tower)?;
+        let [context_length, _] = tower.position_embedding.lazy_shape().dims();
+        let (tower, tokenizer) = (tower.valid(), ClipTokenizer::new());
+        Ok(Self { tower, tokenizer, context_length, batch_size: BATCH, device: device.clone().inner() })
+    }
+
+    /// Another number of samples in one forward pass than 64; see [`ImageEmbedder::with_batch_size`].
+    pub fn with_batch_size(mut self, batch_size: usize) -> Self {
+        self.batch_size = batch_size.max(1);
+        self
+    }
+
+    /// Embeds texts; `progress` is called with the number of texts that are done.
+    pub fn texts<T: AsRef<str>>(&self, texts: &[T], mut progress: impl FnMut(usize)) -> TextEmbeddings {
+        let mut rows = Rows::new(&self.tower.projection);
         let mut truncated = 0;
         for batch in texts.chunks(self.batch_size) {
             let tokens = self.tokenizer.tokenize(batch, self.context_length);
             truncated += tokens.truncated;
-            rows.add(self.model.encode_text(tokens.tensor(&self.device)).embedding);
+            rows.add(self.tower.forward(tokens.tensor(&self.device)).embedding);
             progress(rows.count);
         }
-        Ok(TextEmbeddings { embeddings: rows.into_tensor(&self.device), truncated })
+        TextEmbeddings { embeddings: rows.into_tensor(&self.device), truncated }
     }
 
     /// Embeds every prompt of every class: `{}` or `{c}` in a template stands for the class. One `[templates, P]` per class.
     ///
     /// # Errors
-    /// When a template has no place for the class, or the model was trained with another tokenizer than CLIP's.
+    /// When there is no template, or one has no place for the class.
     pub fn prompts<C: AsRef<str>, T: AsRef<str>>(&self, classes: &[C], templates: &[T]) -> Result<Vec<Tensor<2>>, PromptError> {
+        if templates.is_empty() {
+            return Err(PromptError::NoTemplate);
+        }
         if let Some(template) = templates.iter().map(AsRef::as_ref).find(|t| !t.contains("{}") && !t.contains("{c}")) {
             return Err(PromptError::Template { template: template.to_string() });
         }
         let prompt = |class: &C, template: &T| template.as_ref().replace("{}", class.as_ref()).replace("{c}", class.as_ref());
         let prompts: Vec<String> = classes.iter().flat_map(|class| templates.iter().map(move |t| prompt(class, t))).collect();
-        let all = self.texts(&prompts, |_| ())?.embeddings;
+        let all = self.texts(&prompts, |_| ()).embeddings;
         Ok((0..classes.len()).map(|class| all.clone().narrow(0, class * templates.len(), templates.len())).collect())
-    }
-
-    fn rows(&self) -> Rows {
-        let [_, width] = self.model.vision.projection.weight.lazy_shape().dims();
-        Rows { values: Vec::new(), count: 0, width }
     }
 }
 
@@ -144,6 +167,12 @@ struct Rows {
 }
 
 impl Rows {
+    /// For what a tower's projection returns.
+    fn new(projection: &Linear) -> Self {
+        let [_, width] = projection.weight.lazy_shape().dims();
+        Self { values: Vec::new(), count: 0, width }
+    }
+
     fn add(&mut self, batch: Tensor<2>) {
         self.count += batch.dims()[0];
         self.values.extend(batch.detach().try_into_vec_as::<f32>().expect("a float tensor reads as f32"));

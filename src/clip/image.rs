@@ -48,13 +48,15 @@ pub struct ImagePreprocessing {
     /// The resize filter. Default: [`Interpolation::Bicubic`]
     #[config(default = "Interpolation::Bicubic")]
     pub interpolation: Interpolation,
+    /// The side that images are resized to, in pixels, before the middle of the model's image size is taken. Default: the model's image size
+    pub resize_to: Option<usize>,
 }
 
 /// By the bits of its numbers.
 impl Hash for ImagePreprocessing {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.mean.iter().chain(&self.std).for_each(|value| value.to_bits().hash(state));
-        (self.resize_mode, self.interpolation).hash(state);
+        (self.resize_mode, self.interpolation, self.resize_to).hash(state);
     }
 }
 
@@ -70,11 +72,15 @@ impl ImagePreprocessing {
         (value / 255.0 - self.mean[channel]) / self.std[channel]
     }
 
-    /// Refuses numbers from which no pixel follows.
+    /// Refuses numbers from which no image of side `image_size` follows.
     ///
     /// # Errors
     /// The first field that cannot be used, with its value.
-    pub fn validate(&self) -> Result<(), ConfigError> {
+    pub fn validate(&self, image_size: usize) -> Result<(), ConfigError> {
+        if let Some(side) = self.resize_to.filter(|side| *side < image_size) {
+            let reason = "must be at least the image size, which is cut out of the resized image";
+            return Err(ConfigError::OutOfRange { field: "resize_to", value: side as f64, reason });
+        }
         let refuse = |field, value: f32, reason| Err(ConfigError::OutOfRange { field, value: value.into(), reason });
         if let Some(&mean) = self.mean.iter().find(|mean| !mean.is_finite()) {
             return refuse("mean", mean, "must be finite");

@@ -25,7 +25,7 @@ pub mod tokenizer;
 pub use auxiliary::{ClipAuxiliaryLoss, ClipAuxiliaryLossConfig, ClipAuxiliaryLossOutput};
 pub use config::{ClipConfig, SparseClipConfig};
 #[cfg(feature = "preprocess")]
-pub use embed::{Embedder, ImageEmbeddings, PromptError, TextEmbeddings};
+pub use embed::{ImageEmbedder, ImageEmbeddings, PromptError, TextEmbedder, TextEmbeddings};
 pub use image::{IMAGE_MEAN, IMAGE_STD, ImagePreprocessing, Interpolation, ResizeMode};
 pub use loss::contrastive_loss;
 pub use memory::ClipMemory;

@@ -1,5 +1,7 @@
 //! Cross-modal retrieval by LAION CLIP_benchmark's protocol.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use burn::tensor::Tensor;
 
 /// Recall of one direction, as fractions of the queries.
@@ -96,6 +98,9 @@ impl RetrievalMetrics {
     /// positives is among the best `k`. A tie counts against the model: equal embeddings retrieve nothing. Similarities are made block by
     /// block, so that galleries may be large.
     ///
+    /// A text's only positive is its own image, as CLIP_benchmark counts: where two images have the same caption, each is a wrong answer for the
+    /// other. [`with_equal_texts`](Self::with_equal_texts) counts it as a right one.
+    ///
     /// # Shapes
     /// - images: `[I, P]`, texts: `[S, P]`; need not be normalised
     /// - image_of_text: for each text the index of its image
@@ -103,29 +108,53 @@ impl RetrievalMetrics {
     /// # Errors
     /// When sizes do not fit, an image has no text, or an embedding is not finite.
     pub fn new(images: Tensor<2>, texts: Tensor<2>, image_of_text: &[usize]) -> Result<Self, RetrievalError> {
+        let each: Vec<usize> = (0..image_of_text.len()).collect();
+        Self::with_equal_texts(images, texts, image_of_text, &each)
+    }
+
+    /// The same where equal texts are one: every image that has a caption equal to the query is a right answer, and so is every text equal to
+    /// one of an image's own. `same_text` has one number for each text, equal for equal texts
+    /// ([`ClipTokenizer::same_text`](super::tokenizer::ClipTokenizer::same_text)).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_equal_texts(
+        images: Tensor<2>,
+        texts: Tensor<2>,
+        image_of_text: &[usize],
+        same_text: &[usize],
+    ) -> Result<Self, RetrievalError> {
         let ([num_images, _], [num_texts, _]) = (images.dims(), texts.dims());
         if num_images == 0 || num_texts == 0 {
             return Err(RetrievalError::Empty { images: num_images, texts: num_texts });
         }
-        if num_texts != image_of_text.len() {
-            return Err(RetrievalError::Positives { texts: num_texts, positives: image_of_text.len() });
+        for given in [image_of_text.len(), same_text.len()] {
+            if num_texts != given {
+                return Err(RetrievalError::Positives { texts: num_texts, positives: given });
+            }
         }
-        let mut texts_of_image = vec![Vec::new(); num_images];
-        for (text, &image) in image_of_text.iter().enumerate() {
-            let Some(own) = texts_of_image.get_mut(image) else {
+        // What is equal, by its number: its texts and their images.
+        let mut equal: BTreeMap<usize, (Vec<usize>, BTreeSet<usize>)> = BTreeMap::new();
+        let mut own = vec![BTreeSet::new(); num_images];
+        for (text, (&image, &same)) in image_of_text.iter().zip(same_text).enumerate() {
+            let Some(own) = own.get_mut(image) else {
                 return Err(RetrievalError::NoSuchImage { text, image, images: num_images });
             };
-            own.push(text);
+            own.insert(same);
+            let (texts, images) = equal.entry(same).or_default();
+            texts.push(text);
+            images.insert(image);
         }
-        if let Some(image) = texts_of_image.iter().position(Vec::is_empty) {
+        if let Some(image) = own.iter().position(BTreeSet::is_empty) {
             return Err(RetrievalError::NoText { image });
         }
         crate::support::finite::check_finite("image embeddings", &images)?;
         crate::support::finite::check_finite("text embeddings", &texts)?;
 
         let (images, texts) = (super::model::normalize(images), super::model::normalize(texts));
-        let image_of_text: Vec<Vec<usize>> = image_of_text.iter().map(|&image| vec![image]).collect();
-        Ok(Self::from_ranks(ranks(&texts, &images, &image_of_text), ranks(&images, &texts, &texts_of_image)))
+        let images_of = |text: usize| equal[&same_text[text]].1.iter().copied().collect();
+        let texts_of = |image: usize| own[image].iter().flat_map(|same| equal[same].0.iter().copied()).collect();
+        Ok(Self::from_ranks(ranks(&texts, &images, images_of), ranks(&images, &texts, texts_of)))
     }
 
     /// Recall from the ranks of every query, counted from 0.
@@ -151,7 +180,7 @@ impl Recall {
 const BLOCK: usize = 1 << 24;
 
 /// For each query, how many wrong candidates are at least as similar as the best of its positives.
-fn ranks(queries: &Tensor<2>, candidates: &Tensor<2>, positives: &[Vec<usize>]) -> Vec<usize> {
+fn ranks(queries: &Tensor<2>, candidates: &Tensor<2>, positives: impl Fn(usize) -> Vec<usize>) -> Vec<usize> {
     let ([num_queries, _], [num_candidates, _]) = (queries.dims(), candidates.dims());
     let candidates = candidates.clone().transpose();
     let block = (BLOCK / num_candidates).max(1);
@@ -160,7 +189,8 @@ fn ranks(queries: &Tensor<2>, candidates: &Tensor<2>, positives: &[Vec<usize>]) 
         let count = block.min(num_queries - start);
         let similarities = queries.clone().narrow(0, start, count).matmul(candidates.clone());
         let similarities = similarities.try_into_vec_as::<f32>().expect("a float tensor reads as f32");
-        ranks.extend(similarities.chunks_exact(num_candidates).zip(&positives[start..]).map(|(row, own)| rank(row, own)));
+        let rows = similarities.chunks_exact(num_candidates).enumerate();
+        ranks.extend(rows.map(|(row, similarities)| rank(similarities, &positives(start + row))));
     }
     ranks
 }
@@ -192,6 +222,19 @@ mod tests {
         assert_eq!(metrics.image_ranks, [0, 1]); // image 1: its text has 0.707, text 1 has 0.995
         assert_eq!(metrics.text_to_image, Recall { r1: 1.0 / 3.0, r5: 1.0, r10: 1.0 });
         assert_eq!(metrics.image_to_text.r1, 0.5);
+    }
+
+    #[test]
+    fn equal_texts_are_one_when_asked_for() {
+        // Texts 0 and 1 are equal, so they have one embedding; each is the only one of its image.
+        let images = || embeddings([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]);
+        let texts = || embeddings([[1.0, 0.1], [1.0, 0.1], [0.0, 1.0]]);
+        let protocol = RetrievalMetrics::new(images(), texts(), &[0, 1, 2]).unwrap();
+        assert_eq!((protocol.text_ranks, protocol.image_ranks), (vec![1, 0, 0], vec![1, 1, 0]));
+        let equal = RetrievalMetrics::with_equal_texts(images(), texts(), &[0, 1, 2], &[0, 0, 2]).unwrap();
+        assert_eq!((equal.text_ranks, equal.image_ranks), (vec![0, 0, 0], vec![0, 0, 0]));
+        let error = RetrievalMetrics::with_equal_texts(images(), texts(), &[0, 1, 2], &[0]).unwrap_err().to_string();
+        assert_eq!(error, "3 texts come with 1 positives");
     }
 
     #[test]

@@ -1,5 +1,13 @@
 //! CLIP's byte-pair encoding.
 
+#[cfg(feature = "store")]
+mod export;
+
+#[cfg(feature = "store")]
+pub(super) use export::hugging_face_files;
+
+use std::collections::HashMap;
+
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use instant_clip_tokenizer::{Token, Tokenizer};
 
@@ -132,11 +140,23 @@ impl ClipTokenizer {
         TokenizedTexts { ids, len, truncated }
     }
 
+    /// For each text the place of the first one that is equal to it, as CLIP's tokenizer reads them: capitals and the number of blanks do not
+    /// count.
+    pub fn same_text<T: AsRef<str>>(&self, texts: &[T]) -> Vec<usize> {
+        first_of_equal(&texts.iter().map(|text| self.encode(text.as_ref())).collect::<Vec<_>>())
+    }
+
     /// [`encode`](Self::encode) and [`pack`](Self::pack).
     pub fn tokenize<T: AsRef<str>>(&self, texts: &[T], context_length: usize) -> TokenizedTexts {
         let encoded: Vec<Vec<i32>> = texts.iter().map(|text| self.encode(text.as_ref())).collect();
         self.pack(&encoded, context_length)
     }
+}
+
+/// For each text the place of the first one with the same tokens, of which `tokens` are the ids: texts that no model can tell apart.
+pub(crate) fn first_of_equal<T: AsRef<[i32]>>(tokens: &[T]) -> Vec<usize> {
+    let mut first = HashMap::new();
+    tokens.iter().enumerate().map(|(place, tokens)| *first.entry(tokens.as_ref()).or_insert(place)).collect()
 }
 
 impl TokenizedTexts {
@@ -166,6 +186,7 @@ mod tests {
     #[test]
     fn curly_quotes_are_straight_ones() {
         let tokenizer = ClipTokenizer::new();
+        assert_eq!(tokenizer.same_text(&["A dog", "a cat", "a  dog ", "dog"]), [0, 1, 0, 3]);
         assert_eq!(tokenizer.encode("woman\u{2019}s boot"), tokenizer.encode("woman's boot"));
     }
 }

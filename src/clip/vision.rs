@@ -84,7 +84,7 @@ impl VisionConfig {
                 divisor_value: self.patch_size,
             });
         }
-        self.preprocessing.validate()?;
+        self.preprocessing.validate(self.image_size)?;
         self.encoder.validate()
     }
 

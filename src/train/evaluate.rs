@@ -41,8 +41,8 @@ impl Evaluation {
     }
 }
 
-/// Embeds every image and every caption of its concept, and ranks them. Each image counts as the only one of its concept, as in
-/// a test gallery of one vendor: another image of the concept would be a wrong answer.
+/// Embeds every image and every caption of its concept, and ranks them. Equal captions are one: every image with a caption equal to the query
+/// is a right answer ([`RetrievalMetrics::with_equal_texts`]).
 ///
 /// # Errors
 /// When the set is empty, or an embedding is not finite.
@@ -79,6 +79,8 @@ pub fn evaluate(
         return Err(RetrievalError::Empty { images: set.len(), texts: captions.len() });
     }
     let tokenizer = ClipTokenizer::new();
+    let all: Vec<&String> = captions.iter().map(|(_, caption)| *caption).collect();
+    let same_text = tokenizer.same_text(&all);
     let mut truncated = 0;
     let mut texts = Vec::new();
     for batch in captions.chunks(BATCH) {
@@ -93,7 +95,7 @@ pub fn evaluate(
         texts.push(output.embedding);
     }
     let image_of_text: Vec<usize> = captions.iter().map(|(image, _)| *image).collect();
-    let retrieval = RetrievalMetrics::new(Tensor::cat(images, 0), Tensor::cat(texts, 0), &image_of_text)?;
+    let retrieval = RetrievalMetrics::with_equal_texts(Tensor::cat(images, 0), Tensor::cat(texts, 0), &image_of_text, &same_text)?;
     Ok(Evaluation { retrieval, layers: collector.finish(&model), truncated })
 }
 

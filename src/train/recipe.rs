@@ -4,7 +4,7 @@ mod checkpointing;
 mod checks;
 mod error;
 
-pub use checkpointing::Checkpointing;
+pub use checkpointing::{Checkpointing, KeptRun};
 pub use error::TrainError;
 
 use std::{
@@ -162,6 +162,9 @@ pub struct TrainInput<'a> {
 pub trait Observer {
     /// After each step of each arm; `step` counts from 1.
     fn on_step(&mut self, _arm: usize, _step: usize, _losses: &StepLosses) {}
+    /// When a run goes on from a checkpoint. With more steps than were planned, the learning rate follows the schedule of all of them from
+    /// there on, and is then higher than it was.
+    fn on_resume(&mut self, _kept: KeptRun) {}
     /// After each evaluation.
     fn on_evaluation(&mut self, _arm: usize, _step: usize, _evaluation: &Evaluation) {}
 }
@@ -173,7 +176,8 @@ impl Observer for () {}
 ///
 /// The order of the data depends on the seed alone; router noise comes from the device's own generator, which arms share and checkpoints
 /// do not keep. With `checkpointing` the run leaves a checkpoint now and then, and goes on
-/// from the last one when it is started again with the same configuration.
+/// from the last one when it is started again with the same configuration, of which only the number of steps may differ: a run that has ended
+/// goes on for longer.
 ///
 /// # Errors
 /// When the data does not fit, a loss or a parameter is not finite, or a checkpoint cannot be read or written.
@@ -198,7 +202,10 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
         None => None,
     };
     let first_step = match resumed {
-        Some(step) => step,
+        Some(kept) => {
+            observer.on_resume(kept);
+            kept.step
+        }
         None => {
             for (index, run) in runs.iter_mut().enumerate() {
                 run.evaluate(index, 0, test, config, &vocabulary, device, observer)?;

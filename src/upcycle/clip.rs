@@ -1,61 +1,92 @@
-//! The whole CLIP.
+//! The whole CLIP, and each of its towers.
 
 use burn::module::Module;
 use burn::tensor::{Int, Tensor};
 
 use super::{
-    Probe, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, Upcycled,
+    Probe, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy, Upcycled, UpcycledLayer,
     layer::replace,
     report::deviation,
     transformer::{encoder, norm, same_place},
 };
-use crate::clip::{Clip, TextTower, VisionTower};
+use crate::{
+    clip::{Clip, TextTower, VisionTower, normalize},
+    transformer::FeedForwardInputs,
+};
 
 /// Every second block of both towers becomes sparse with [`SparseClipConfig::clip_up`](crate::clip::SparseClipConfig::clip_up).
 /// The report's deviation is that of the embeddings, normalised.
 impl UpcycleFromDense<Clip> for Clip {
     fn upcycle_from_dense(mut self, dense: &Clip, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
-        let probe = match &options.probe {
-            None => None,
-            Some(Probe::ImagesAndTexts { images, tokens }) => Some((images.clone(), tokens.clone())),
-            Some(Probe::Tokens { .. }) => return Err(UpcycleError::Probe { expected: "images and texts", found: "tokens" }),
-        };
-        let mut calibrations = [None, None];
-        match options.calibration_batch()? {
-            None => {}
-            Some(Probe::ImagesAndTexts { images, tokens }) => {
-                calibrations =
-                    [Some(dense.vision.feed_forward_inputs(images.clone())), Some(dense.text.feed_forward_inputs(tokens.clone()))];
-            }
-            Some(Probe::Tokens { .. }) => return Err(UpcycleError::Probe { expected: "images and texts", found: "tokens" }),
-        }
-        let mut layers = Vec::new();
-        let vision = vision(&mut self.vision, &dense.vision).map_err(|error| error.within("vision"))?;
-        let text = text(&mut self.text, &dense.text).map_err(|error| error.within("text"))?;
-        let towers = [("vision", vision, &mut self.vision.encoder), ("text", text, &mut self.text.encoder)];
-        for ((name, source, target), calibration) in towers.into_iter().zip(calibrations) {
-            let name = format!("{name}.encoder");
-            let (blocks, sparse) =
-                encoder(target.clone(), source, options.strategy, calibration).map_err(|error| error.within(&name))?;
-            *target = blocks;
-            layers.extend(sparse.into_iter().map(|layer| layer.within(&name)));
-        }
-        if layers.is_empty() {
-            return Err(UpcycleError::NotSparse);
-        }
+        let probe = options.probe.as_ref().map(Probe::both).transpose()?;
+        let calibration = options.calibration_batch()?.map(Probe::both).transpose()?;
+        let calibrations =
+            calibration.map(|(images, tokens)| [dense.vision.feed_forward_inputs(images), dense.text.feed_forward_inputs(tokens)]);
+        let [vision_inputs, text_inputs] = calibrations.map_or([None, None], |inputs| inputs.map(Some));
+        let mut layers =
+            vision(&mut self.vision, &dense.vision, options.strategy, vision_inputs).map_err(|error| error.within("vision"))?;
+        let text = text(&mut self.text, &dense.text, options.strategy, text_inputs).map_err(|error| error.within("text"))?;
+        layers = layers
+            .into_iter()
+            .map(|layer| layer.within("vision"))
+            .chain(text.into_iter().map(|layer| layer.within("text")))
+            .collect();
         self.logit_scale = replace(self.logit_scale, dense.logit_scale.val());
-
         let max_deviation = match probe {
             None => None,
-            Some((images, tokens)) => Some(compare(dense, &self, images, tokens)?),
+            Some((images, tokens)) => {
+                let image = image_deviation(&dense.vision, &self.vision, images)?;
+                Some(image.max(text_deviation(&dense.text, &self.text, tokens)?))
+            }
         };
-        let report = UpcycleReport::new(dense, &self, layers, max_deviation);
-        Ok(Upcycled { model: self, report })
+        finish(self, dense, layers, max_deviation)
     }
 }
 
-/// Copies all but the blocks, and returns the blocks to copy.
-fn vision<'a>(target: &mut VisionTower, source: &'a VisionTower) -> Result<&'a crate::transformer::Encoder, UpcycleError> {
+/// A vision tower alone; probe and calibration are [`Probe::Images`], or [`Probe::ImagesAndTexts`] of which the images are taken.
+impl UpcycleFromDense<VisionTower> for VisionTower {
+    fn upcycle_from_dense(mut self, dense: &VisionTower, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
+        let probe = options.probe.as_ref().map(Probe::images).transpose()?;
+        let calibration = options.calibration_batch()?.map(Probe::images).transpose()?;
+        let calibration = calibration.map(|images| dense.feed_forward_inputs(images));
+        let layers = vision(&mut self, dense, options.strategy, calibration)?;
+        let max_deviation = probe.map(|images| image_deviation(dense, &self, images)).transpose()?;
+        finish(self, dense, layers, max_deviation)
+    }
+}
+
+/// A text tower alone; probe and calibration are [`Probe::Texts`], or [`Probe::ImagesAndTexts`] of which the texts are taken.
+impl UpcycleFromDense<TextTower> for TextTower {
+    fn upcycle_from_dense(mut self, dense: &TextTower, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
+        let probe = options.probe.as_ref().map(Probe::texts).transpose()?;
+        let calibration = options.calibration_batch()?.map(Probe::texts).transpose()?;
+        let calibration = calibration.map(|tokens| dense.feed_forward_inputs(tokens));
+        let layers = text(&mut self, dense, options.strategy, calibration)?;
+        let max_deviation = probe.map(|tokens| text_deviation(dense, &self, tokens)).transpose()?;
+        finish(self, dense, layers, max_deviation)
+    }
+}
+
+fn finish<M: Module>(
+    model: M,
+    dense: &M,
+    layers: Vec<UpcycledLayer>,
+    max_deviation: Option<f64>,
+) -> Result<Upcycled<M>, UpcycleError> {
+    if layers.is_empty() {
+        return Err(UpcycleError::NotSparse);
+    }
+    let report = UpcycleReport::new(dense, &model, layers, max_deviation);
+    Ok(Upcycled { model, report })
+}
+
+/// Copies a vision tower, and returns its layers that became sparse.
+fn vision(
+    target: &mut VisionTower,
+    source: &VisionTower,
+    strategy: UpcycleStrategy,
+    calibration: Option<FeedForwardInputs>,
+) -> Result<Vec<UpcycledLayer>, UpcycleError> {
     let weights = (&source.patch_embedding.weight, &target.patch_embedding.weight);
     UpcycleError::shapes("patch_embedding", &weights.0.dims(), &weights.1.dims())?;
     UpcycleError::shapes("position_embedding", &source.position_embedding.dims(), &target.position_embedding.dims())?;
@@ -67,11 +98,16 @@ fn vision<'a>(target: &mut VisionTower, source: &'a VisionTower) -> Result<&'a c
     target.projection = same_place(&source.projection, &target.projection);
     norm(&mut target.norm_pre, &source.norm_pre).map_err(|error| error.within("norm_pre"))?;
     norm(&mut target.norm_post, &source.norm_post).map_err(|error| error.within("norm_post"))?;
-    Ok(&source.encoder)
+    blocks(&mut target.encoder, &source.encoder, strategy, calibration)
 }
 
-/// Copies all but the blocks, and returns the blocks to copy.
-fn text<'a>(target: &mut TextTower, source: &'a TextTower) -> Result<&'a crate::transformer::Encoder, UpcycleError> {
+/// Copies a text tower, and returns its layers that became sparse.
+fn text(
+    target: &mut TextTower,
+    source: &TextTower,
+    strategy: UpcycleStrategy,
+    calibration: Option<FeedForwardInputs>,
+) -> Result<Vec<UpcycledLayer>, UpcycleError> {
     let weights = (&source.token_embedding.weight, &target.token_embedding.weight);
     UpcycleError::shapes("token_embedding", &weights.0.dims(), &weights.1.dims())?;
     UpcycleError::shapes("position_embedding", &source.position_embedding.dims(), &target.position_embedding.dims())?;
@@ -81,14 +117,27 @@ fn text<'a>(target: &mut TextTower, source: &'a TextTower) -> Result<&'a crate::
     target.position_embedding = same_place(&source.position_embedding, &target.position_embedding);
     target.projection = same_place(&source.projection, &target.projection);
     norm(&mut target.norm_final, &source.norm_final).map_err(|error| error.within("norm_final"))?;
-    Ok(&source.encoder)
+    blocks(&mut target.encoder, &source.encoder, strategy, calibration)
 }
 
-fn compare(dense: &Clip, sparse: &Clip, images: Tensor<4>, tokens: Tensor<2, Int>) -> Result<f64, UpcycleError> {
-    let images = images.cast(dense.vision.class_embedding.val().dtype());
-    let run = |model: &Clip| model.clone().freeze().forward(images.clone(), tokens.clone());
-    let (dense, sparse) = (run(dense), run(sparse));
-    let image = deviation("image embeddings on the probe batch", dense.image_embeds.detach(), sparse.image_embeds.detach())?;
-    let text = deviation("text embeddings on the probe batch", dense.text_embeds.detach(), sparse.text_embeds.detach())?;
-    Ok(image.max(text))
+fn blocks(
+    target: &mut crate::transformer::Encoder,
+    source: &crate::transformer::Encoder,
+    strategy: UpcycleStrategy,
+    calibration: Option<FeedForwardInputs>,
+) -> Result<Vec<UpcycledLayer>, UpcycleError> {
+    let (upcycled, layers) = encoder(target.clone(), source, strategy, calibration).map_err(|error| error.within("encoder"))?;
+    *target = upcycled;
+    Ok(layers.into_iter().map(|layer| layer.within("encoder")).collect())
+}
+
+fn image_deviation(dense: &VisionTower, sparse: &VisionTower, images: Tensor<4>) -> Result<f64, UpcycleError> {
+    let images = images.cast(dense.class_embedding.val().dtype());
+    let run = |tower: &VisionTower| normalize(tower.clone().freeze().forward(images.clone()).embedding.detach());
+    deviation("image embeddings on the probe batch", run(dense), run(sparse))
+}
+
+fn text_deviation(dense: &TextTower, sparse: &TextTower, tokens: Tensor<2, Int>) -> Result<f64, UpcycleError> {
+    let run = |tower: &TextTower| normalize(tower.clone().freeze().forward(tokens.clone()).embedding.detach());
+    deviation("text embeddings on the probe batch", run(dense), run(sparse))
 }

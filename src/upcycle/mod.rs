@@ -117,6 +117,10 @@ pub enum Probe {
         /// `[B, N]` token ids.
         tokens: Tensor<2, Int>,
     },
+    /// For a vision tower, `[B, channels, image_size, image_size]`.
+    Images(Tensor<4>),
+    /// For a text tower, `[B, N]` token ids.
+    Texts(Tensor<2, Int>),
 }
 
 /// Tokens and which of them are valid.
@@ -168,8 +172,45 @@ impl Probe {
     fn tokens(&self) -> Result<ProbeTokens, UpcycleError> {
         match self {
             Self::Tokens { tokens, valid } => Ok((tokens.clone(), valid.clone())),
-            Self::ImagesAndTexts { .. } => Err(UpcycleError::Probe { expected: "tokens", found: "images and texts" }),
+            _ => Err(self.is_not("tokens")),
         }
+    }
+
+    /// The batch of a CLIP.
+    #[cfg(feature = "clip")]
+    fn both(&self) -> Result<(Tensor<4>, Tensor<2, Int>), UpcycleError> {
+        match self {
+            Self::ImagesAndTexts { images, tokens } => Ok((images.clone(), tokens.clone())),
+            _ => Err(self.is_not("images and texts")),
+        }
+    }
+
+    /// The batch of a vision tower.
+    #[cfg(feature = "clip")]
+    fn images(&self) -> Result<Tensor<4>, UpcycleError> {
+        match self {
+            Self::Images(images) | Self::ImagesAndTexts { images, .. } => Ok(images.clone()),
+            _ => Err(self.is_not("images")),
+        }
+    }
+
+    /// The batch of a text tower.
+    #[cfg(feature = "clip")]
+    fn texts(&self) -> Result<Tensor<2, Int>, UpcycleError> {
+        match self {
+            Self::Texts(tokens) | Self::ImagesAndTexts { tokens, .. } => Ok(tokens.clone()),
+            _ => Err(self.is_not("texts")),
+        }
+    }
+
+    fn is_not(&self, expected: &'static str) -> UpcycleError {
+        let found = match self {
+            Self::Tokens { .. } => "tokens",
+            Self::ImagesAndTexts { .. } => "images and texts",
+            Self::Images(_) => "images",
+            Self::Texts(_) => "texts",
+        };
+        UpcycleError::Probe { expected, found }
     }
 }
 

@@ -2,18 +2,18 @@
 //!
 //! Each must return: a panic, a hang or too much memory is a failure.
 
-use std::{cell::RefCell, fs, path::Path};
+use std::{cell::RefCell, fs, io::Write, path::Path};
 
 use burn::tensor::Device;
 use burn_moe::{
     clip::{
         ClipConfig, TextConfig, VisionConfig,
         checkpoint::{ClipCheckpoint, Precision},
-        lists::CaptionedImages,
+        lists::{CaptionedImages, ListOptions},
         preprocess::{ImagePreprocessor, Orientation},
         tokenizer::ClipTokenizer,
     },
-    train::data::load_folder,
+    train::data::load_images,
     transformer::EncoderConfig,
 };
 use tempfile::TempDir;
@@ -35,9 +35,10 @@ impl Target {
 
 const MIB: usize = 1 << 20;
 
-pub(crate) const TARGETS: [Target; 7] = [
+pub(crate) const TARGETS: [Target; 8] = [
     Target { name: "weights", run: weights, memory: 64 * MIB },
     Target { name: "index", run: index, memory: 64 * MIB },
+    Target { name: "pickle", run: pickle, memory: 256 * MIB },
     Target { name: "config", run: config, memory: 64 * MIB },
     Target { name: "lists", run: lists, memory: 64 * MIB },
     Target { name: "pairs", run: pairs, memory: 64 * MIB },
@@ -135,21 +136,19 @@ fn config(bytes: &[u8]) {
     });
 }
 
-/// COCO's, Karpathy's and Flickr30k's lists.
+/// A list of any kind, of which a split is read, or all.
 fn lists(bytes: &[u8]) {
     let Some((way, rest)) = split(bytes, 3) else { return };
+    let split = [None, Some("test".to_string()), Some("all".to_string())][way as usize].clone();
     let read = in_folder(|folder| {
         let path = folder.join("list");
         fs::write(&path, rest).unwrap();
-        match way {
-            0 => CaptionedImages::coco(path),
-            1 => CaptionedImages::karpathy(path, "test"),
-            _ => CaptionedImages::flickr30k(path),
-        }
+        CaptionedImages::read(path, &ListOptions { split, ..ListOptions::default() })
     });
-    if let Ok(list) = read {
-        assert!(list.captions.iter().all(|(_, image)| *image < list.images.len()));
-        assert!(list.images.iter().all(|image| image.is_relative()));
+    if let Ok(mut list) = read {
+        assert!(list.captions.iter().all(|(caption, image)| *image < list.images.len() && !caption.is_empty()));
+        list.keep(&[0]);
+        assert!(list.images.len() == 1 && !list.captions.is_empty());
     }
 }
 
@@ -159,8 +158,46 @@ fn pairs(bytes: &[u8]) {
     in_folder(|folder| {
         let path = folder.join(["list.csv", "list.jsonl"][way as usize]);
         fs::write(&path, rest).unwrap();
-        let _ = load_folder(path, &ImagePreprocessor::new(8));
+        if let Ok(mut list) = CaptionedImages::read(path, &ListOptions::default()) {
+            list.keep(&(0..list.images.len().min(4)).collect::<Vec<_>>());
+            let _ = load_images(list, folder.join("nowhere"), &ImagePreprocessor::new(8), |_| ());
+        }
     });
+}
+
+/// The pickle of a file of weights for [`small`]: a whole file, or the pickle alone, around which a file is made.
+fn pickle(bytes: &[u8]) {
+    let Some((way, rest)) = split(bytes, 2) else { return };
+    let file = match way {
+        0 => rest.to_vec(),
+        _ => zipped(rest),
+    };
+    in_folder(|folder| {
+        let folder = folder.join("pickle");
+        if !folder.is_dir() {
+            let device = Device::default();
+            let checkpoint = ClipCheckpoint { config: small(), model: small().init(&device) };
+            checkpoint.save_open_clip(&folder, Precision::F32).unwrap();
+            fs::remove_file(folder.join("open_clip_model.safetensors")).unwrap();
+        }
+        fs::write(folder.join("open_clip_pytorch_model.bin"), file).unwrap();
+        let _ = ClipCheckpoint::load(folder, &Device::default());
+    });
+}
+
+/// A file as PyTorch writes it, with storages of zeros.
+fn zipped(pickle: &[u8]) -> Vec<u8> {
+    let mut archive = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    let options = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    let mut add = |name: &str, bytes: &[u8]| {
+        archive.start_file(name, options).unwrap();
+        archive.write_all(bytes).unwrap();
+    };
+    add("m/data.pkl", pickle);
+    add("m/byteorder", b"little");
+    add("m/version", b"3\n");
+    (0..40).for_each(|storage| add(&format!("m/data/{storage}"), &[0; 256]));
+    archive.finish().unwrap().into_inner()
 }
 
 /// An image in any format.

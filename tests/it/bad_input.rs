@@ -4,11 +4,15 @@ use std::fs;
 
 use burn::tensor::{Device, Tensor};
 use burn_moe::{
-    clip::{Clip, ClipAuxiliaryLossConfig, ClipConfig, EndOfText, TextConfig, VisionConfig, preprocess::ImagePreprocessor},
+    clip::{
+        Clip, ClipAuxiliaryLossConfig, ClipConfig, EndOfText, TextConfig, VisionConfig,
+        lists::{CaptionedImages, ListOptions},
+        preprocess::ImagePreprocessor,
+    },
     finite::{check_finite, check_finite_module},
     train::{
         Arm, OptimizerConfig, TrainConfig, TrainError, TrainInput, WarmupCosine,
-        data::{BatchConfig, Batches, Concept, EmojiPack, EmojiVendor, ImageTextSet, load_folder},
+        data::{BatchConfig, Batches, Concept, EmojiPack, EmojiVendor, ImageTextSet, load_images},
         evaluate, train,
     },
     transformer::EncoderConfig,
@@ -28,7 +32,8 @@ fn folder_with(name: &str, list: &str) -> tempfile::TempDir {
 fn load(name: &str, list: &str) -> Result<(ImageTextSet, Vec<String>), String> {
     let folder = folder_with(name, list);
     let short = |error: &dyn std::error::Error| error.to_string().replace(&format!("{}/", folder.path().display()), "");
-    let loaded = load_folder(folder.path().join(name), &ImagePreprocessor::new(8)).map_err(|error| short(&error))?;
+    let list = CaptionedImages::read(folder.path().join(name), &ListOptions::default()).map_err(|error| short(&error))?;
+    let loaded = load_images(list, folder.path(), &ImagePreprocessor::new(8), |_| ()).map_err(|error| short(&error))?;
     Ok((loaded.set, loaded.skipped.iter().map(|error| short(error)).collect()))
 }
 
@@ -58,7 +63,7 @@ fn what_is_wrong_in_a_users_list_is_named() {
     assert_eq!(error("list.csv", "path,caption\nred.png,red\nblue.png,  \n"), "list.csv: line 3: no caption");
     let text = error("list.csv", "path,caption\nred.png\nred.png\nred.png\nred.png\nred.png\n");
     let line = |line: usize| format!("line {line}: 1 columns, but the first line has 2");
-    assert_eq!(text, format!("list.csv: {}; {}; {}; and 2 more lines", line(2), line(3), line(4)));
+    assert_eq!(text, format!("list.csv: {}; {}; {}; and 2 more", line(2), line(3), line(4)));
     assert!(error("list.csv", "path,caption\nno.png,no\n").starts_with("no.png is no readable image: "));
     assert!(error("list.csv", "path,caption\nmissing.png,x\n").starts_with("missing.png: "));
     let text = error("list.csv", "photo,words\nred.png,x\n");
@@ -67,8 +72,8 @@ fn what_is_wrong_in_a_users_list_is_named() {
         "{text}"
     );
     let text = error("list.jsonl", "{\"path\": \"red.png\"}\n");
-    assert!(text.starts_with("list.jsonl: line 1: its fields are path; expected one of path,"), "{text}");
-    assert!(load_folder("nowhere.csv", &ImagePreprocessor::new(8)).unwrap_err().to_string().starts_with("nowhere.csv: "));
+    assert!(text.starts_with("list.jsonl: line 1: its fields are `path`; expected one of path,"), "{text}");
+    assert!(CaptionedImages::read("nowhere.csv", &ListOptions::default()).unwrap_err().to_string().starts_with("nowhere.csv: "));
 }
 
 #[test]

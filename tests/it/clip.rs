@@ -198,6 +198,7 @@ fn how_images_are_prepared_is_read_and_written() {
         std: [0.5, 0.5, 0.75],
         resize_mode: ResizeMode::Squash,
         interpolation: Interpolation::Bilinear,
+        resize_to: None,
     };
     let mut checkpoint = dense(&device);
     for preprocessing in [plain, own] {
@@ -242,9 +243,9 @@ fn images_as_others_prepare_them_are_read_or_refused() {
     assert_eq!(hugging_face(r#""size": {"height": 224, "width": 224}, "do_center_crop": false, "resample": 2"#), Ok(squash));
     assert_eq!(hugging_face(r#""do_normalize": false"#), Ok(plain.with_mean([0.0; 3]).with_std([1.0; 3])));
     for (fields, named) in [
-        (r#""size": 256"#, "`size` = 256 x 256 with an image size of 224"),
+        (r#""size": 200"#, "`size` = 200 with a crop of 224"),
         (r#""size": {"height": 224, "width": 448}"#, "`size` = 224 x 448"),
-        (r#""crop_size": {"height": 200, "width": 200}"#, "`crop_size` = 200 x 200"),
+        (r#""crop_size": {"height": 200, "width": 200}"#, "`crop_size` = 200 with an image size of 224"),
         (r#""do_center_crop": false"#, "`do_center_crop` = false"),
         (r#""do_resize": false"#, "`do_resize` = false"),
         (r#""do_rescale": false"#, "`do_rescale` = false"),
@@ -528,7 +529,7 @@ fn a_version_of_the_future_says_so() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("burn_moe_config.json"), r#"{"version": 99, "clip": {}}"#).unwrap();
     let error = ClipCheckpoint::load(folder.path(), &Device::default()).unwrap_err().to_string();
-    assert!(error.contains("version 99 was written by another burn-moe; this one reads 2 to 5"), "{error}");
+    assert!(error.contains("version 99 was written by another burn-moe; this one reads 2 to 6"), "{error}");
 }
 
 #[test]

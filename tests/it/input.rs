@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, fs, path::PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_moe::clip::{
-    Clip, ClipConfig, Embedder, ImagePreprocessing, Interpolation, ResizeMode, RetrievalMetrics, TextConfig, VisionConfig,
-    ZeroShotClassifier,
+    Clip, ClipConfig, ImageEmbedder, ImagePreprocessing, Interpolation, ResizeMode, RetrievalMetrics, TextConfig, TextEmbedder,
+    VisionConfig, ZeroShotClassifier,
     preprocess::{ImagePreprocessor, Orientation},
     tokenizer::ClipTokenizer,
 };
@@ -50,6 +50,11 @@ fn images_are_preprocessed_as_open_clip_does() {
     let errors = preprocessing_errors();
     assert_eq!(errors.len(), 28);
     for (case, (largest, mean)) in errors {
+        // open_clip makes 16 bits of grey white; here they are scaled (`written_by_others.rs`).
+        if case.starts_with("gray16.png") {
+            assert!(largest > 200, "{case}: as white as in open_clip");
+            continue;
+        }
         // Decoders of JPEG differ; transparent pixels and enlargement magnify what rounding leaves; ink is mixed after resizing there.
         let (most, most_on_average) = match case.split('/').next().unwrap() {
             "cmyk.jpg" => (20, 1.3),
@@ -178,19 +183,20 @@ fn an_embedding_does_not_depend_on_its_batch() {
     let paths: Vec<PathBuf> =
         ["rgb.png", "gray.png", "rgb.jpg", "tiny.png", "rgb.webp"].map(|n| data("preprocess").join(n)).to_vec();
     let texts = ["a cat", "two dogs on a beach", "", "one more text that is longer than the context of this small model is"];
-    let embedder = |batch| Embedder::new(&model, ImagePreprocessor::new(32), &device).with_batch_size(batch);
+    let embedder = |batch| ImageEmbedder::new(&model.vision, ImagePreprocessor::new(32), &device).with_batch_size(batch);
+    let words = |batch| TextEmbedder::new(&model.text, &device).unwrap().with_batch_size(batch);
     let mut heard = Vec::new();
-    let (images, words) =
-        (embedder(2).images(paths.clone(), |done| heard.push(done)).embeddings, embedder(2).texts(&texts, |_| ()).unwrap());
+    let images = embedder(2).images(paths.clone(), |done| heard.push(done)).embeddings;
+    let embedded = words(2).texts(&texts, |_| ());
     assert_eq!(heard, [2, 4, 5]);
-    assert_eq!((images.dims(), words.embeddings.dims(), words.truncated), ([5, 10], [4, 10], 1));
+    assert_eq!((images.dims(), embedded.embeddings.dims(), embedded.truncated), ([5, 10], [4, 10], 1));
     assert!(largest_difference(&values(&images), &values(&embedder(5).images(paths, |_| ()).embeddings)) < 1e-5);
-    assert!(largest_difference(&values(&words.embeddings), &values(&embedder(1).texts(&texts, |_| ()).unwrap().embeddings)) < 1e-5);
+    assert!(largest_difference(&values(&embedded.embeddings), &values(&words(1).texts(&texts, |_| ()).embeddings)) < 1e-5);
     // A file that is no image is skipped and named; the others keep their places.
     let paths = ["preprocess/rgb.png", "preprocess/NOTES.md", "preprocess/gray.png"].map(data).to_vec();
     let some = embedder(2).images(paths, |_| ());
     assert_eq!((some.kept, some.embeddings.dims()[0], some.skipped.len()), (vec![0, 2], 2, 1));
     assert!(some.skipped[0].to_string().contains("NOTES.md is no readable image"), "{}", some.skipped[0]);
-    let prompts = embedder(2).prompts(&["cat", "dog"], &["a {}", "the {} of {c}"]).unwrap();
+    let prompts = words(2).prompts(&["cat", "dog"], &["a {}", "the {} of {c}"]).unwrap();
     assert_eq!((prompts.len(), prompts[0].dims()), (2, [2, 10]));
 }

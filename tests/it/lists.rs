@@ -2,13 +2,21 @@
 
 use std::{fs, path::PathBuf};
 
-use burn_moe::clip::lists::{CaptionedImages, Columns, ListError, lines_in};
+use burn_moe::clip::lists::{CaptionedImages, Columns, ListError, ListOptions, lines_in};
 
-fn read(name: &str, bytes: &[u8], columns: &Columns) -> Result<CaptionedImages, String> {
+fn read_with(name: &str, bytes: &[u8], options: &ListOptions) -> Result<CaptionedImages, String> {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join(name), bytes).unwrap();
-    CaptionedImages::table(folder.path().join(name), columns)
+    CaptionedImages::read(folder.path().join(name), options)
         .map_err(|error| error.to_string().replace(&format!("{}/", folder.path().display()), ""))
+}
+
+fn read(name: &str, bytes: &[u8], columns: &Columns) -> Result<CaptionedImages, String> {
+    read_with(name, bytes, &ListOptions { columns: columns.clone(), split: None })
+}
+
+fn of_split(text: &str, split: Option<&str>) -> Result<CaptionedImages, String> {
+    read_with("list", text.as_bytes(), &ListOptions { columns: Columns::default(), split: split.map(str::to_string) })
 }
 
 fn two_images() -> CaptionedImages {
@@ -27,6 +35,19 @@ fn tables_of_every_usual_form_are_read() {
         ("list.csv", "id;image;text\n1;a.jpg;\"a cat, \"\"on\"\" a mat\"\n2;b.jpg;a dog\n3;a.jpg;a cat\n"),
         ("results.csv", "image_name| comment_number| comment\na.jpg| 0| a cat, \"on\" a mat\na.jpg| 1| a cat\nb.jpg| 0| a dog\n"),
         ("captions.txt", "image,caption\na.jpg,\"a cat, \"\"on\"\" a mat\"\na.jpg,a cat\nb.jpg,a dog\n"),
+        ("list.csv", "image,caption_1,caption_2\na.jpg,\"a cat, \"\"on\"\" a mat\",a cat\nb.jpg,,a dog\n"),
+        ("list.csv", "img,raw\na.jpg,\"[\"\"a cat, \\\"\"on\\\"\" a mat\"\", \"\"a cat\"\"]\"\nb.jpg,a dog\n"),
+        (
+            "list.json",
+            "[{\"image\": \"a.jpg\", \"captions\": [\"a cat, \\\"on\\\" a mat\", \"a cat\"]},\n {\"image\": \"b.jpg\", \"caption\": \"a dog\"}]",
+        ),
+        (
+            "coco.json",
+            "{\"images\": [{\"id\": 7, \"file_name\": \"a.jpg\"}, {\"id\": 3, \"file_name\": \"b.jpg\"}, {\"id\": 1, \"file_name\": \"none.jpg\"}],\n\
+          \"annotations\": [{\"image_id\": 7, \"caption\": \"a cat, \\\"on\\\" a mat\", \"id\": 1}, {\"image_id\": 3, \"caption\": \"a dog\"}, \
+          {\"image_id\": 7, \"caption\": \"a cat\"}]}",
+        ),
+        ("flickr.token", "a.jpg#0\ta cat, \"on\" a mat\na.jpg#1\ta cat\n\nb.jpg#0\ta dog \n"),
         (
             "list.jsonl",
             "{\"file_name\": \"a.jpg\", \"text\": \"a cat, \\\"on\\\" a mat\"}\n{\"file_name\": \"a.jpg\", \"text\": \"a cat\"}\n\n\
@@ -35,9 +56,70 @@ fn tables_of_every_usual_form_are_read() {
     ] {
         assert_eq!(read(name, text.as_bytes(), &usual).unwrap_or_else(|error| panic!("{text}: {error}")), two_images(), "{text}");
     }
-    let own = Columns { image: Some("Photo".into()), caption: Some("alt".into()) };
+    let own = Columns { image: Some("Photo".into()), captions: vec!["alt".into()] };
     let found = read("list.csv", b"alt,caption,photo\na dog,x,b.jpg\n", &own).unwrap();
     assert_eq!(found.captions, [("a dog".to_string(), 0)]);
+}
+
+#[test]
+fn splits_are_named_and_taken() {
+    let karpathy = r#"{"images": [{"filename": "b.jpg", "filepath": "val2014", "split": "test", "sentences": [{"raw": "one"}, {"raw": "two"}]},
+        {"filename": "c.jpg", "split": "train", "sentences": [{"raw": "no"}]},
+        {"filename": "a.jpg", "split": "test", "sentences": [{"raw": "three"}]}], "dataset": "x"}"#;
+    let table = "filepath,filename,raw,split\nval2014,b.jpg,one,test\nval2014,b.jpg,two,test\n,c.jpg,no,train\n,a.jpg,three,test\n";
+    for text in [karpathy, table] {
+        let test = of_split(text, Some("test")).unwrap();
+        assert_eq!(test.images, ["val2014/b.jpg", "a.jpg"].map(PathBuf::from));
+        let captions = [("one", 0), ("two", 0), ("three", 1)].map(|(caption, image)| (caption.to_string(), image));
+        assert_eq!(test.captions, captions);
+        assert_eq!(of_split(text, Some("all")).unwrap().images.len(), 3);
+        assert_eq!(of_split(text, None).unwrap_err(), "list: the list holds the splits test, train: name one of them, or `all`");
+        assert_eq!(of_split(text, Some("val")).unwrap_err(), "list: no split `val`: the list holds test, train");
+    }
+    let without = "path,caption\na.jpg,x\n";
+    assert_eq!(of_split(without, Some("test")).unwrap_err(), "list: the list names no splits, and `test` is asked for");
+}
+
+#[test]
+fn images_of_a_published_split_are_kept_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let names = folder.path().join("test.txt");
+    let list = || of_split("image,caption\nimages/1.jpg,one\nimages/2.jpg,two\nimages/3.jpg,three\n", None).unwrap();
+    for text in ["3.jpg\n1.jpg\n", "1\n3\n", "images/1.jpg\r\n3\r\n"] {
+        fs::write(&names, text).unwrap();
+        let mut kept = list();
+        kept.keep_named(&names).unwrap();
+        assert_eq!(kept.images, ["images/1.jpg", "images/3.jpg"].map(PathBuf::from));
+        assert_eq!(kept.captions, [("one".to_string(), 0), ("three".to_string(), 1)]);
+    }
+    fs::write(&names, "1\n7.jpg\n8.jpg\n").unwrap();
+    let mut kept = list();
+    let error = kept.keep_named(&names).unwrap_err().to_string();
+    assert!(error.ends_with("2 names are not in the list of images: 7.jpg, 8.jpg"), "{error}");
+    assert_eq!(kept, list());
+}
+
+#[test]
+fn lists_written_by_windows_and_spreadsheets_are_read() {
+    let utf16 = |text: &str, bytes: fn(u16) -> [u8; 2]| -> Vec<u8> { text.encode_utf16().flat_map(bytes).collect() };
+    let text = "\u{feff}path\tcaption\r\nimages\\a.jpg\tein B\u{e4}r\r\n";
+    for bytes in [utf16(text, u16::to_le_bytes), utf16(text, u16::to_be_bytes), text.as_bytes().to_vec()] {
+        let found = read("list.txt", &bytes, &Columns::default()).unwrap();
+        assert_eq!(found.captions, [("ein B\u{e4}r".to_string(), 0)]);
+        let expected = if cfg!(windows) { "images\\a.jpg" } else { "images/a.jpg" };
+        assert_eq!(found.images, [PathBuf::from(expected)]);
+    }
+}
+
+#[test]
+fn lists_of_another_kind_are_named() {
+    let error = |text: &str| of_split(text, None).unwrap_err();
+    assert_eq!(error("b.jpg#0\tone\nb.jpg two\n"), "list: line 2: expected `NAME#NUMBER`, a tab and a caption");
+    let text = error(r#"{"images": [], "annotations": [{"image_id": 5, "caption": "x"}]}"#);
+    assert_eq!(text, "list: a caption names image 5, which is not there");
+    assert_eq!(error("../secret.jpg#0\tx"), "list: ../secret.jpg is not inside the folder of images");
+    assert!(error("{\"images\": [{\"id\": 1}]}").ends_with("an image without `filename`, and no `annotations`"));
+    assert!(error("[{\"image\": \"a.jpg\"}]").starts_with("list: entry 1: its fields are `image`; expected one of path, "));
 }
 
 #[test]
@@ -59,23 +141,28 @@ fn how_an_editor_saved_a_list_changes_nothing() {
     fn debug<T: std::fmt::Debug>(value: T) -> String {
         format!("{value:?}")
     }
-    let readers: [(&str, &str, Reader); 6] = [
-        ("table", "path,caption\na.jpg,a cat\nb.jpg,a dog\n", |path| CaptionedImages::table(path, &Columns::default()).map(debug)),
-        ("json lines", "{\"path\": \"a.jpg\", \"caption\": \"a cat\"}\n{\"path\": \"b.jpg\", \"caption\": \"a dog\"}\n", |path| {
-            CaptionedImages::table(path, &Columns::default()).map(debug)
-        }),
+    const LIST: Reader =
+        |path| CaptionedImages::read(path, &ListOptions { split: Some("all".into()), ..ListOptions::default() }).map(debug);
+    let readers: [(&str, &str, Reader); 8] = [
+        ("table", "path,caption,split\na.jpg,a cat,x\nb.jpg,a dog,y\n", LIST),
+        ("json lines", "{\"path\": \"a.jpg\", \"caption\": \"a cat\"}\n{\"path\": \"b.jpg\", \"caption\": \"a dog\"}\n", LIST),
+        ("json list", "[{\"path\": \"a.jpg\", \"caption\": \"a cat\"},\n{\"path\": \"b.jpg\", \"caption\": \"a dog\"}]\n", LIST),
         (
             "coco",
             "{\"images\": [{\"id\": 1, \"file_name\": \"a.jpg\"}],\n\"annotations\": [{\"image_id\": 1, \"caption\": \"a cat\"}]}\n",
-            |path| CaptionedImages::coco(path).map(debug),
+            LIST,
         ),
         (
             "karpathy",
             "{\"images\":\n[{\"filename\": \"a.jpg\", \"split\": \"test\", \"sentences\": [{\"raw\": \"a cat\"}]}]}\n",
-            |path| CaptionedImages::karpathy(path, "test").map(debug),
+            LIST,
         ),
-        ("flickr30k", "a.jpg#0\ta cat\nb.jpg#0\ta dog\n", |path| CaptionedImages::flickr30k(path).map(debug)),
+        ("flickr30k", "a.jpg#0\ta cat\nb.jpg#0\ta dog\n", LIST),
         ("lines", "a cat\na dog\n", |path| lines_in(path).map(debug)),
+        ("names", "a\nb\n", |path| {
+            let mut list = CaptionedImages { images: vec!["a.jpg".into(), "b.jpg".into()], captions: Vec::new() };
+            list.keep_named(path).map(|()| debug(list))
+        }),
     ];
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("list");

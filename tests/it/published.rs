@@ -5,9 +5,8 @@ use std::{borrow::Cow, collections::HashMap, fs, path::Path};
 use burn::tensor::{Device, Tensor};
 use burn_moe::{
     clip::{
-        Clip, ClipConfig, Embedder, EndOfText, PromptError, TextConfig, VisionConfig,
+        Clip, ClipConfig, EndOfText, PromptError, TextConfig, TextEmbedder, VisionConfig,
         checkpoint::{ClipCheckpoint, Precision},
-        preprocess::ImagePreprocessor,
         tokenizer::TokenizerMismatch,
     },
     transformer::EncoderConfig,
@@ -95,17 +94,62 @@ fn error(folder: &Path) -> String {
 }
 
 #[test]
-fn older_names_and_pickles_of_weights() {
+fn older_names_of_weights() {
     let device = Device::default();
     let (model, folder) = open_clip(&device);
     let path = |name: &str| folder.path().join(name);
     fs::rename(path("open_clip_model.safetensors"), path("open_clip_pytorch_model.safetensors")).unwrap();
     is_same(folder.path(), &model, &device);
     fs::remove_file(path("open_clip_pytorch_model.safetensors")).unwrap();
-    assert!(error(folder.path()).ends_with("no weights: expected open_clip_model.safetensors"));
-    fs::write(path("open_clip_pytorch_model.bin"), b"PK").unwrap();
     let text = error(folder.path());
-    assert!(text.contains("open_clip_pytorch_model.bin is a pickle of PyTorch") && text.contains("save_file("), "{text}");
+    let expected = "no weights: expected open_clip_model.safetensors or open_clip_pytorch_model.safetensors or ";
+    assert!(text.contains(expected), "{text}");
+}
+
+#[test]
+fn sections_of_older_configurations_and_images_that_are_resized_to_more_than_is_kept() {
+    let device = Device::default();
+    let (model, folder) = hugging_face(&device);
+    // transformers takes the older section where both are there.
+    edit(&folder.path().join("config.json"), |file| {
+        file["vision_config_dict"] = file["vision_config"].take();
+        file["vision_config"] = json!({ "hidden_size": 999 });
+        file["text_config_dict"] = Value::Null;
+    });
+    is_same(folder.path(), &model, &device);
+
+    let processor = folder.path().join("preprocessor_config.json");
+    let set = |size: Value, crop: Value| edit(&processor, |file| (file["size"], file["crop_size"]) = (size, crop));
+    let resize_to = || ClipCheckpoint::read_config(folder.path()).map(|config| config.vision.preprocessing.resize_to);
+    set(json!({ "shortest_edge": 10 }), json!(8));
+    assert_eq!(resize_to().unwrap(), Some(10));
+    // Written and read again, by both formats that have a place for it.
+    let checkpoint = ClipCheckpoint::load(folder.path(), &device).unwrap();
+    for as_transformers in [true, false] {
+        let folder = tempfile::tempdir().unwrap();
+        match as_transformers {
+            true => checkpoint.save_hugging_face(folder.path(), Precision::F32).unwrap(),
+            false => checkpoint.save_sparse(folder.path(), Precision::F32).unwrap(),
+        }
+        let back = ClipCheckpoint::read_config(folder.path()).unwrap();
+        assert_eq!(back.vision.preprocessing, checkpoint.config.vision.preprocessing);
+    }
+    let error = checkpoint.save_open_clip(tempfile::tempdir().unwrap().path(), Precision::F32).unwrap_err().to_string();
+    assert_eq!(error, "open_clip's format has no place for images that are resized to more than is kept");
+    // For larger images, both grow.
+    let larger = ClipCheckpoint::load_with_image_size(folder.path(), Some(16), &device).unwrap().config.vision;
+    assert_eq!((larger.image_size, larger.preprocessing.resize_to), (16, Some(20)));
+    for (size, crop, named) in [
+        (json!({ "shortest_edge": 6 }), json!(8), "`size` = 6 with a crop of 8 is not supported"),
+        (json!({ "shortest_edge": 8 }), json!(6), "`crop_size` = 6 with an image size of 8 is not supported"),
+        (json!({ "height": 8, "width": 9 }), json!(8), "`size` = 8 x 9 is not supported"),
+    ] {
+        set(size, crop);
+        let text = resize_to().unwrap_err().to_string();
+        assert!(text.contains(named), "{text}");
+    }
+    let error = ClipCheckpoint::load_with_image_size(open_clip(&device).1.path(), Some(9), &device).unwrap_err().to_string();
+    assert!(error.contains("image_size") && error.contains('9'), "{error}");
 }
 
 #[test]
@@ -194,18 +238,20 @@ fn other_families_and_other_tokenizers_are_named() {
     let embedder = |text: TextConfig| {
         let mut config = config();
         config.text = text;
-        Embedder::new(&config.init(&device), ImagePreprocessor::new(8), &device)
+        TextEmbedder::new(&config.init(&device).text, &device)
     };
     let vocabulary = TokenizerMismatch::Vocabulary { model: 50, tokenizer: 49408 };
-    assert_eq!(embedder(config().text).texts(&["a cat"], |_| ()).unwrap_err(), vocabulary);
+    assert_eq!(embedder(config().text).unwrap_err(), vocabulary);
     // A larger one would hide it.
-    let larger = embedder(config().text.with_vocab_size(60_000)).texts(&["a cat"], |_| ()).unwrap_err();
+    let larger = embedder(config().text.with_vocab_size(60_000)).unwrap_err();
     assert_eq!(larger, TokenizerMismatch::Vocabulary { model: 60_000, tokenizer: 49408 });
     let text = config().text.with_vocab_size(49408);
     let end = TokenizerMismatch::EndOfText { model: 2, tokenizer: 49407 };
-    assert_eq!(embedder(text.clone().with_end_of_text(EndOfText::Id(2))).texts(&["a cat"], |_| ()).unwrap_err(), end);
-    let error = embedder(text).prompts(&["cat"], &["a photo"]).unwrap_err();
+    assert_eq!(embedder(text.clone().with_end_of_text(EndOfText::Id(2))).unwrap_err(), end);
+    let embedder = embedder(text).unwrap();
+    let error = embedder.prompts(&["cat"], &["a photo"]).unwrap_err();
     assert!(matches!(error, PromptError::Template { .. }), "{error}");
+    assert_eq!(embedder.prompts(&["cat"], &[] as &[&str]).unwrap_err(), PromptError::NoTemplate);
 }
 
 #[test]

@@ -4,12 +4,15 @@ use burn::tensor::Device;
 use burn_moe::{
     UpcycleFromDense, UpcycleOptions,
     clip::{
-        Clip, ClipAuxiliaryLossConfig, ClipConfig, Embedder, ImagePreprocessing, Interpolation, ResizeMode, RetrievalMetrics,
-        SparseClipConfig, TextConfig, VisionConfig, preprocess::ImagePreprocessor, tokenizer::ClipTokenizer,
+        Clip, ClipAuxiliaryLossConfig, ClipConfig, ImageEmbedder, ImagePreprocessing, Interpolation, ResizeMode, RetrievalMetrics,
+        SparseClipConfig, TextConfig, TextEmbedder, VisionConfig,
+        lists::{CaptionedImages, ListOptions},
+        preprocess::ImagePreprocessor,
+        tokenizer::ClipTokenizer,
     },
     train::{
-        Arm, Checkpointing, Observer, OptimizerConfig, StepLosses, TrainConfig, TrainInput, TrainedArm, WarmupCosine,
-        data::{AugmentConfig, Batch, BatchConfig, Batches, Concept, EmojiPack, EmojiVendor, ImageTextSet, load_folder},
+        Arm, Checkpointing, KeptRun, Observer, OptimizerConfig, StepLosses, TrainConfig, TrainInput, TrainedArm, WarmupCosine,
+        data::{AugmentConfig, Batch, BatchConfig, Batches, Concept, EmojiPack, EmojiVendor, ImageTextSet, load_images},
         evaluate, train,
     },
     transformer::EncoderConfig,
@@ -165,18 +168,68 @@ fn a_run_that_was_stopped_ends_where_it_would_have_ended() {
         assert_eq!(ranks(a), ranks(b));
         assert_eq!(b.timed_steps, 4);
     }
-    let other = TrainConfig { seed: 5, ..config.clone() };
-    let error = train(TrainInput {
-        arms,
-        set: &colours(),
-        test: &first_shades(),
-        config: &other,
-        checkpointing: Some(&checkpointing),
-        device: &device,
-        observer: &mut (),
-    })
-    .unwrap_err();
+    let with = |config: &TrainConfig, observer: &mut dyn Observer| {
+        train(TrainInput {
+            arms: arms.clone(),
+            set: &colours(),
+            test: &first_shades(),
+            config,
+            checkpointing: Some(&checkpointing),
+            device: &device,
+            observer,
+        })
+    };
+    let error = with(&TrainConfig { seed: 5, ..config.clone() }, &mut ()).unwrap_err();
     assert!(error.to_string().contains("the run in this folder has another configuration"));
+    let error = with(&TrainConfig { steps: 8, ..config.clone() }, &mut ()).unwrap_err();
+    assert!(error.to_string().ends_with("has done 12 steps already, and 8 are asked for"), "{error}");
+
+    // A run that has ended goes on for longer.
+    struct Heard(Vec<KeptRun>, Vec<f64>);
+    impl Observer for Heard {
+        fn on_resume(&mut self, kept: KeptRun) {
+            self.0.push(kept);
+        }
+        fn on_step(&mut self, _: usize, _: usize, losses: &StepLosses) {
+            self.1.push(losses.learning_rate);
+        }
+    }
+    assert_eq!(checkpointing.kept_run().unwrap(), Some(KeptRun { step: 12, steps: 12 }));
+    let mut heard = Heard(Vec::new(), Vec::new());
+    let longer = with(&TrainConfig { steps: 16, ..config.clone() }, &mut heard).unwrap();
+    assert_eq!((heard.0, heard.1.len()), (vec![KeptRun { step: 12, steps: 12 }], 4 * longer.len()));
+    assert_eq!(heard.1[0], arms[0].optimizer.schedule.at(12, 16));
+    let steps: Vec<usize> = longer[0].history.iter().map(|(step, _)| *step).collect();
+    assert_eq!(steps, [0, 4, 8, 12, 16]);
+    assert_eq!(checkpointing.kept_run().unwrap(), Some(KeptRun { step: 16, steps: 16 }));
+}
+
+#[test]
+fn equal_captions_never_stand_in_one_batch_and_are_right_answers_for_each_other() {
+    // Image 0 and 1 share a caption but for capitals, 1 and 2 another one; the others have their own.
+    let captions: [&[&str]; 6] = [&["a dog"], &["A  Dog", "a pet"], &["a pet"], &["a cat"], &["a bird"], &["a fish"]];
+    let concept = |captions: &&[&str]| Concept { captions: captions.iter().map(|c| c.to_string()).collect(), tags: Vec::new() };
+    let concepts: Vec<Concept> = captions.iter().map(concept).collect();
+    let pixels: Vec<u8> = (0..6u8).flat_map(|shade| vec![40 * shade; 8 * 8 * 3]).collect();
+    let set = ImageTextSet::new(8, pixels, (0..6).collect(), concepts);
+    let config = BatchConfig::new().with_batch_size(4).with_context_length(12);
+    let error = Batches::new(&set, config.with_batch_size(5), 0, 0).unwrap_err().to_string();
+    assert!(error.contains("the data has 4 (those with a caption in common count as one)"), "{error}");
+    let mut seen = [0; 6];
+    for batch in Batches::new(&set, config, 0, 0).unwrap().take(60) {
+        let alike = batch.concepts.iter().filter(|concept| **concept < 3).count();
+        assert_eq!(alike, 1, "{:?}", batch.concepts);
+        batch.concepts.iter().for_each(|concept| seen[*concept] += 1);
+    }
+    assert!(seen[..3].iter().all(|count| *count > 5) && seen[3..] == [60; 3], "{seen:?}");
+
+    // Whatever the model is, a text with two images can be no miss for the nearer one of them.
+    let device = Device::default();
+    let evaluation = evaluate(&clip_config().init(&device), &set, 12, None, &device).unwrap();
+    assert_eq!(evaluation.retrieval.text_ranks.len(), 7);
+    // Captions 0 ("a dog") and 1 ("A  Dog") are one query with two right answers: they have one rank.
+    assert_eq!(evaluation.retrieval.text_ranks[0], evaluation.retrieval.text_ranks[1]);
+    assert_eq!(evaluation.retrieval.text_ranks[2], evaluation.retrieval.text_ranks[3]);
 }
 
 #[test]
@@ -292,7 +345,8 @@ fn images_are_prepared_in_training_and_evaluation_as_the_model_says() {
         device.seed(3);
         let model: Clip = config.init(&device);
         let preprocessor = ImagePreprocessor::for_model(&config.vision);
-        let set = load_folder(folder.path().join("list.csv"), &preprocessor).unwrap().set;
+        let list = CaptionedImages::read(folder.path().join("list.csv"), &ListOptions::default()).unwrap();
+        let set = load_images(list, folder.path(), &preprocessor, |_| ()).unwrap().set;
         let run = TrainConfig::new(6).with_batch(batches()).with_eval_every(6);
         let arm = Arm {
             name: "arm".into(),
@@ -315,11 +369,11 @@ fn images_are_prepared_in_training_and_evaluation_as_the_model_says() {
         assert_eq!(arm.model.vision.preprocessing, preprocessing);
 
         // The report's recalls are those that embedding the files gives.
-        let embedder = Embedder::new(&arm.model, preprocessor, &device);
+        let embedder = ImageEmbedder::new(&arm.model.vision, preprocessor, &device);
         let paths = (0..8).map(|index| folder.path().join(format!("{index}.png"))).collect();
         let images = embedder.images(paths, |_| ()).embeddings;
         let captions: Vec<&String> = set.concepts().iter().map(|concept| &concept.captions[0]).collect();
-        let texts = embedder.texts(&captions, |_| ()).unwrap().embeddings;
+        let texts = TextEmbedder::new(&arm.model.text, &device).unwrap().texts(&captions, |_| ()).embeddings;
         let own = RetrievalMetrics::new(images, texts, &[0, 1, 2, 3, 4, 5, 6, 7]).unwrap();
         let report = &arm.history.last().unwrap().1.retrieval;
         assert_eq!((&own.text_ranks, &own.image_ranks), (&report.text_ranks, &report.image_ranks));

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     config::{ConfigFileError, Result},
-    format::Format,
+    format::{Described, Format, Towers},
     open_clip,
     table::Table,
 };
@@ -26,7 +26,7 @@ pub(super) const FORMAT: Format = Format {
 };
 
 /// Version of `burn_moe_config.json`.
-const VERSION: u64 = 5;
+const VERSION: u64 = 6;
 /// The oldest one that is still read.
 const OLDEST: u64 = 2;
 
@@ -36,7 +36,7 @@ struct BurnMoeFile {
     clip: Value,
 }
 
-fn read(text: &str) -> Result<ClipConfig> {
+fn read(text: &str) -> Result<Described> {
     let mut file: BurnMoeFile = serde_json::from_str(text)?;
     if !(OLDEST..=VERSION).contains(&file.version) {
         let version = file.version;
@@ -47,7 +47,21 @@ fn read(text: &str) -> Result<ClipConfig> {
     if file.version < VERSION {
         add_newer_fields(&mut file.clip)?;
     }
-    Ok(serde_json::from_value(file.clip)?)
+    // A tower alone stands in the place of a whole CLIP.
+    let towers = match (file.clip.get("vision").is_some(), file.clip.get("text").is_some()) {
+        (true, false) => Towers::Vision,
+        (false, true) => Towers::Text,
+        _ => Towers::Both,
+    };
+    if towers != Towers::Both
+        && let Value::Object(clip) = &mut file.clip
+        && let Value::Object(rest) = serde_json::to_value(ClipConfig::tiny())?
+    {
+        for (field, value) in rest {
+            clip.entry(field).or_insert(value);
+        }
+    }
+    Ok(Described { config: serde_json::from_value(file.clip)?, towers })
 }
 
 /// Older versions knew nothing of what these fields say, and did what their defaults say.
@@ -87,8 +101,14 @@ fn nest_routing(sparse: &mut Map<String, Value>) {
     }
 }
 
-pub(super) fn to_text(config: &ClipConfig) -> String {
-    let clip = serde_json::to_value(config).expect("a configuration is JSON");
+pub(super) fn to_text(config: &ClipConfig, towers: Towers) -> String {
+    let mut clip = serde_json::to_value(config).expect("a configuration is JSON");
+    let absent: &[&str] = match towers {
+        Towers::Both => &[],
+        Towers::Vision => &["text", "logit_scale_init"],
+        Towers::Text => &["vision", "logit_scale_init"],
+    };
+    absent.iter().for_each(|field| drop(clip.as_object_mut().and_then(|clip| clip.remove(*field))));
     serde_json::to_string_pretty(&BurnMoeFile { version: VERSION, clip }).expect("JSON can be written")
 }
 

@@ -46,14 +46,12 @@ pub enum CheckpointError {
         source: ConfigError,
     },
     /// The weights are not there.
-    #[error("{}: no weights: expected {expected}{hint}", folder.display())]
+    #[error("{}: no weights: expected {expected}", folder.display())]
     NoWeights {
         /// The folder.
         folder: PathBuf,
-        /// The name of the file.
-        expected: &'static str,
-        /// What to do with the weights that are there in another form.
-        hint: String,
+        /// The names that are looked for.
+        expected: String,
     },
     /// The weights file is damaged or is no safetensors file.
     #[error("{} is not a whole safetensors file: {source}", path.display())]
@@ -62,6 +60,40 @@ pub enum CheckpointError {
         path: PathBuf,
         /// Where reading stopped.
         source: safetensors::SafeTensorError,
+    },
+    /// The pickled weights cannot be read.
+    #[error("{}: these pickled weights cannot be read: {reason}", path.display())]
+    Pickle {
+        /// The file.
+        path: PathBuf,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// The folder holds one tower, and both are asked for, or the other one.
+    #[error("{} holds a {found} tower alone, but {expected} asked for", path.display())]
+    Tower {
+        /// The file.
+        path: PathBuf,
+        /// Which tower is there.
+        found: &'static str,
+        /// What should be.
+        expected: &'static str,
+    },
+    /// The position embeddings are for images of another size.
+    #[error(
+        "{}: `{tensor}` is for images of {found} x {found} pixels, and the model's have {expected} x {expected}: load it for an image size \
+         to have it interpolated",
+        path.display()
+    )]
+    ImageSize {
+        /// The file.
+        path: PathBuf,
+        /// Its name in the file.
+        tensor: String,
+        /// The side that it is for, in pixels.
+        found: usize,
+        /// The side of the model's images, in pixels.
+        expected: usize,
     },
     /// The header names a tensor twice.
     #[error("{} has `{tensor}` twice", path.display())]

@@ -22,13 +22,91 @@ pub(super) struct Format {
     /// The file of the weights, and older names of it.
     pub weights: &'static [&'static str],
     /// From the text of the configuration's file.
-    pub read: fn(&str) -> Result<ClipConfig>,
+    pub read: fn(&str) -> Result<Described>,
     /// How images are prepared, where that has a file of its own.
     pub processor: Option<Processor>,
     /// What stands before the number of a block of each tower, vision first.
     pub blocks: [&'static str; 2],
     /// Which stored tensor is which parameter.
     pub entries: fn(&ClipConfig) -> Vec<Entry>,
+}
+
+/// What a configuration describes.
+pub(super) struct Described {
+    /// Of a tower that is not there, any possible configuration.
+    pub config: ClipConfig,
+    /// The towers that are there.
+    pub towers: Towers,
+}
+
+impl From<ClipConfig> for Described {
+    fn from(config: ClipConfig) -> Self {
+        Self { config, towers: Towers::Both }
+    }
+}
+
+/// The towers of a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Towers {
+    /// A CLIP.
+    Both,
+    /// A vision tower alone.
+    Vision,
+    /// A text tower alone.
+    Text,
+}
+
+impl Towers {
+    /// What the paths of the parameters begin with.
+    pub(super) fn prefix(self) -> &'static str {
+        match self {
+            Self::Both => "",
+            Self::Vision => "vision.",
+            Self::Text => "text.",
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Both => "two towers are",
+            Self::Vision => "a vision tower is",
+            Self::Text => "a text tower is",
+        }
+    }
+}
+
+/// A folder of which the configuration was read.
+pub(super) struct Found {
+    pub config: ClipConfig,
+    pub towers: Towers,
+    pub format: Format,
+    pub weights: PathBuf,
+    /// The configuration's file.
+    pub path: PathBuf,
+}
+
+impl Found {
+    /// Refuses a folder that lacks one of the towers that are asked for.
+    pub(super) fn expect(&self, asked: Towers) -> std::result::Result<(), CheckpointError> {
+        if self.towers == Towers::Both || self.towers == asked {
+            return Ok(());
+        }
+        let found = if self.towers == Towers::Vision { "vision" } else { "text" };
+        Err(CheckpointError::Tower { path: self.path.clone(), found, expected: asked.name() })
+    }
+
+    /// The model for images of another size.
+    pub(super) fn with_image_size(mut self, image_size: Option<usize>) -> std::result::Result<Self, CheckpointError> {
+        let Some(side) = image_size else { return Ok(self) };
+        let vision = &mut self.config.vision;
+        let resized = |resize_to: usize| (resize_to * side).div_ceil(vision.image_size.max(1));
+        vision.preprocessing.resize_to = vision.preprocessing.resize_to.map(resized);
+        vision.image_size = side;
+        let checked = of_possible_size(self.config).map_err(|error| error.at(&self.path))?;
+        checked.validate().map_err(|source| CheckpointError::Config { path: self.path.clone(), source })?;
+        self.config = checked;
+        Ok(self)
+    }
 }
 
 /// The file that says how images are prepared.
@@ -58,21 +136,11 @@ fn blocks_in(weights: &Path, blocks: &str) -> std::result::Result<Option<usize>,
 
 /// What is said of a folder without the weights of a format.
 pub(super) fn no_weights(folder: &Path, format: Format) -> CheckpointError {
-    let pickles = ["pytorch_model.bin", "open_clip_pytorch_model.bin", "pytorch_model.pt", "open_clip_pytorch_model.pt"];
-    let hint = match pickles.into_iter().find(|name| folder.join(name).is_file()) {
-        None => String::new(),
-        Some(pickle) => format!(
-            "; {pickle} is a pickle of PyTorch, which can run code and is not read. Write it again as safetensors, in Python: \
-             `from safetensors.torch import save_file; import torch; save_file({{k: v.clone() for k, v in torch.load(\"{pickle}\", \
-             weights_only=True).items()}}, \"{}\", {{\"format\": \"pt\"}})`",
-            format.weights[0]
-        ),
-    };
-    CheckpointError::NoWeights { folder: folder.to_path_buf(), expected: format.weights[0], hint }
+    CheckpointError::NoWeights { folder: folder.to_path_buf(), expected: format.weights.join(" or ") }
 }
 
 /// The configuration of a folder, where its weights are, and their format.
-pub(super) fn found_in(folder: &Path) -> std::result::Result<(ClipConfig, PathBuf, Format), CheckpointError> {
+pub(super) fn found_in(folder: &Path) -> std::result::Result<Found, CheckpointError> {
     // Some folders hold the configurations of several formats: the one whose weights are there counts.
     let has = |name: &str| folder.join(name).is_file();
     let has_weights = |name: &&&str| has(name) || tensors::index_of(&folder.join(name)).is_file();
@@ -83,7 +151,7 @@ pub(super) fn found_in(folder: &Path) -> std::result::Result<(ClipConfig, PathBu
     };
     let path = folder.join(format.config);
     let text = tensors::read_text(&path, LONGEST_CONFIG)?;
-    let mut config = (format.read)(&text).map_err(|error| error.at(&path))?;
+    let Described { mut config, towers } = (format.read)(&text).map_err(|error| error.at(&path))?;
     for (encoder, blocks) in [(&mut config.vision.encoder, format.blocks[0]), (&mut config.text.encoder, format.blocks[1])] {
         if encoder.n_layers == LEFT_OUT {
             encoder.n_layers = blocks_in(&folder.join(weights), blocks)?.unwrap_or(12);
@@ -96,6 +164,6 @@ pub(super) fn found_in(folder: &Path) -> std::result::Result<(ClipConfig, PathBu
         let text = tensors::read_text(&path, LONGEST_CONFIG)?;
         config.vision.preprocessing = (processor.read)(&text, config.vision.image_size).map_err(|error| error.at(&path))?;
     }
-    config.validate().map_err(|source| CheckpointError::Config { path, source })?;
-    Ok((config, folder.join(weights), format))
+    config.validate().map_err(|source| CheckpointError::Config { path: path.clone(), source })?;
+    Ok(Found { config, towers, format, weights: folder.join(weights), path })
 }

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use super::{
     CheckpointError,
     config::{Channels, ConfigFileError, Result, refuse},
-    format::{Format, Processor},
+    format::{Described, Format, Processor, Towers},
     table::{Entry, Form, Table},
 };
 use crate::{
@@ -17,7 +17,7 @@ use crate::{
 
 pub(super) const FORMAT: Format = Format {
     config: "config.json",
-    weights: &["model.safetensors"],
+    weights: &["model.safetensors", "pytorch_model.bin"],
     read,
     processor: Some(Processor { files: [PROCESSOR, "processor_config.json"], read: read_processor }),
     blocks: ["vision_model.encoder.layers.", "text_model.encoder.layers."],
@@ -26,21 +26,28 @@ pub(super) const FORMAT: Format = Format {
 
 pub(super) const PROCESSOR: &str = "preprocessor_config.json";
 
-fn read(text: &str) -> Result<ClipConfig> {
+fn read(text: &str) -> Result<Described> {
     let root: Map<String, Value> = serde_json::from_str(text)?;
-    match root.get("model_type").and_then(Value::as_str) {
-        None | Some("clip") => {}
+    let towers = match root.get("model_type").and_then(Value::as_str) {
+        None | Some("clip") => Towers::Both,
+        Some("clip_vision_model") => Towers::Vision,
+        Some("clip_text_model") => Towers::Text,
         Some(family) => {
             let text = format!(
                 "`model_type` = \"{family}\": this family is not supported; `clip` is (models of CLIP's architecture that read CLIP's tokens)"
             );
             return Err(ConfigFileError(text));
         }
-    }
-    let vision = Section::new(&root, "vision_config")?;
-    let text = Section::new(&root, "text_config")?;
+    };
+    // The configuration of a tower alone is a section by itself; of the other one there is only what transformers takes by default.
+    let (root, nothing) = (&root, &Map::new());
+    let (vision, text) = match towers {
+        Towers::Both => (Section::tower(root, "vision_config")?, Section::tower(root, "text_config")?),
+        Towers::Vision => (Section { name: "config", map: root }, Section { name: "text_config", map: nothing }),
+        Towers::Text => (Section { name: "vision_config", map: nothing }, Section { name: "config", map: root }),
+    };
     // transformers leaves out what has its default value.
-    let embed_dim: usize = Section { name: "config", map: &root }.get("projection_dim", 512)?;
+    let embed_dim: usize = Section { name: "config", map: root }.get("projection_dim", 512)?;
     let vision_encoder = vision.encoder([768, 12, 12, 3072])?;
     let text_encoder = text.encoder([512, 8, 12, 2048])?;
     let end_of_text = match text.get("eos_token_id", 49407i64)? {
@@ -54,7 +61,7 @@ fn read(text: &str) -> Result<ClipConfig> {
         .with_vocab_size(text.get("vocab_size", 49408)?)
         .with_context_length(text.get("max_position_embeddings", 77)?)
         .with_end_of_text(end_of_text);
-    Ok(ClipConfig::new(vision, text, embed_dim))
+    Ok(Described { config: ClipConfig::new(vision, text, embed_dim), towers })
 }
 
 pub(super) fn to_text(config: &ClipConfig) -> std::result::Result<String, CheckpointError> {
@@ -120,9 +127,11 @@ struct Section<'a> {
 }
 
 impl<'a> Section<'a> {
-    fn new(root: &'a Map<String, Value>, name: &'static str) -> Result<Self> {
-        match root.get(name) {
-            Some(Value::Object(map)) => Ok(Self { name, map }),
+    /// A tower's section of a `CLIPModel`'s configuration. Older files have another one of it, `vision_config_dict`, which transformers takes
+    /// instead where both are there.
+    fn tower(root: &'a Map<String, Value>, name: &'static str) -> Result<Self> {
+        match (root.get(&format!("{name}_dict")), root.get(name)) {
+            (Some(Value::Object(map)), _) | (_, Some(Value::Object(map))) => Ok(Self { name, map }),
             _ => Err(ConfigFileError(format!("`{name}` is missing: this is not the configuration of a `CLIPModel`"))),
         }
     }
@@ -189,16 +198,12 @@ enum Size {
 }
 
 impl Size {
-    /// Refuses what does not lead to a square of this side.
-    fn expect(self, setting: &str, side: usize) -> Result<()> {
-        let (height, width) = match self {
-            Self::Side(side) | Self::Shortest { shortest_edge: side } => (side, side),
-            Self::Both { height, width } => (height, width),
-        };
-        if (height, width) == (side, side) {
-            Ok(())
-        } else {
-            refuse(setting, format!("{height} x {width} with an image size of {side}"))
+    /// The side of a square.
+    fn side(self, setting: &str) -> Result<usize> {
+        match self {
+            Self::Side(side) | Self::Shortest { shortest_edge: side } => Ok(side),
+            Self::Both { height, width } if height == width => Ok(height),
+            Self::Both { height, width } => refuse(setting, format!("{height} x {width}")),
         }
     }
 }
@@ -222,14 +227,23 @@ fn read_processor(text: &str, image_size: usize) -> Result<ImagePreprocessing> {
         Some(Size::Both { .. }) => ResizeMode::Squash,
         _ => ResizeMode::Shortest,
     };
-    if let Some(size) = file.size {
-        size.expect("size", image_size)?;
+    let resized = file.size.map_or(Ok(image_size), |size| size.side("size"))?;
+    let is_cropped = file.do_center_crop != Some(false);
+    let kept = match file.crop_size.filter(|_| is_cropped) {
+        Some(size) => size.side("crop_size")?,
+        // Without a crop, a photo keeps its proportions.
+        None if !is_cropped && resize_mode == ResizeMode::Shortest => return refuse("do_center_crop", false),
+        None if is_cropped => image_size,
+        None => resized,
+    };
+    if kept != image_size {
+        return refuse("crop_size", format!("{kept} with an image size of {image_size}"));
     }
-    match (file.do_center_crop, file.crop_size) {
-        (Some(false), _) if resize_mode == ResizeMode::Shortest => return refuse("do_center_crop", false),
-        (Some(false), _) | (_, None) => {}
-        (_, Some(size)) => size.expect("crop_size", image_size)?,
+    if resized < kept {
+        // transformers would put a black frame around the image.
+        return refuse("size", format!("{resized} with a crop of {kept}"));
     }
+    let resize_to = (resized != image_size).then_some(resized);
     if let Some(factor) = file.rescale_factor.filter(|factor| (factor * 255.0 - 1.0).abs() > 1e-6) {
         return refuse("rescale_factor", factor);
     }
@@ -242,23 +256,24 @@ fn read_processor(text: &str, image_size: usize) -> Result<ImagePreprocessing> {
         Some(false) => ([0.0; 3], [1.0; 3]),
         _ => (file.image_mean.map_or(IMAGE_MEAN, Channels::each), file.image_std.map_or(IMAGE_STD, Channels::each)),
     };
-    Ok(ImagePreprocessing { mean, std, resize_mode, interpolation })
+    Ok(ImagePreprocessing { mean, std, resize_mode, interpolation, resize_to })
 }
 
 pub(super) fn processor_text(vision: &VisionConfig) -> String {
-    let ImagePreprocessing { mean, std, resize_mode, interpolation } = vision.preprocessing;
-    let square = json!({ "height": vision.image_size, "width": vision.image_size });
+    let ImagePreprocessing { mean, std, resize_mode, interpolation, resize_to } = vision.preprocessing;
+    let square = |side: usize| json!({ "height": side, "width": side });
+    let resize_to = resize_to.unwrap_or(vision.image_size);
     let file = json!({
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": true,
         "do_resize": true,
         "size": match resize_mode {
-            ResizeMode::Shortest => json!({ "shortest_edge": vision.image_size }),
-            ResizeMode::Squash => square.clone(),
+            ResizeMode::Shortest => json!({ "shortest_edge": resize_to }),
+            ResizeMode::Squash => square(resize_to),
         },
         "resample": match interpolation { Interpolation::Bicubic => 3, Interpolation::Bilinear => 2 },
         "do_center_crop": true,
-        "crop_size": square,
+        "crop_size": square(vision.image_size),
         "do_rescale": true,
         "rescale_factor": 1.0 / 255.0,
         "do_normalize": true,

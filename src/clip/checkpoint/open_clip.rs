@@ -7,7 +7,7 @@ use super::{
     CheckpointError,
     burn_moe::sparse_layer,
     config::{Channels, ConfigFileError, LEFT_OUT, Result, refuse},
-    format::Format,
+    format::{Described, Format},
     table::{Entry, Form, Table},
 };
 use crate::{
@@ -19,7 +19,12 @@ use crate::{
 pub(super) const FORMAT: Format = Format {
     config: "open_clip_config.json",
     // The second is the name that open_clip wrote first.
-    weights: &["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"],
+    weights: &[
+        "open_clip_model.safetensors",
+        "open_clip_pytorch_model.safetensors",
+        "open_clip_pytorch_model.bin",
+        "open_clip_pytorch_model.pt",
+    ],
     read,
     processor: None,
     blocks: ["visual.transformer.resblocks.", "transformer.resblocks."],
@@ -172,7 +177,7 @@ fn refuse_unknown(part: &str, rest: &Map<String, Value>) -> Result<()> {
     Ok(())
 }
 
-fn read(text: &str) -> Result<ClipConfig> {
+fn read(text: &str) -> Result<Described> {
     let OpenClipFile { model_cfg: model, preprocess_cfg } = serde_json::from_str(text)?;
     refuse_unknown("model_cfg", &model.rest)?;
     refuse_unknown("vision_cfg", &model.vision_cfg.rest)?;
@@ -189,7 +194,7 @@ fn read(text: &str) -> Result<ClipConfig> {
         .with_vocab_size(t.vocab_size)
         .with_context_length(t.context_length)
         .with_projection_bias(t.proj_bias);
-    Ok(ClipConfig::new(vision, text, model.embed_dim).activation(activation))
+    Ok(ClipConfig::new(vision, text, model.embed_dim).activation(activation).into())
 }
 
 pub(super) fn to_text(config: &ClipConfig) -> std::result::Result<String, CheckpointError> {
@@ -200,6 +205,10 @@ pub(super) fn to_text(config: &ClipConfig) -> std::result::Result<String, Checkp
         (!matches!(vision.encoder.activation, Activation::Gelu | Activation::QuickGelu), "this activation"),
         (text.end_of_text != EndOfText::HighestId, "an end-of-text id"),
         (vision.channels != 3, "other than 3 colour channels"),
+        (
+            vision.preprocessing.resize_to.is_some_and(|side| side != vision.image_size),
+            "images that are resized to more than is kept",
+        ),
         (vision.encoder.norm_epsilon != 1e-5 || text.encoder.norm_epsilon != 1e-5, "another layer-norm epsilon than 1e-5"),
     ] {
         if refused {
@@ -274,6 +283,7 @@ impl OpenClipPreprocess {
             std: self.std.map_or(IMAGE_STD, Channels::each),
             resize_mode,
             interpolation,
+            resize_to: None,
         })
     }
 

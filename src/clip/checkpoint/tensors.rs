@@ -1,4 +1,4 @@
-//! Tensors on disk, read one at a time.
+//! Tensors on disk, read one at a time: a safetensors file, one that PyTorch pickled, or shards of either.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,16 +7,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use safetensors::{
-    SafeTensorError,
-    tensor::{Metadata, TensorInfo},
-};
+use safetensors::{Dtype, SafeTensorError, tensor::Metadata};
 use serde::{
     Deserialize, Deserializer,
     de::{IgnoredAny, MapAccess, Visitor},
 };
 
-use super::CheckpointError;
+use super::{
+    CheckpointError,
+    pickle::{Pickle, is_pickle},
+};
 
 /// A header longer than this belongs to no CLIP: that of a ViT-L/14 has 60 kB.
 const LONGEST_HEADER: u64 = 4 << 20;
@@ -24,7 +24,7 @@ const LONGEST_HEADER: u64 = 4 << 20;
 /// More shards than any CLIP has.
 const MOST_SHARDS: usize = 64;
 
-/// The tensors of one safetensors file, or of the shards that an index names.
+/// The tensors of one file, or of the shards that an index names.
 pub(super) struct TensorFiles {
     /// What errors name: the file, or the index.
     pub(super) path: PathBuf,
@@ -33,8 +33,24 @@ pub(super) struct TensorFiles {
     file_of: BTreeMap<String, usize>,
 }
 
+/// What a file says of a tensor.
+pub(super) struct StoredInfo<'a> {
+    pub(super) path: &'a Path,
+    pub(super) dtype: Dtype,
+    pub(super) shape: &'a [usize],
+}
+
 struct TensorFile {
     path: PathBuf,
+    content: Content,
+}
+
+enum Content {
+    Safetensors(Safetensors),
+    Pickle(Pickle),
+}
+
+struct Safetensors {
     file: File,
     metadata: Metadata,
     /// Where the first tensor begins.
@@ -52,7 +68,7 @@ impl TensorFiles {
         let index = index_of(path);
         if path.is_file() || !index.is_file() {
             let file = TensorFile::open(path)?;
-            let file_of = file.metadata.offset_keys().into_iter().map(|name| (name, 0)).collect();
+            let file_of = file.names().into_iter().map(|name| (name, 0)).collect();
             return Ok(Self { path: path.to_path_buf(), files: vec![file], file_of });
         }
         let bad = |reason: String| CheckpointError::ConfigFile { path: index.clone(), reason };
@@ -74,10 +90,10 @@ impl TensorFiles {
         // Everything that is in the shards, so that what the index does not name is not passed over.
         let mut file_of = BTreeMap::new();
         for (place, file) in files.iter().enumerate() {
-            file_of.extend(file.metadata.offset_keys().into_iter().map(|tensor| (tensor, place)));
+            file_of.extend(file.names().into_iter().map(|tensor| (tensor, place)));
         }
         for (tensor, name) in &weight_map {
-            if files[place[name]].metadata.info(tensor).is_none() {
+            if files[place[name]].info(tensor).is_none() {
                 return Err(bad(format!("`{tensor}` should be in {name}, but is not")));
             }
             file_of.insert(tensor.clone(), place[name]);
@@ -89,26 +105,31 @@ impl TensorFiles {
         self.file_of.keys().map(String::as_str)
     }
 
-    /// The file of a tensor that is there, and what its header says.
-    pub(super) fn info(&self, name: &str) -> (&Path, &TensorInfo) {
-        let file = &self.files[self.file_of[name]];
-        (&file.path, file.metadata.info(name).expect("it was found when the file was opened"))
+    /// What the file of a tensor that is there says of it.
+    pub(super) fn info(&self, name: &str) -> StoredInfo<'_> {
+        self.files[self.file_of[name]].info(name).expect("it was found when the file was opened")
     }
 
     /// The bytes of a tensor that is there, or of its `part`-th third.
     pub(super) fn read(&self, name: &str, part: Option<usize>) -> Result<Vec<u8>, CheckpointError> {
-        let file = &self.files[self.file_of[name]];
-        let (_, info) = self.info(name);
-        let (start, end) = info.data_offsets;
-        let (start, len) = match part {
-            None => (start, end - start),
-            Some(part) => (start + (end - start) / 3 * part, (end - start) / 3),
-        };
-        let mut bytes = vec![0; len];
-        let mut handle = &file.file;
-        let read = handle.seek(SeekFrom::Start(file.start + start as u64)).and_then(|_| handle.read_exact(&mut bytes));
-        read.map_err(CheckpointError::io(&file.path))?;
-        Ok(bytes)
+        let TensorFile { path, content } = &self.files[self.file_of[name]];
+        let third = |len: usize| part.map_or(0..len, |part| len / 3 * part..len / 3 * (part + 1));
+        match content {
+            Content::Safetensors(content) => {
+                let (start, end) = content.metadata.info(name).expect("it was found when the file was opened").data_offsets;
+                let range = third(end - start);
+                let mut bytes = vec![0; range.len()];
+                let mut file = &content.file;
+                let from = SeekFrom::Start(content.start + (start + range.start) as u64);
+                file.seek(from).and_then(|_| file.read_exact(&mut bytes)).map_err(CheckpointError::io(path))?;
+                Ok(bytes)
+            }
+            Content::Pickle(content) => {
+                let bytes = content.read(path, name)?;
+                let range = third(bytes.len());
+                Ok(if part.is_some() { bytes[range].to_vec() } else { bytes })
+            }
+        }
     }
 }
 
@@ -157,6 +178,35 @@ fn named_twice(header: &[u8]) -> Option<String> {
 }
 
 impl TensorFile {
+    /// A file of either kind, which its content tells.
+    fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let mut start = Vec::new();
+        let file = File::open(path).map_err(CheckpointError::io(path))?;
+        file.take(9).read_to_end(&mut start).map_err(CheckpointError::io(path))?;
+        let content = match is_pickle(&start) {
+            true => Content::Pickle(Pickle::open(path, &start)?),
+            false => Content::Safetensors(Safetensors::open(path)?),
+        };
+        Ok(Self { path: path.to_path_buf(), content })
+    }
+
+    fn names(&self) -> Vec<String> {
+        match &self.content {
+            Content::Safetensors(content) => content.metadata.offset_keys(),
+            Content::Pickle(content) => content.names().cloned().collect(),
+        }
+    }
+
+    fn info(&self, name: &str) -> Option<StoredInfo<'_>> {
+        let (dtype, shape) = match &self.content {
+            Content::Safetensors(content) => content.metadata.info(name).map(|info| (info.dtype, &info.shape[..])),
+            Content::Pickle(content) => content.info(name),
+        }?;
+        Some(StoredInfo { path: &self.path, dtype, shape })
+    }
+}
+
+impl Safetensors {
     fn open(path: &Path) -> Result<Self, CheckpointError> {
         let bad = CheckpointError::safetensors(path);
         let mut file = File::open(path).map_err(CheckpointError::io(path))?;
@@ -186,6 +236,6 @@ impl TensorFile {
         if start + metadata.data_len() as u64 != size {
             return Err(bad(SafeTensorError::MetadataIncompleteBuffer));
         }
-        Ok(Self { path: path.to_path_buf(), file, metadata, start })
+        Ok(Self { file, metadata, start })
     }
 }

@@ -1,35 +1,34 @@
 //! Images and captions as data sets publish them, and as people write them.
 
+mod folders;
+mod published;
 mod table;
 
+pub use folders::{ClassifiedImages, ImageFolder};
 pub use table::Columns;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
 };
-
-use serde::Deserialize;
 
 /// Images, and captions that each belong to one of them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CaptionedImages {
     /// Files, relative to the data set's image folder.
     pub images: Vec<PathBuf>,
-    /// Captions with the index of their image.
+    /// Captions with the index of their image; those of an image stand together.
     pub captions: Vec<(String, usize)>,
 }
 
-/// Images of known classes.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct ClassifiedImages {
-    /// Names of the classes.
-    pub classes: Vec<String>,
-    /// Files.
-    pub images: Vec<PathBuf>,
-    /// The class of each image.
-    pub class_of_image: Vec<usize>,
+/// What of a list is read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ListOptions {
+    /// The columns of a table, where they have no usual name.
+    pub columns: Columns,
+    /// The split (`train`, `val`, `test`, …) of a list that holds several; `all` for every one of them.
+    pub split: Option<String>,
 }
 
 /// A list that cannot be understood.
@@ -44,6 +43,14 @@ pub enum ListError {
         /// What it said.
         source: std::io::Error,
     },
+    /// The list holds several splits, and none of them is named.
+    #[error("{}: the list holds the splits {}: name one of them, or `all`", path.display(), some_of(splits))]
+    Splits {
+        /// The file.
+        path: PathBuf,
+        /// Their names, sorted.
+        splits: Vec<String>,
+    },
     /// The file is of another kind, or names what is not there.
     #[error("{}: {reason}", path.display())]
     Format {
@@ -54,95 +61,50 @@ pub enum ListError {
     },
 }
 
-#[derive(Deserialize)]
-struct Coco {
-    images: Vec<CocoImage>,
-    annotations: Vec<CocoCaption>,
-}
-
-#[derive(Deserialize)]
-struct CocoImage {
-    id: u64,
-    file_name: PathBuf,
-}
-
-#[derive(Deserialize)]
-struct CocoCaption {
-    image_id: u64,
-    caption: String,
-}
-
-#[derive(Deserialize)]
-struct Karpathy {
-    images: Vec<KarpathyImage>,
-}
-
-#[derive(Deserialize)]
-struct KarpathyImage {
-    #[serde(default)]
-    filepath: PathBuf,
-    filename: PathBuf,
-    split: String,
-    sentences: Vec<KarpathySentence>,
-}
-
-#[derive(Deserialize)]
-struct KarpathySentence {
-    raw: String,
+/// One image of a list, as it is read.
+struct Row {
+    image: PathBuf,
+    captions: Vec<String>,
+    split: Option<String>,
 }
 
 impl CaptionedImages {
-    /// COCO's `captions_*.json`. Images without a caption are left out.
+    /// Reads a list of any of these kinds, which its content tells:
+    ///
+    /// - a table with a line of names (comma, tab, semicolon or `|` between columns): images in a column called `path`, `filepath`, `image`,
+    ///   `file_name` or the like, captions in `caption`, `title`, `text` or the like, in any case, or in those that `options` name. A caption's
+    ///   cell may hold a JSON list of captions, and columns may be numbered (`caption_1`, `caption_2`). Kaggle's forms of Flickr8k and
+    ///   Flickr30k are such tables;
+    /// - JSON lines, or one JSON list, of objects with such fields; a caption may be a text or a list of texts;
+    /// - COCO's `captions_*.json`;
+    /// - Karpathy and Fei-Fei's `dataset_coco.json`, `dataset_flickr30k.json`, `dataset_flickr8k.json`;
+    /// - Flickr30k's `results_20130124.token` and Flickr8k's `Flickr8k.token.txt`: `NAME#NUMBER`, a tab, and a caption in every line.
+    ///
+    /// Several lines may name one image, which then has several captions. Images are in the order in which they are named first; those without
+    /// a caption are left out of published lists. Published lists must name files inside of their folder; paths of a list of your own are as
+    /// written.
     ///
     /// # Errors
-    /// When the file cannot be read or is of another kind, or a caption names an image that is not there.
-    pub fn coco(path: impl AsRef<Path>) -> Result<Self, ListError> {
+    /// When the file cannot be read, is no UTF-8 or UTF-16, columns are not found, lines have no image or caption (the first three are named),
+    /// or the list has several splits and none is named.
+    pub fn read(path: impl AsRef<Path>, options: &ListOptions) -> Result<Self, ListError> {
         let path = path.as_ref();
-        let file: Coco = json(path)?;
-        let mut captions_of: BTreeMap<u64, Vec<String>> = file.images.iter().map(|image| (image.id, Vec::new())).collect();
-        for annotation in file.annotations {
-            let Some(captions) = captions_of.get_mut(&annotation.image_id) else {
-                return Err(format_error(path, format!("a caption names image {}, which is not there", annotation.image_id)));
-            };
-            captions.push(annotation.caption);
-        }
-        Self::of(path, file.images.into_iter().map(|image| (image.file_name, captions_of.remove(&image.id).unwrap_or_default())))
-    }
-
-    /// A split (`test`, `val`, …) of Karpathy and Fei-Fei's `dataset_coco.json` or `dataset_flickr30k.json`.
-    ///
-    /// # Errors
-    /// When the file cannot be read or is of another kind, or the split is empty.
-    pub fn karpathy(path: impl AsRef<Path>, split: &str) -> Result<Self, ListError> {
-        let path = path.as_ref();
-        let file: Karpathy = json(path)?;
-        let chosen = file.images.into_iter().filter(|image| image.split == split);
-        let image = |image: KarpathyImage| {
-            (image.filepath.join(image.filename), image.sentences.into_iter().map(|sentence| sentence.raw).collect())
+        let text = read_text(path)?;
+        let rows = match published::rows(&text) {
+            Some(rows) => rows.and_then(|rows| rows.into_iter().map(published::inside).collect()),
+            None => table::rows(&text, &options.columns),
         };
-        Self::of(path, chosen.map(image))
-    }
-
-    /// Flickr30k's `results_20130124.token`: `NAME#NUMBER`, a tab, and the caption in every line.
-    ///
-    /// # Errors
-    /// When the file cannot be read, or a line is of another kind.
-    pub fn flickr30k(path: impl AsRef<Path>) -> Result<Self, ListError> {
-        let path = path.as_ref();
-        let mut order = Vec::new();
-        let mut captions_of: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for (index, line) in read(path)?.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-            let parts = line.split_once('\t').and_then(|(name, caption)| Some((name.rsplit_once('#')?.0, caption)));
-            let Some((name, caption)) = parts else {
-                return Err(format_error(path, format!("line {}: expected `NAME#NUMBER`, a tab and a caption", index + 1)));
-            };
-            captions_of.entry(name.to_string()).or_insert_with(|| {
-                order.push(name.to_string());
-                Vec::new()
-            });
-            captions_of.get_mut(name).expect("it was put there").push(caption.trim().to_string());
+        let rows: Vec<Row> = rows.map_err(|reason| format_error(path, reason))?;
+        let splits: BTreeSet<String> = rows.iter().filter_map(|row| row.split.clone()).collect();
+        if options.split.is_none() && splits.len() > 1 {
+            return Err(ListError::Splits { path: path.to_path_buf(), splits: splits.into_iter().collect() });
         }
-        Self::of(path, order.into_iter().map(|name| (PathBuf::from(&name), captions_of.remove(&name).unwrap_or_default())))
+        let rows = of_split(rows, &splits, options.split.as_deref()).map_err(|reason| format_error(path, reason))?;
+        let list = Self::of(rows);
+        if list.images.is_empty() {
+            return Err(format_error(path, "no image with a caption".into()));
+        }
+        Ok(list)
     }
 
     /// The list without the images that are not among the `kept`, which are indices in ascending order, and without their captions.
@@ -153,95 +115,87 @@ impl CaptionedImages {
         self.captions = captions.filter_map(|(caption, image)| Some((caption, *place.get(&image)?))).collect();
     }
 
+    /// Keeps the images of a split that is published as a file of names, one in every line (`Flickr_8k.testImages.txt`): file names, with or
+    /// without their ending.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or names images that are not in the list (the first three are named); the list is then as it was.
+    pub fn keep_named(&mut self, names: impl AsRef<Path>) -> Result<(), ListError> {
+        let path = names.as_ref();
+        let mut names: BTreeSet<String> = lines_in(path)?.into_iter().collect();
+        let text = |part: Option<&std::ffi::OsStr>| part.unwrap_or_default().to_string_lossy().into_owned();
+        let mut named = BTreeSet::new();
+        let mut kept = Vec::new();
+        for (index, image) in self.images.iter().enumerate() {
+            let forms = [image.to_string_lossy().into_owned(), text(image.file_name()), text(image.file_stem())];
+            if let Some(name) = forms.into_iter().find(|name| names.contains(name)) {
+                named.insert(name);
+                kept.push(index);
+            }
+        }
+        names.retain(|name| !named.contains(name));
+        if !names.is_empty() {
+            let first: Vec<&str> = names.iter().take(3).map(String::as_str).collect();
+            let dots = if names.len() > 3 { ", …" } else { "" };
+            let reason = format!("{} names are not in the list of images: {}{dots}", names.len(), first.join(", "));
+            return Err(format_error(path, reason));
+        }
+        self.keep(&kept);
+        Ok(())
+    }
+
     /// The image of each caption.
     pub fn image_of_caption(&self) -> Vec<usize> {
         self.captions.iter().map(|(_, image)| *image).collect()
     }
 
-    fn of(path: &Path, images: impl Iterator<Item = (PathBuf, Vec<String>)>) -> Result<Self, ListError> {
+    fn of(rows: Vec<Row>) -> Self {
         let mut list = Self::default();
-        for (file, captions) in images.filter(|(_, captions)| !captions.is_empty()) {
-            // A list must not decide which files outside of its folder are read.
-            if !file.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir)) {
-                return Err(format_error(path, format!("{} is not inside the folder of images", file.display())));
+        let mut place: BTreeMap<PathBuf, usize> = BTreeMap::new();
+        for Row { image, mut captions, .. } in rows {
+            captions.retain(|caption| !caption.is_empty());
+            if captions.is_empty() {
+                continue;
             }
-            let image = list.images.len();
-            list.images.push(file);
-            list.captions.extend(captions.into_iter().map(|caption| (caption, image)));
+            let index = *place.entry(image).or_insert_with_key(|image| {
+                list.images.push(image.clone());
+                list.images.len() - 1
+            });
+            list.captions.extend(captions.into_iter().map(|caption| (caption, index)));
         }
-        if list.images.is_empty() {
-            return Err(format_error(path, "no image with a caption".into()));
-        }
-        Ok(list)
+        list.captions.sort_by_key(|(_, image)| *image);
+        list
     }
 }
 
-impl ClassifiedImages {
-    /// A folder of class folders, as ImageNet is laid out; classes and images are sorted by name, and classes have the names of their
-    /// folders.
-    ///
-    /// # Errors
-    /// When a folder cannot be read, there is no class, or a class has no image.
-    pub fn folders(folder: impl AsRef<Path>) -> Result<Self, ListError> {
-        let folder = folder.as_ref();
-        let mut found = Self::default();
-        for class in entries(folder)?.into_iter().filter(|path| path.is_dir() && !is_hidden(path)) {
-            let images = images_in(&class)?;
-            if images.is_empty() {
-                return Err(format_error(&class, "a class without an image: remove the folder, or put images in".into()));
-            }
-            for image in images {
-                found.images.push(image);
-                found.class_of_image.push(found.classes.len());
-            }
-            found.classes.push(class.file_name().unwrap_or_default().to_string_lossy().into_owned());
-        }
-        if found.classes.is_empty() {
-            return Err(format_error(folder, "no folder of a class".into()));
-        }
-        Ok(found)
+/// The rows of the split that is asked for.
+fn of_split(rows: Vec<Row>, splits: &BTreeSet<String>, split: Option<&str>) -> Result<Vec<Row>, String> {
+    match split {
+        None | Some("all") => Ok(rows),
+        Some(split) if splits.is_empty() => Err(format!("the list names no splits, and `{split}` is asked for")),
+        Some(split) if !splits.contains(split) => Err(format!("no split `{split}`: the list holds {}", some_of(splits))),
+        Some(split) => Ok(rows.into_iter().filter(|row| row.split.as_deref() == Some(split)).collect()),
     }
 }
 
-fn is_hidden(path: &Path) -> bool {
-    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'))
-}
-
-/// The PNG, JPEG and WebP files of a folder, by their names' endings, sorted. Names that begin with a dot are passed over.
-///
-/// # Errors
-/// When the folder cannot be read.
-pub fn images_in(folder: impl AsRef<Path>) -> Result<Vec<PathBuf>, ListError> {
-    Ok(entries(folder.as_ref())?.into_iter().filter(|path| is_image(path)).collect())
-}
-
-/// The files and folders of a folder that [`images_in`] passes over, but for those whose names begin with a dot, sorted.
-///
-/// # Errors
-/// When the folder cannot be read.
-pub fn others_in(folder: impl AsRef<Path>) -> Result<Vec<PathBuf>, ListError> {
-    Ok(entries(folder.as_ref())?.into_iter().filter(|path| !is_image(path) && !is_hidden(path)).collect())
-}
-
-fn is_image(path: &Path) -> bool {
-    let ending = path.extension().and_then(|ending| ending.to_str()).map(str::to_lowercase);
-    // What macOS writes beside each photo (`._photo.jpg`) has its ending, too.
-    let is_named = matches!(ending.as_deref(), Some("png" | "jpg" | "jpeg" | "jpe" | "jfif" | "webp"));
-    is_named && !is_hidden(path) && path.is_file()
-}
-
-/// What a folder holds, sorted.
-fn entries(folder: &Path) -> Result<Vec<PathBuf>, ListError> {
-    let io = |source| ListError::Io { path: folder.to_path_buf(), source };
-    let entries = fs::read_dir(folder).map_err(io)?.collect::<Result<Vec<_>, _>>().map_err(io)?;
-    let mut paths: Vec<PathBuf> = entries.into_iter().map(|entry| entry.path()).collect();
-    paths.sort();
-    Ok(paths)
+/// Names in short: the first eight.
+fn some_of<'a>(names: impl IntoIterator<Item = &'a String>) -> String {
+    names.into_iter().take(8).map(String::as_str).collect::<Vec<_>>().join(", ")
 }
 
 /// A text without its byte order mark.
-fn read(path: &Path) -> Result<String, ListError> {
+fn read_text(path: &Path) -> Result<String, ListError> {
     let bytes = fs::read(path).map_err(|source| ListError::Io { path: path.to_path_buf(), source })?;
+    // What spreadsheets call Unicode.
+    let utf16 = match bytes.first_chunk() {
+        Some([0xff, 0xfe]) => Some(u16::from_le_bytes as fn([u8; 2]) -> u16),
+        Some([0xfe, 0xff]) => Some(u16::from_be_bytes as fn([u8; 2]) -> u16),
+        _ => None,
+    };
+    if let Some(unit) = utf16 {
+        let units: Vec<u16> = bytes[2..].as_chunks().0.iter().map(|bytes| unit(*bytes)).collect();
+        return String::from_utf16(&units).map_err(|_| format_error(path, "no whole UTF-16: save the file as UTF-8".into()));
+    }
     let text = String::from_utf8(bytes).map_err(|error| {
         let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
         let line = 1 + good.iter().filter(|byte| **byte == b'\n').count();
@@ -256,92 +210,16 @@ fn read(path: &Path) -> Result<String, ListError> {
 /// A text in every line: labels, captions. Blanks at the ends of lines, a byte order mark and empty lines at the end do not count.
 ///
 /// # Errors
-/// When the file cannot be read, is no UTF-8, or has an empty line before its last one.
+/// When the file cannot be read, is no UTF-8 or UTF-16, or has an empty line before its last one.
 pub fn lines_in(path: impl AsRef<Path>) -> Result<Vec<String>, ListError> {
     let path = path.as_ref();
-    let lines: Vec<String> = read(path)?.trim_end().lines().map(|line| line.trim().to_string()).collect();
+    let lines: Vec<String> = read_text(path)?.trim_end().lines().map(|line| line.trim().to_string()).collect();
     match lines.iter().position(String::is_empty) {
         Some(line) => Err(format_error(path, format!("line {} is empty: every line is a text", line + 1))),
         None => Ok(lines),
     }
 }
 
-fn json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ListError> {
-    serde_json::from_str(&read(path)?).map_err(|error| format_error(path, format!("not the JSON that was expected: {error}")))
-}
-
 fn format_error(path: &Path, reason: String) -> ListError {
     ListError::Format { path: path.to_path_buf(), reason }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn written(text: &str) -> (tempfile::TempDir, PathBuf) {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("list");
-        fs::write(&path, text).unwrap();
-        (folder, path)
-    }
-
-    fn two_images() -> CaptionedImages {
-        let captions = [("one", 0), ("two", 0), ("three", 1)].map(|(caption, image)| (caption.to_string(), image));
-        CaptionedImages { images: vec!["b.jpg".into(), "a.jpg".into()], captions: captions.to_vec() }
-    }
-
-    #[test]
-    fn all_three_kinds_of_lists_say_the_same() {
-        let (_a, coco) = written(
-            r#"{"images": [{"id": 7, "file_name": "b.jpg"}, {"id": 3, "file_name": "a.jpg"}, {"id": 1, "file_name": "none.jpg"}],
-            "annotations": [{"image_id": 7, "caption": "one", "id": 1}, {"image_id": 3, "caption": "three"}, {"image_id": 7, "caption": "two"}]}"#,
-        );
-        assert_eq!(CaptionedImages::coco(coco).unwrap(), two_images());
-        let (_b, karpathy) = written(
-            r#"{"images": [{"filename": "b.jpg", "split": "test", "sentences": [{"raw": "one"}, {"raw": "two"}]},
-            {"filename": "c.jpg", "split": "train", "sentences": [{"raw": "no"}]},
-            {"filename": "a.jpg", "split": "test", "sentences": [{"raw": "three"}]}], "dataset": "x"}"#,
-        );
-        assert_eq!(CaptionedImages::karpathy(&karpathy, "test").unwrap(), two_images());
-        let error = CaptionedImages::karpathy(&karpathy, "val").unwrap_err().to_string();
-        assert!(error.ends_with("no image with a caption"), "{error}");
-        let (_c, flickr) = written("b.jpg#0\tone\nb.jpg#1\ttwo\n\na.jpg#0\tthree \n");
-        assert_eq!(CaptionedImages::flickr30k(flickr).unwrap(), two_images());
-    }
-
-    #[test]
-    fn lists_of_another_kind_are_named() {
-        let (_a, path) = written("b.jpg one");
-        assert!(
-            CaptionedImages::flickr30k(&path)
-                .unwrap_err()
-                .to_string()
-                .ends_with("line 1: expected `NAME#NUMBER`, a tab and a caption")
-        );
-        assert!(CaptionedImages::coco(&path).unwrap_err().to_string().contains("not the JSON that was expected"));
-        let (_b, path) = written(r#"{"images": [], "annotations": [{"image_id": 5, "caption": "x"}]}"#);
-        assert!(CaptionedImages::coco(&path).unwrap_err().to_string().ends_with("a caption names image 5, which is not there"));
-        let (_c, path) = written("../secret.jpg#0\tx");
-        assert!(CaptionedImages::flickr30k(&path).unwrap_err().to_string().ends_with("is not inside the folder of images"));
-    }
-
-    #[test]
-    fn classes_are_folders() {
-        let folder = tempfile::tempdir().unwrap();
-        let files = [("dog", "2.png"), ("cat", "1.png"), ("dog", "1.JPG"), ("dog", "._1.JPG"), (".ipynb_checkpoints", "1.png")];
-        for (class, file) in files {
-            fs::create_dir_all(folder.path().join(class)).unwrap();
-            fs::write(folder.path().join(class).join(file), "").unwrap();
-        }
-        let found = ClassifiedImages::folders(folder.path()).unwrap();
-        assert_eq!(found.classes, ["cat", "dog"]);
-        assert_eq!(found.class_of_image, [0, 1, 1]);
-        let others = others_in(folder.path()).unwrap();
-        assert_eq!(others, ["cat", "dog"].map(|class| folder.path().join(class)));
-        assert!(found.images[1].ends_with("dog/1.JPG"));
-        assert!(ClassifiedImages::folders(folder.path().join("cat")).unwrap_err().to_string().ends_with("no folder of a class"));
-        fs::create_dir(folder.path().join("empty")).unwrap();
-        let error = ClassifiedImages::folders(folder.path()).unwrap_err().to_string();
-        assert!(error.contains("empty: a class without an image"), "{error}");
-    }
 }

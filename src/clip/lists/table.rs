@@ -1,19 +1,16 @@
-//! Lists of images and captions that people write themselves: tables and JSON lines.
+//! Lists of images and captions that people write themselves: tables and JSON.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-};
+use std::path::PathBuf;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::{CaptionedImages, ListError, format_error, read};
+use super::Row;
 
 /// What a column of images may be called, in lower case.
 const IMAGE: [&str; 10] =
     ["path", "filepath", "file_path", "image", "image_path", "image_name", "file_name", "filename", "file", "img"];
-/// What a column of captions may be called.
-const CAPTION: [&str; 6] = ["caption", "title", "text", "comment", "captions", "sentence"];
+/// What a column of captions may be called; numbers may follow.
+const CAPTION: [&str; 8] = ["caption", "title", "text", "comment", "captions", "sentence", "description", "raw"];
 /// What may stand between columns.
 const DELIMITERS: [char; 4] = ['\t', ',', ';', '|'];
 
@@ -22,26 +19,59 @@ const DELIMITERS: [char; 4] = ['\t', ',', ';', '|'];
 pub struct Columns {
     /// The column of image paths.
     pub image: Option<String>,
-    /// The column of captions.
-    pub caption: Option<String>,
+    /// The columns of captions; none: those with a usual name.
+    pub captions: Vec<String>,
+}
+
+/// The places of the columns.
+struct Places {
+    /// The image's folder, where that has a column of its own.
+    folder: Option<usize>,
+    image: usize,
+    captions: Vec<usize>,
+    split: Option<usize>,
 }
 
 impl Columns {
-    /// The places of the image and the caption among `names`.
-    fn places(&self, names: &[String]) -> Option<(usize, usize)> {
-        let place = |given: &Option<String>, usual: &[&str]| match given {
-            Some(given) => names.iter().position(|name| name == &plain(given)),
-            None => usual.iter().find_map(|usual| names.iter().position(|name| name == usual)),
+    fn places(&self, names: &[String]) -> Option<Places> {
+        let place = |name: &str| names.iter().position(|found| found == name);
+        let image = match &self.image {
+            Some(image) => place(&plain(image)),
+            None => IMAGE.iter().find_map(|usual| place(usual)),
+        }?;
+        let captions = match &self.captions[..] {
+            [] => {
+                // One of the usual names, or all of its numbered ones.
+                let of = |usual: &str| {
+                    let numbered = |name: &str| {
+                        let rest = name.strip_prefix(usual).map(|rest| rest.trim_start_matches(['_', ' ']));
+                        rest.is_some_and(|rest| rest.bytes().all(|byte| byte.is_ascii_digit()))
+                    };
+                    (0..names.len()).filter(|column| numbered(&names[*column])).collect::<Vec<usize>>()
+                };
+                CAPTION.iter().map(|usual| of(usual)).find(|found| !found.is_empty())?
+            }
+            given => given.iter().map(|name| place(&plain(name))).collect::<Option<Vec<usize>>>()?,
         };
-        Some((place(&self.image, &IMAGE)?, place(&self.caption, &CAPTION)?))
+        // As in Karpathy's lists, which others made tables of.
+        let folder = match (place("filepath"), place("filename")) {
+            (Some(folder), Some(name)) if self.image.is_none() => Some((folder, name)),
+            _ => None,
+        };
+        let image = folder.map_or(image, |(_, name)| name);
+        Some(Places { folder: folder.map(|(folder, _)| folder), image, captions, split: place("split") })
     }
 
-    fn expected(&self) -> String {
-        let one_of = |given: &Option<String>, usual: &[&str]| match given {
-            Some(given) => format!("`{given}`"),
-            None => format!("one of {}", usual.join(", ")),
+    /// What is said of a list with other `names`.
+    fn not_among(&self, names: &[String]) -> String {
+        let shown: Vec<String> =
+            names.iter().take(8).map(|name| format!("`{}`", name.chars().take(40).collect::<String>())).collect();
+        let image = self.image.as_ref().map_or_else(|| format!("one of {}", IMAGE.join(", ")), |name| format!("`{name}`"));
+        let captions = match &self.captions[..] {
+            [] => format!("one of {}", CAPTION.join(", ")),
+            given => format!("`{}`", given.join("`, `")),
         };
-        format!("expected {} for the image and {} for the caption", one_of(&self.image, &IMAGE), one_of(&self.caption, &CAPTION))
+        format!("{}; expected {image} for the image and {captions} for the caption", shown.join(", "))
     }
 }
 
@@ -50,64 +80,45 @@ fn plain(name: &str) -> String {
     name.trim().trim_matches('"').trim().to_lowercase()
 }
 
-/// One line of a list: its number from 1, the image and the caption.
-type Row = (u64, String, String);
-
-impl CaptionedImages {
-    /// A list of your own: a table with a line of names (comma, tab, semicolon or `|` between columns), or JSON lines. Images are in a column
-    /// called `path`, `filepath`, `image`, `file_name` or the like, captions in `caption`, `title`, `text` or the like, in any case, or in the
-    /// `columns` that you name. Several lines may name one image, which then has several captions. Images are in the order in which they are named
-    /// first; their paths are as written.
-    ///
-    /// # Errors
-    /// When the file is no UTF-8, the columns are not found, or lines have no image or caption; the first three such lines are named, with their
-    /// number.
-    pub fn table(path: impl AsRef<Path>, columns: &Columns) -> Result<Self, ListError> {
-        let path = path.as_ref();
-        let text = read(path)?;
-        let rows = if text.trim_start().starts_with('{') { json_lines(&text, columns) } else { table(&text, columns) };
-        let mut bad = Vec::new();
-        let mut place: BTreeMap<PathBuf, usize> = BTreeMap::new();
-        let mut list = Self::default();
-        for row in rows.map_err(|reason| format_error(path, reason))? {
-            match row {
-                Ok((line, image, caption)) if image.is_empty() || caption.is_empty() => {
-                    let what = if image.is_empty() { "no image" } else { "no caption" };
-                    bad.push(format!("line {line}: {what}"));
-                }
-                Ok((_, image, caption)) => {
-                    let image = PathBuf::from(image);
-                    let place = *place.entry(image.clone()).or_insert(list.images.len());
-                    if place == list.images.len() {
-                        list.images.push(image);
-                    }
-                    list.captions.push((caption, place));
-                }
-                Err(reason) => bad.push(reason),
-            }
+impl Places {
+    /// A row from the texts of its columns; `at` says where it is.
+    fn row(&self, at: &str, texts: impl Fn(usize) -> Vec<String>) -> Result<Row, String> {
+        let one = |place: usize| texts(place).into_iter().next().unwrap_or_default();
+        let image = one(self.image);
+        let captions: Vec<String> = self.captions.iter().flat_map(|place| texts(*place)).filter(|text| !text.is_empty()).collect();
+        if image.is_empty() || captions.is_empty() {
+            return Err(format!("{at}: no {}", if image.is_empty() { "image" } else { "caption" }));
         }
-        if !bad.is_empty() {
-            let more = if bad.len() > 3 { format!("; and {} more lines", bad.len() - 3) } else { String::new() };
-            return Err(format_error(path, format!("{}{more}", bad[..bad.len().min(3)].join("; "))));
-        }
-        if list.images.is_empty() {
-            return Err(format_error(path, "no image with a caption".into()));
-        }
-        // Captions of an image stand together, as in the other lists.
-        list.captions.sort_by_key(|(_, image)| *image);
-        Ok(list)
+        // Written on Windows, read elsewhere.
+        let image = if image.contains('/') || cfg!(windows) { image } else { image.replace('\\', "/") };
+        let folder = self.folder.map(one).unwrap_or_default();
+        Ok(Row { image: PathBuf::from(folder).join(image), captions, split: self.split.map(one).filter(|split| !split.is_empty()) })
     }
 }
 
+/// The rows of a list of one's own; all of its first bad lines in the error.
+pub(super) fn rows(text: &str, columns: &Columns) -> Result<Vec<Row>, String> {
+    let rows = match text.trim_start().chars().next() {
+        Some('{') => json_lines(text, columns),
+        Some('[') => json_list(text, columns)?,
+        _ => table(text, columns)?,
+    };
+    let bad: Vec<&String> = rows.iter().filter_map(|row| row.as_ref().err()).collect();
+    if !bad.is_empty() {
+        let first: Vec<&str> = bad.iter().take(3).map(|reason| reason.as_str()).collect();
+        let more = if bad.len() > 3 { format!("; and {} more", bad.len() - 3) } else { String::new() };
+        return Err(format!("{}{more}", first.join("; ")));
+    }
+    Ok(rows.into_iter().flatten().collect())
+}
+
 fn table(text: &str, columns: &Columns) -> Result<Vec<Result<Row, String>>, String> {
-    let header = text.lines().next().unwrap_or_default();
+    let header = text.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
     let names = |delimiter: char| -> Vec<String> { header.split(delimiter).map(plain).collect() };
     let fits = DELIMITERS.into_iter().find_map(|delimiter| Some((delimiter, columns.places(&names(delimiter))?)));
-    let Some((delimiter, (image, caption))) = fits else {
+    let Some((delimiter, places)) = fits else {
         let most = DELIMITERS.into_iter().map(names).max_by_key(Vec::len).unwrap_or_default();
-        let shown: Vec<String> =
-            most.iter().take(8).map(|name| format!("`{}`", name.chars().take(40).collect::<String>())).collect();
-        return Err(format!("the columns of its first line are {}; {}", shown.join(", "), columns.expected()));
+        return Err(format!("the columns of its first line are {}", columns.not_among(&most)));
     };
     let count = names(delimiter).len();
     let text = without_blanks_behind(delimiter, text);
@@ -124,10 +135,15 @@ fn table(text: &str, columns: &Columns) -> Result<Vec<Result<Row, String>>, Stri
         if record.len() != count {
             return Err(format!("line {line}: {} columns, but the first line has {count}", record.len()));
         }
-        let field = |place: usize| record.get(place).unwrap_or_default().to_string();
-        Ok((line, field(image), field(caption)))
+        places.row(&format!("line {line}"), |place| of_cell(record.get(place).unwrap_or_default()))
     };
     Ok(reader.records().map(row).collect())
+}
+
+/// The texts of a cell: one, or those of a JSON list.
+fn of_cell(cell: &str) -> Vec<String> {
+    let list: Option<Vec<String>> = cell.starts_with('[').then(|| serde_json::from_str(cell).ok()).flatten();
+    list.map_or_else(|| vec![cell.to_string()], |list| list.iter().map(|text| text.trim().to_string()).collect())
 }
 
 /// The text without the blanks at the beginning of fields: a quote behind them opens a quoted field, too.
@@ -157,17 +173,27 @@ fn without_blanks_behind(delimiter: char, text: &str) -> String {
     out
 }
 
-fn json_lines(text: &str, columns: &Columns) -> Result<Vec<Result<Row, String>>, String> {
+fn json_lines(text: &str, columns: &Columns) -> Vec<Result<Row, String>> {
     let row = |(index, line): (usize, &str)| {
-        let number = index as u64 + 1;
-        let object: serde_json::Map<String, Value> =
-            serde_json::from_str(line).map_err(|error| format!("line {number}: not the JSON that was expected: {error}"))?;
-        let names: Vec<String> = object.keys().map(|name| plain(name)).collect();
-        let Some((image, caption)) = columns.places(&names) else {
-            return Err(format!("line {number}: its fields are {}; {}", names.join(", "), columns.expected()));
-        };
-        let field = |place: usize| object.values().nth(place).and_then(Value::as_str).unwrap_or_default().trim().to_string();
-        Ok((number, field(image), field(caption)))
+        let at = format!("line {}", index + 1);
+        let object = serde_json::from_str(line).map_err(|error| format!("{at}: not the JSON that was expected: {error}"))?;
+        of_object(&at, &object, columns)
     };
-    Ok(text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).map(row).collect())
+    text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).map(row).collect()
+}
+
+fn json_list(text: &str, columns: &Columns) -> Result<Vec<Result<Row, String>>, String> {
+    let objects: Vec<Map<String, Value>> =
+        serde_json::from_str(text).map_err(|error| format!("not the JSON that was expected: {error}"))?;
+    Ok(objects.iter().enumerate().map(|(index, object)| of_object(&format!("entry {}", index + 1), object, columns)).collect())
+}
+
+fn of_object(at: &str, object: &Map<String, Value>, columns: &Columns) -> Result<Row, String> {
+    let names: Vec<String> = object.keys().map(|name| plain(name)).collect();
+    let places = columns.places(&names).ok_or_else(|| format!("{at}: its fields are {}", columns.not_among(&names)))?;
+    places.row(at, |place| match object.values().nth(place) {
+        Some(Value::String(text)) => vec![text.trim().to_string()],
+        Some(Value::Array(texts)) => texts.iter().filter_map(Value::as_str).map(|text| text.trim().to_string()).collect(),
+        _ => Vec::new(),
+    })
 }

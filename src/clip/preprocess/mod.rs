@@ -12,7 +12,7 @@ use std::{
 
 use burn::tensor::{Device, Tensor, TensorData};
 use fast_image_resize::{FilterType, ResizeAlg};
-use image::{DynamicImage, ImageDecoder, ImageReader, Limits, metadata::Orientation as Turn};
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, metadata::Orientation as Turn};
 use pixels::Pixels;
 use rayon::prelude::*;
 
@@ -70,9 +70,11 @@ pub type Square = Vec<u8>;
 
 /// Decodes, resizes with antialiasing, crops and normalises as [`ImagePreprocessing`] says.
 ///
-/// Within 1/255 of open_clip's own transform on lossless images, whose quirks are kept: alpha is dropped after resizing, images with a palette
-/// are resized without smoothing, and 16 bits of grey come out white. JPEG decoders differ among each other by a little more. PNG, JPEG and
-/// WebP.
+/// PNG, JPEG, WebP, GIF (its first frame), BMP and TIFF are read; the content of a file tells its kind, not its name.
+///
+/// Within 1/255 of open_clip's own transform on lossless images, whose habits are kept: alpha is dropped after resizing, a colour that a PNG
+/// declares transparent (tRNS) counts as any other, and images with a palette are resized without smoothing. JPEG decoders differ among each
+/// other by a little more. One habit is not kept: 16 bits of grey are scaled to 8, as colours are, where open_clip makes them white.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ImagePreprocessor {
     /// Side of the result, in pixels.
@@ -183,14 +185,20 @@ impl ImagePreprocessor {
     fn decode_or_panic(&self, bytes: &[u8], path: &Path) -> Result<Square, ImageError> {
         let bad = |reason: String| ImageError::Decode { path: path.to_path_buf(), reason };
         let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|error| bad(error.to_string()))?;
+        if reader.format() == Some(ImageFormat::Jpeg) && !jpeg_has_an_end(bytes) {
+            return Err(bad("a JPEG that is cut off before its end".into()));
+        }
         let mut limits = Limits::default();
         limits.max_alloc = Some(MOST_BYTES);
         reader.limits(limits.clone());
         let mut decoder = reader.into_decoder().map_err(|error| bad(error.to_string()))?;
         let (width, height) = decoder.dimensions();
+        let middle = self.middle_of(width, height);
+        let (_, _, kept_width, kept_height) = middle;
         // The resized image counts too: a long and thin one becomes larger.
-        let [across, down] = self.resized_size(width as usize, height as usize).map(|side| side as u64);
-        let largest = [u64::from(width) * u64::from(height), across.saturating_mul(height.into()), across.saturating_mul(down)];
+        let [across, down] = self.resized_size(kept_width as usize, kept_height as usize).map(|side| side as u64);
+        let largest =
+            [u64::from(width) * u64::from(height), across.saturating_mul(kept_height.into()), across.saturating_mul(down)];
         if largest.into_iter().any(|pixels| pixels > MOST_PIXELS) {
             return Err(ImageError::TooLarge { path: path.to_path_buf(), width, height });
         }
@@ -200,17 +208,43 @@ impl ImagePreprocessor {
             Orientation::Exif => decoder.orientation().unwrap_or(Turn::NoTransforms),
         };
         let mut image = DynamicImage::from_decoder(decoder).map_err(|error| bad(error.to_string()))?;
+        if (kept_width, kept_height) != (width, height) {
+            let (left, top, ..) = middle;
+            image = image.crop_imm(left, top, kept_width, kept_height);
+        }
         image.apply_orientation(turn);
         self.square(Pixels::of(image, bytes)).map_err(bad)
     }
 
+    /// Left, top, width and height of what is decoded and then resized: all of an image, unless it is so thin that the whole would become too
+    /// large when resized. Then it is the middle, four times as long as wide, of which the crop takes a part.
+    fn middle_of(&self, width: u32, height: u32) -> (u32, u32, u32, u32) {
+        let [across, down] = self.resized_size(width as usize, height as usize);
+        let fits = across.max(width as usize).saturating_mul(down.max(height as usize)) as u64 <= MOST_PIXELS;
+        let length = |long: u32, short: u32| {
+            // As odd or even as the whole, so that the middle stays where it was.
+            let kept = short.max(1).saturating_mul(4);
+            (kept + (long - kept.min(long)) % 2).min(long)
+        };
+        if fits || self.preprocessing.resize_mode == ResizeMode::Squash {
+            (0, 0, width, height)
+        } else if width > height {
+            let kept = length(width, height);
+            ((width - kept) / 2, 0, kept, height)
+        } else {
+            let kept = length(height, width);
+            (0, (height - kept) / 2, width, kept)
+        }
+    }
+
     /// Width and height after resizing: both at least `image_size`.
     fn resized_size(&self, width: usize, height: usize) -> [usize; 2] {
+        let side = self.preprocessing.resize_to.unwrap_or(self.image_size).max(self.image_size);
         if self.preprocessing.resize_mode == ResizeMode::Squash {
-            return [self.image_size; 2];
+            return [side; 2];
         }
         let short = width.min(height).max(1);
-        [width, height].map(|side| if side == short { self.image_size } else { self.image_size * side / short })
+        [width, height].map(|long| if long == short { side } else { side * long / short })
     }
 
     fn filter(&self) -> ResizeAlg {
@@ -232,6 +266,27 @@ impl ImagePreprocessor {
         let (left, top) = (half_to_even(new_width - size), half_to_even(new_height - size));
         let rows = rgb.chunks_exact(3 * new_width).skip(top).take(size);
         Ok(rows.flat_map(|row| &row[3 * left..3 * (left + size)]).copied().collect())
+    }
+}
+
+/// Whether a JPEG goes on to its end marker. Decoders fill what is missing with grey.
+fn jpeg_has_an_end(bytes: &[u8]) -> bool {
+    let mut at = 2;
+    loop {
+        // To the next marker: 0xff before anything but 0xff (fill), 0 (a byte of data) and the restart markers among the data.
+        let Some(next) = bytes[at.min(bytes.len())..].iter().position(|byte| *byte == 0xff) else { return false };
+        at += next + 1;
+        match bytes.get(at) {
+            None => return false,
+            Some(0xff) => {}
+            Some(0 | 1 | 0xd0..=0xd8) => at += 1,
+            Some(0xd9) => return true,
+            // A segment, which says its length.
+            Some(_) => match bytes.get(at + 1..at + 3) {
+                None => return false,
+                Some(length) => at += 1 + usize::from(u16::from_be_bytes([length[0], length[1]])).max(2),
+            },
+        }
     }
 }
 
@@ -275,8 +330,43 @@ mod tests {
         for (width, height) in [(1, 1), (1, 300), (300, 1), (2, 333), (333, 2), (8, 9)] {
             assert_eq!(of(width, height, 8).unwrap().len(), 3 * 64, "{width} x {height}");
         }
-        assert!(matches!(of(1, 50_000, 224), Err(ImageError::TooLarge { .. })));
-        assert!(matches!(of(50_000, 1, 224), Err(ImageError::TooLarge { .. })));
+        for (width, height) in [(1, 50_000), (50_001, 1), (3, 60_000)] {
+            assert_eq!(of(width, height, 224).unwrap().len(), 3 * 224 * 224, "{width} x {height}");
+        }
+        assert!(matches!(of(9_000, 9_000, 8), Err(ImageError::TooLarge { .. })));
+    }
+
+    #[test]
+    fn the_middle_of_a_thin_image_is_that_of_the_whole() {
+        // Too long to be resized whole at 224, and just short enough at 100: both see the same few pixels of the middle.
+        let shade = |i: u32| image::Rgb([(i % 251) as u8, (i / 2 % 241) as u8, (i / 3 % 239) as u8]);
+        for (short, long) in [(2, 3_001), (2, 3_000), (1, 1_401)] {
+            let mut png = Cursor::new(Vec::new());
+            image::RgbImage::from_fn(long, short, |x, _| shade(x)).write_to(&mut png, image::ImageFormat::Png).unwrap();
+            let preprocessor = ImagePreprocessor::new(224);
+            let (_, _, kept, _) = preprocessor.middle_of(long, short);
+            assert_eq!((kept < long, (long - kept) % 2), (true, 0));
+            let square = preprocessor.decode(png.get_ref()).unwrap();
+            // The columns of the square are `short` source pixels wide, around the middle.
+            let centre = square[3 * 112];
+            let expected = shade(long / 2).0[0];
+            assert!(centre.abs_diff(expected) <= 2, "{short} x {long}: {centre} where {expected} was");
+        }
+    }
+
+    #[test]
+    fn a_jpeg_without_its_end_is_an_error() {
+        let mut jpeg = Cursor::new(Vec::new());
+        let image = image::RgbImage::from_fn(64, 64, |x, y| image::Rgb([(x * 3) as u8, (y * 3) as u8, (x * y) as u8]));
+        image.write_to(&mut jpeg, image::ImageFormat::Jpeg).unwrap();
+        let bytes = jpeg.into_inner();
+        let preprocessor = ImagePreprocessor::new(8);
+        assert!(preprocessor.decode(&bytes).is_ok());
+        assert!(preprocessor.decode(&[&bytes[..], b"something behind it"].concat()).is_ok());
+        for end in [bytes.len() - 1, bytes.len() - 2, bytes.len() / 2, 700] {
+            let error = preprocessor.decode(&bytes[..end]).unwrap_err().to_string();
+            assert!(error.contains("cut off before its end"), "{end}: {error}");
+        }
     }
 
     #[test]

@@ -11,8 +11,6 @@ pub(super) enum Pixels {
     Transparent(Image<'static>),
     /// RGB from a palette: the nearest pixel is taken.
     Palette(Image<'static>),
-    /// 16 bits of grey, of which all above 255 become white.
-    Grey(Image<'static>),
 }
 
 impl Pixels {
@@ -22,11 +20,11 @@ impl Pixels {
             |values: Vec<u8>, kind| Image::from_vec_u8(width, height, values, kind).expect("as many values as pixels and channels");
         // Pillow keeps the high byte of a colour's 16 bits.
         let high = |values: Vec<u16>| values.into_iter().map(|value| (value >> 8) as u8).collect::<Vec<u8>>();
-        match image {
-            image if is_palette_png(bytes) => Self::Palette(image_of(image.into_rgb8().into_raw(), PixelType::U8x3)),
+        match if has_transparent_colour(bytes) { without_its_alpha(image) } else { image } {
+            image if has_palette(bytes) => Self::Palette(image_of(image.into_rgb8().into_raw(), PixelType::U8x3)),
             DynamicImage::ImageLuma16(image) => {
-                let bytes = image.into_raw().iter().flat_map(|value| value.to_ne_bytes()).collect();
-                Self::Grey(image_of(bytes, PixelType::U16))
+                let rgb = high(image.into_raw()).into_iter().flat_map(|grey| [grey; 3]).collect();
+                Self::Opaque(image_of(rgb, PixelType::U8x3))
             }
             DynamicImage::ImageRgb16(image) => Self::Opaque(image_of(high(image.into_raw()), PixelType::U8x3)),
             DynamicImage::ImageRgba16(image) => Self::Transparent(image_of(high(image.into_raw()), PixelType::U8x4)),
@@ -41,7 +39,7 @@ impl Pixels {
     }
 
     pub(super) fn dims(&self) -> (usize, usize) {
-        let (Self::Opaque(image) | Self::Transparent(image) | Self::Palette(image) | Self::Grey(image)) = self;
+        let (Self::Opaque(image) | Self::Transparent(image) | Self::Palette(image)) = self;
         (image.width() as usize, image.height() as usize)
     }
 
@@ -53,11 +51,6 @@ impl Pixels {
             Self::Palette(image) if is_same => Ok(image.into_vec()),
             Self::Opaque(image) => Ok(smooth(image, width, height, filter)?.into_vec()),
             Self::Palette(image) => Ok(resize(&image, width, height, ResizeAlg::Nearest)?.into_vec()),
-            Self::Grey(image) => {
-                let image = if is_same { image } else { smooth(image, width, height, filter)? };
-                let values = image.buffer().as_chunks().0.iter().map(|bytes| u16::from_ne_bytes(*bytes).min(255) as u8);
-                Ok(values.flat_map(|value| [value; 3]).collect())
-            }
             Self::Transparent(image) if is_same => Ok(without_alpha(image.buffer())),
             Self::Transparent(image) => resize_transparent(&image, width, height, filter),
         }
@@ -121,8 +114,67 @@ fn without_alpha(rgba: &[u8]) -> Vec<u8> {
     rgba.as_chunks().0.iter().flat_map(|&[r, g, b, _]: &[u8; 4]| [r, g, b]).collect()
 }
 
-/// Whether a file is a PNG whose pixels name entries of a palette, or are one bit of grey.
-fn is_palette_png(bytes: &[u8]) -> bool {
-    let (signature, depth_and_colour) = (bytes.get(..8), bytes.get(24..26));
-    signature == Some(b"\x89PNG\r\n\x1a\n") && matches!(depth_and_colour, Some([_, 3] | [1, 0]))
+/// The depth and the kind of colours of a PNG.
+fn png_colours(bytes: &[u8]) -> Option<[u8; 2]> {
+    let is_png = bytes.starts_with(b"\x89PNG\r\n\x1a\n");
+    bytes.get(24..26).filter(|_| is_png).map(|colours| [colours[0], colours[1]])
+}
+
+/// Whether the pixels of a file name entries of a palette that is more than a scale of greys, or are one bit of grey.
+fn has_palette(bytes: &[u8]) -> bool {
+    match bytes {
+        [b'B', b'M', ..] => bmp_palette(bytes).is_some_and(|palette| palette.len() <= 2 || !is_grey_scale(palette)),
+        [b'G', b'I', b'F', ..] => !gif_palette(bytes).is_some_and(is_grey_scale),
+        _ => matches!(png_colours(bytes), Some([_, 3] | [1, 0])),
+    }
+}
+
+/// Whether each entry is grey, and as light as its place says.
+fn is_grey_scale<const N: usize>(palette: &[[u8; N]]) -> bool {
+    palette.iter().enumerate().all(|(place, colour)| colour[..3].iter().all(|value| usize::from(*value) == place))
+}
+
+/// The palette of a BMP, blue first.
+fn bmp_palette(bytes: &[u8]) -> Option<&[[u8; 4]]> {
+    let number = |at: usize| bytes.get(at..at + 4).map(|bytes| u32::from_le_bytes(bytes.try_into().expect("four bytes")) as usize);
+    let (header, bits) = (number(14)?, usize::from(*bytes.get(28)?));
+    if bits > 8 {
+        return None;
+    }
+    let entries = Some(number(46)?).filter(|used| *used > 0).unwrap_or(1 << bits).min(256);
+    Some(bytes.get(14usize.checked_add(header)?..)?.as_chunks().0.get(..entries)?)
+}
+
+/// The palette of a GIF's first image.
+fn gif_palette(bytes: &[u8]) -> Option<&[[u8; 3]]> {
+    let table = |at: usize, flags: u8| {
+        let entries = (flags & 0x80 > 0).then_some(2usize << (flags & 7))?;
+        bytes.get(at..)?.as_chunks().0.get(..entries)
+    };
+    let whole = table(13, *bytes.get(10)?);
+    let mut at = 13 + whole.map_or(0, |palette| 3 * palette.len());
+    // Over extensions, which are made of blocks that say their length, to the first image, which may have a palette of its own.
+    while *bytes.get(at)? == 0x21 {
+        at += 2;
+        while *bytes.get(at)? > 0 {
+            at += 1 + usize::from(bytes[at]);
+        }
+        at += 1;
+    }
+    bytes.get(at + 9).and_then(|flags| table(at + 10, *flags)).or(whole)
+}
+
+/// Whether what a decoder takes for alpha can only be a colour that the file declares transparent (tRNS): its pixels have no alpha.
+fn has_transparent_colour(bytes: &[u8]) -> bool {
+    matches!(png_colours(bytes), Some([_, 0 | 2]))
+}
+
+fn without_its_alpha(image: DynamicImage) -> DynamicImage {
+    match image {
+        DynamicImage::ImageLumaA8(_) => image.into_luma8().into(),
+        DynamicImage::ImageRgba8(_) => image.into_rgb8().into(),
+        DynamicImage::ImageLumaA16(_) => image.into_luma16().into(),
+        DynamicImage::ImageRgba16(_) => image.into_rgb16().into(),
+        image => image,
+    }
 }

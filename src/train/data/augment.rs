@@ -102,6 +102,7 @@ mod tests {
         std: IMAGE_STD,
         resize_mode: ResizeMode::Shortest,
         interpolation: Interpolation::Bicubic,
+        resize_to: None,
     };
 
     #[test]

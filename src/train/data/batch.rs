@@ -7,12 +7,12 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use rand::{RngExt, SeedableRng, rngs::StdRng, seq::SliceRandom};
 
 use super::{AugmentConfig, DataError, ImageTextSet};
-use crate::clip::tokenizer::{ClipTokenizer, TokenizedTexts};
+use crate::clip::tokenizer::{ClipTokenizer, TokenizedTexts, first_of_equal};
 
 /// How batches are drawn.
 #[derive(Config, Debug, Copy, PartialEq)]
 pub struct BatchConfig {
-    /// Pairs in a batch; no concept stands in it twice. Default: 256
+    /// Pairs in a batch; neither a concept nor a caption stands in it twice. Default: 256
     #[config(default = 256)]
     pub batch_size: usize,
     /// Most tokens of a caption. Default: 24
@@ -77,7 +77,7 @@ impl Batches {
             return Err(DataError::OutOfRange { field: "context_length", value: config.context_length as f64, reason });
         }
         let drawer = Drawer::new(set, config, seed);
-        let concepts = drawer.images_of_concept.len();
+        let concepts = drawer.images_of_group.len();
         if config.batch_size == 0 || concepts < config.batch_size {
             return Err(DataError::TooFewConcepts { batch_size: config.batch_size, concepts });
         }
@@ -98,6 +98,30 @@ impl Iterator for Batches {
     }
 }
 
+/// The group of each concept, by its first concept: concepts with a caption in common are in one, and those that share one with any of these.
+fn groups(captions: &[Vec<Vec<i32>>]) -> Vec<usize> {
+    let all: Vec<(usize, &Vec<i32>)> = captions
+        .iter()
+        .enumerate()
+        .flat_map(|(concept, captions)| captions.iter().map(move |caption| (concept, caption)))
+        .collect();
+    let texts: Vec<&Vec<i32>> = all.iter().map(|(_, caption)| *caption).collect();
+    let mut group: Vec<usize> = (0..captions.len()).collect();
+    let root = |group: &[usize], mut concept: usize| {
+        while group[concept] != concept {
+            concept = group[concept];
+        }
+        concept
+    };
+    for (place, first) in first_of_equal(&texts).into_iter().enumerate() {
+        let [a, b] = [all[place].0, all[first].0].map(|concept| root(&group, concept));
+        // The lower one leads; long chains are cut short.
+        group[a.max(b)] = a.min(b);
+        group[all[place].0] = a.min(b);
+    }
+    (0..captions.len()).map(|concept| root(&group, concept)).collect()
+}
+
 struct Drawer {
     set: ImageTextSet,
     config: BatchConfig,
@@ -106,36 +130,38 @@ struct Drawer {
     comma: Vec<i32>,
     captions: Vec<Vec<Vec<i32>>>,
     tags: Vec<Vec<Vec<i32>>>,
-    /// Only concepts with images.
-    images_of_concept: Vec<Vec<usize>>,
+    /// The images of concepts that have a caption in common, of which one at most stands in a batch.
+    images_of_group: Vec<Vec<usize>>,
 }
 
 impl Drawer {
     fn new(set: &ImageTextSet, config: BatchConfig, seed: u64) -> Self {
         let tokenizer = ClipTokenizer::new();
         let encode = |texts: &Vec<String>| texts.iter().map(|text| tokenizer.encode(text)).collect();
-        let mut images_of_concept = vec![Vec::new(); set.concepts.len()];
+        let captions: Vec<Vec<Vec<i32>>> = set.concepts.iter().map(|concept| encode(&concept.captions)).collect();
+        let group_of_concept = groups(&captions);
+        let mut images_of_group = vec![Vec::new(); set.concepts.len()];
         for (image, &concept) in set.concept_of_image.iter().enumerate() {
-            images_of_concept[concept].push(image);
+            images_of_group[group_of_concept[concept]].push(image);
         }
-        images_of_concept.retain(|images| !images.is_empty());
+        images_of_group.retain(|images| !images.is_empty());
         Self {
             set: set.clone(),
             config,
             seed,
             comma: tokenizer.encode(","),
-            captions: set.concepts.iter().map(|concept| encode(&concept.captions)).collect(),
+            captions,
             tags: set.concepts.iter().map(|concept| encode(&concept.tags)).collect(),
-            images_of_concept,
+            images_of_group,
             tokenizer,
         }
     }
 
-    /// Every concept once in as many batches as it takes, then in a new order; for each a random image and caption.
+    /// Every group of concepts once in as many batches as it takes, then in a new order; for each a random image and caption.
     fn draw(&self, step: usize) -> Batch {
         let (size, side) = (self.config.batch_size, self.set.image_size);
-        let per_round = self.images_of_concept.len() / size;
-        let mut order: Vec<usize> = (0..self.images_of_concept.len()).collect();
+        let per_round = self.images_of_group.len() / size;
+        let mut order: Vec<usize> = (0..self.images_of_group.len()).collect();
         order.shuffle(&mut self.rng(0, (step / per_round) as u64));
         let chosen = &order[step % per_round * size..][..size];
 
@@ -145,7 +171,7 @@ impl Drawer {
         let mut texts = Vec::with_capacity(size);
         let mut concepts = Vec::with_capacity(size);
         for (&index, out) in chosen.iter().zip(pixels.chunks_exact_mut(len)) {
-            let images = &self.images_of_concept[index];
+            let images = &self.images_of_group[index];
             let image = images[rng.random_range(0..images.len())];
             let concept = self.set.concept_of_image[image];
             self.config.augment.apply(self.set.image(image), side, &self.set.preprocessing, out, &mut rng);

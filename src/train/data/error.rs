@@ -41,13 +41,16 @@ pub enum DataError {
     #[error(transparent)]
     List(#[from] crate::clip::lists::ListError),
     /// No image of the list can be read.
-    #[error("{}: no image can be read", path.display())]
+    #[error("{}: none of its images can be read", folder.display())]
     NoImage {
-        /// The list.
-        path: PathBuf,
+        /// The folder of the images.
+        folder: PathBuf,
     },
     /// Fewer concepts than a batch needs.
-    #[error("a batch of {batch_size} needs as many concepts, because none may stand in it twice; the data has {concepts}")]
+    #[error(
+        "a batch of {batch_size} needs as many concepts, because none may stand in it twice; the data has {concepts} (those with a caption in \
+         common count as one)"
+    )]
     TooFewConcepts {
         /// Samples in a batch.
         batch_size: usize,

@@ -4,12 +4,12 @@ mod augment;
 mod batch;
 mod emoji;
 mod error;
-mod folder;
+mod list;
 mod set;
 
 pub use augment::AugmentConfig;
 pub use batch::{Batch, BatchConfig, Batches};
 pub use emoji::{EmojiPack, EmojiVendor};
 pub use error::DataError;
-pub use folder::{LoadedFolder, load_folder};
+pub use list::{LoadedImages, load_images};
 pub use set::{Concept, ImageTextSet};

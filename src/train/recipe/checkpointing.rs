@@ -18,13 +18,42 @@ use crate::{
     transformer::{Encoder, FeedForward, TransformerBlock},
 };
 
-/// Where a run is kept, so that it can go on after it was stopped.
+/// Where a run is kept, so that it can go on after it was stopped, or for longer than was planned.
 #[derive(Debug, Clone)]
 pub struct Checkpointing {
-    /// A folder of this run's own.
+    /// A folder of this run's own. Its last checkpoint stays when the run ends.
     pub folder: PathBuf,
     /// Steps between checkpoints.
     pub every: usize,
+}
+
+/// How far a run has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KeptRun {
+    /// Steps that are done.
+    pub step: usize,
+    /// Steps that were planned.
+    pub steps: usize,
+}
+
+impl Checkpointing {
+    /// How far the run in the folder has come, if there is one.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn kept_run(&self) -> Result<Option<KeptRun>, TrainError> {
+        Ok(self.latest()?.map(|latest| KeptRun { step: latest.step, steps: latest.steps }))
+    }
+
+    fn latest(&self) -> Result<Option<Latest>, TrainError> {
+        let path = self.folder.join("latest.json");
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let bad = |reason: String| TrainError::Checkpoint { path: path.clone(), reason };
+        let text = fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
+        serde_json::from_str(&text).map(Some).map_err(|error| bad(error.to_string()))
+    }
 }
 
 /// What a checkpoint keeps of an arm beside its weights.
@@ -43,11 +72,14 @@ pub(super) struct Progress {
 #[derive(Serialize, Deserialize)]
 struct Latest {
     step: usize,
+    steps: usize,
     fingerprint: String,
     progress: Vec<Progress>,
 }
 
+/// Of all but the number of steps, which may grow.
 fn fingerprint(config: &TrainConfig, data: u64, runs: &[Run]) -> String {
+    let config = TrainConfig { steps: 0, ..config.clone() };
     let arms: Vec<_> =
         runs.iter().map(|run| (&run.arm.name, &run.arm.optimizer, &run.arm.auxiliary, routing_of(&run.arm.model))).collect();
     serde_json::to_string(&(config, data, arms)).expect("configurations are JSON")
@@ -99,6 +131,7 @@ pub(super) fn save(
     }
     let latest = Latest {
         step,
+        steps: config.steps,
         fingerprint: fingerprint(config, data, runs),
         progress: runs.iter().map(|run| run.progress.clone()).collect(),
     };
@@ -114,25 +147,25 @@ pub(super) fn save(
     Ok(())
 }
 
-/// The step to go on from, if the folder has a checkpoint; the runs are then as they were.
+/// How far the run in the folder has come, if there is one; the runs are then as they were.
 pub(super) fn resume(
     checkpointing: &Checkpointing,
     config: &TrainConfig,
     data: u64,
     runs: &mut [Run],
-) -> Result<Option<usize>, TrainError> {
+) -> Result<Option<KeptRun>, TrainError> {
+    let Some(latest) = checkpointing.latest()? else { return Ok(None) };
     let path = checkpointing.folder.join("latest.json");
-    if !path.is_file() {
-        return Ok(None);
-    }
     let bad = |reason: String| TrainError::Checkpoint { path: path.clone(), reason };
-    let text = fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
-    let latest: Latest = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
     if latest.fingerprint != fingerprint(config, data, runs) {
         return Err(bad(
             "the run in this folder has another configuration, other data or another start; take another folder or remove this one"
                 .into(),
         ));
+    }
+    if latest.step > config.steps {
+        let (done, steps) = (latest.step, config.steps);
+        return Err(bad(format!("the run in this folder has done {done} steps already, and {steps} are asked for")));
     }
     for (index, (run, progress)) in runs.iter_mut().zip(latest.progress).enumerate() {
         let [model, optimizer] = record_paths(&checkpointing.folder, latest.step, index);
@@ -145,7 +178,7 @@ pub(super) fn resume(
             .collect();
         run.progress = progress;
     }
-    Ok(Some(latest.step))
+    Ok(Some(KeptRun { step: latest.step, steps: latest.steps }))
 }
 
 /// Stands for the data and for where the arms start, so that a run is not resumed as another one.

@@ -1,0 +1,87 @@
+//! Options that several examples have, under one name.
+
+use std::{error::Error, path::PathBuf};
+
+use burn::tensor::Device;
+use burn_moe::clip::{
+    VisionConfig,
+    lists::{CaptionedImages, Columns, ListOptions},
+    preprocess::{ImagePreprocessor, Orientation},
+};
+use clap::Args;
+
+use super::device_by_name;
+
+/// The model and where it runs.
+#[derive(Args)]
+pub(crate) struct ModelArgs {
+    /// Folder of the checkpoint: Hugging Face, open_clip or sparse
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-tiny"))]
+    pub(crate) model: PathBuf,
+    /// Side of the images in pixels, if it should be another than the checkpoint's: its position embeddings are then interpolated
+    #[arg(long)]
+    pub(crate) image_size: Option<usize>,
+    /// Images or texts in one forward pass
+    #[arg(long, default_value_t = 32)]
+    pub(crate) batch_size: usize,
+    /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+impl ModelArgs {
+    pub(crate) fn device(&self) -> Result<Device, Box<dyn Error>> {
+        Ok(device_by_name(&self.device)?)
+    }
+}
+
+/// How images are read.
+#[derive(Args)]
+pub(crate) struct ImageArgs {
+    /// Leave images as the camera stored them, as open_clip and CLIP_benchmark do, instead of turning them the right way up
+    #[arg(long)]
+    pub(crate) as_stored: bool,
+    /// Stop with an error when an image cannot be read, instead of skipping it
+    #[arg(long)]
+    pub(crate) strict: bool,
+}
+
+impl ImageArgs {
+    pub(crate) fn preprocessor(&self, vision: &VisionConfig) -> ImagePreprocessor {
+        let orientation = if self.as_stored { Orientation::AsStored } else { Orientation::Exif };
+        ImagePreprocessor::for_model(vision).with_orientation(orientation)
+    }
+}
+
+/// How a list of images and captions is read: any kind that `CaptionedImages::read` knows.
+#[derive(Args)]
+pub(crate) struct ListArgs {
+    /// Folder of the images; of a list, if it is another than the one that the list is in
+    #[arg(long)]
+    pub(crate) images: Option<PathBuf>,
+    /// Which split of a list that holds several: train, val, test, …, or all
+    #[arg(long)]
+    pub(crate) split: Option<String>,
+    /// A file with the names of a published split's images, one in every line: only these are read
+    #[arg(long)]
+    only: Option<PathBuf>,
+    /// The column of images, where it has no usual name
+    #[arg(long)]
+    image_column: Option<String>,
+    /// A column of captions, where it has no usual name; may be given several times
+    #[arg(long = "caption-column")]
+    caption_columns: Vec<String>,
+}
+
+impl ListArgs {
+    /// The list, and the folder of its images.
+    pub(crate) fn read(&self, list: &PathBuf) -> Result<(CaptionedImages, PathBuf), Box<dyn Error>> {
+        let columns = Columns { image: self.image_column.clone(), captions: self.caption_columns.clone() };
+        let mut found = CaptionedImages::read(list, &ListOptions { columns, split: self.split.clone() })?;
+        if let Some(names) = &self.only {
+            found.keep_named(names)?;
+        }
+        let beside = || list.parent().map(PathBuf::from).unwrap_or_default();
+        Ok((found, self.images.clone().unwrap_or_else(beside)))
+    }
+}

@@ -1,0 +1,116 @@
+//! Lists as data sets publish them.
+
+use std::{
+    collections::BTreeMap,
+    path::{Component, PathBuf},
+};
+
+use serde::{Deserialize, de::IgnoredAny};
+
+use super::Row;
+
+/// COCO's file, or Karpathy's, which has no captions apart from its images.
+#[derive(Deserialize)]
+struct Images {
+    images: Vec<Image>,
+    annotations: Option<Vec<CocoCaption>>,
+}
+
+#[derive(Deserialize)]
+struct Image {
+    id: Option<u64>,
+    file_name: Option<PathBuf>,
+    filename: Option<PathBuf>,
+    #[serde(default)]
+    filepath: PathBuf,
+    split: Option<String>,
+    #[serde(default)]
+    sentences: Vec<Sentence>,
+}
+
+#[derive(Deserialize)]
+struct Sentence {
+    raw: String,
+}
+
+#[derive(Deserialize)]
+struct CocoCaption {
+    image_id: u64,
+    caption: String,
+}
+
+/// What tells a published list from JSON lines, in a line or in a whole file.
+#[derive(Deserialize)]
+struct Kind {
+    images: Option<IgnoredAny>,
+}
+
+/// The images of a published list; `None` when the text is of another kind.
+pub(super) fn rows(text: &str) -> Option<Result<Vec<Row>, String>> {
+    let first = text.lines().find(|line| !line.trim().is_empty())?;
+    if first.trim_start().starts_with('{') {
+        let is_published = match serde_json::from_str::<Kind>(first) {
+            Ok(kind) => kind.images.is_some(),
+            // The object goes on in the next line, or the line is broken.
+            Err(_) => text.contains("\"images\""),
+        };
+        return is_published.then(|| json(text));
+    }
+    numbered(first).is_some().then(|| flickr(text))
+}
+
+/// A row whose file is inside of the folder of images: a list must not decide which others are read.
+pub(super) fn inside(row: Row) -> Result<Row, String> {
+    if row.image.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir)) {
+        Ok(row)
+    } else {
+        Err(format!("{} is not inside the folder of images", row.image.display()))
+    }
+}
+
+fn json(text: &str) -> Result<Vec<Row>, String> {
+    let file: Images = serde_json::from_str(text).map_err(|error| format!("not the JSON that was expected: {error}"))?;
+    match file.annotations {
+        Some(captions) => coco(file.images, captions),
+        None => file.images.into_iter().map(karpathy).collect(),
+    }
+}
+
+fn coco(images: Vec<Image>, captions: Vec<CocoCaption>) -> Result<Vec<Row>, String> {
+    let id = |image: &Image| image.id.ok_or("an image without `id`");
+    let mut captions_of = BTreeMap::new();
+    for image in &images {
+        captions_of.insert(id(image)?, Vec::new());
+    }
+    for CocoCaption { image_id, caption } in captions {
+        let own = captions_of.get_mut(&image_id).ok_or_else(|| format!("a caption names image {image_id}, which is not there"))?;
+        own.push(caption.trim().to_string());
+    }
+    let row = |image: Image| {
+        let captions = captions_of.remove(&id(&image)?).unwrap_or_default();
+        Ok(Row { image: image.file_name.ok_or("an image without `file_name`")?, captions, split: None })
+    };
+    images.into_iter().map(row).collect()
+}
+
+fn karpathy(image: Image) -> Result<Row, String> {
+    let name = image.filename.ok_or("an image without `filename`, and no `annotations`")?;
+    let captions = image.sentences.into_iter().map(|sentence| sentence.raw.trim().to_string()).collect();
+    Ok(Row { image: image.filepath.join(name), captions, split: image.split })
+}
+
+/// `NAME#NUMBER`, a tab and a caption.
+fn numbered(line: &str) -> Option<(&str, &str)> {
+    let (name, caption) = line.split_once('\t')?;
+    let (name, number) = name.trim().rsplit_once('#')?;
+    number.bytes().all(|byte| byte.is_ascii_digit()).then_some((name, caption))
+}
+
+fn flickr(text: &str) -> Result<Vec<Row>, String> {
+    let row = |(index, line): (usize, &str)| {
+        let (name, caption) =
+            numbered(line).ok_or_else(|| format!("line {}: expected `NAME#NUMBER`, a tab and a caption", index + 1))?;
+        Ok(Row { image: name.into(), captions: vec![caption.trim().to_string()], split: None })
+    };
+    text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).map(row).collect()
+}

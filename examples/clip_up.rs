@@ -69,6 +69,9 @@ struct Args {
     /// goes on, and the learning rate follows the schedule of all steps from there on
     #[arg(long)]
     resume: bool,
+    /// Compute activations again in the backward pass where that is cheap, instead of keeping them: less memory, longer steps
+    #[arg(long)]
+    gradient_checkpointing: bool,
     /// A few steps only (at most 20), to see that everything works
     #[arg(long)]
     quick: bool,
@@ -127,6 +130,8 @@ fn run() -> Result<(), Box<dyn Error>> {
     }
     let device = device_by_name(&args.device)?;
     device.seed(args.seed);
+    let training = device.clone().autodiff();
+    let training = if args.gradient_checkpointing { training.gradient_checkpointing() } else { training };
 
     fs::create_dir_all(&args.out)?;
 
@@ -182,7 +187,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         test: &test,
         config: &config,
         checkpointing: Some(&checkpointing),
-        device: &device,
+        device: &training,
         observer: &mut progress,
     })?;
     progress.finish();

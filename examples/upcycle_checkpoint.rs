@@ -18,7 +18,7 @@ use burn_moe::{
     Capacity, FillOrder, GateNormalization, RouterOptions, RouterScore, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{
         SparseClipConfig, TextConfig, VisionConfig,
-        checkpoint::{ClipCheckpoint, Precision, TextCheckpoint, Towers, VisionCheckpoint, towers_in},
+        checkpoint::{ClipCheckpoint, TextCheckpoint, Towers, VisionCheckpoint, towers_in},
         preprocess::ImagePreprocessor,
         tokenizer::ClipTokenizer,
     },
@@ -26,7 +26,7 @@ use burn_moe::{
     upcycle::{Probe, UpcycleReport, UpcycleStrategy},
 };
 use clap::{Parser, ValueEnum};
-use support::{ListArgs, device_by_name, report_skipped, write_atomic};
+use support::{ListArgs, Stored, device_by_name, report_skipped, write_atomic};
 
 #[derive(Parser)]
 #[command(
@@ -125,13 +125,6 @@ struct StrategyArgs {
     /// Of cluster-aware: how many images are read
     #[arg(long, default_value_t = 64)]
     calibration: usize,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Stored {
-    F32,
-    F16,
-    Bf16,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -271,7 +264,7 @@ fn clip(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleReport
     let upcycled = config.init(device).upcycle_from_dense(&dense.model, &options)?;
     clock.lap("upcycle and compare");
     drop(dense);
-    ClipCheckpoint { config, model: upcycled.model }.save_sparse(&args.out, args.precision())?;
+    ClipCheckpoint { config, model: upcycled.model }.save_sparse(&args.out, args.precision.into())?;
     clock.lap("save");
     let back = ClipCheckpoint::load(&args.out, device)?;
     clock.lap("load the sparse one");
@@ -293,7 +286,7 @@ fn vision(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleRepo
     }
     let upcycled = config.init(dense.embed_dim, device).upcycle_from_dense(&dense.model, &options)?;
     clock.lap("upcycle and compare");
-    VisionCheckpoint { config, embed_dim: dense.embed_dim, model: upcycled.model }.save_sparse(&args.out, args.precision())?;
+    VisionCheckpoint { config, embed_dim: dense.embed_dim, model: upcycled.model }.save_sparse(&args.out, args.precision.into())?;
     clock.lap("save");
     VisionCheckpoint::load(&args.out, None, device)?;
     clock.lap("load the sparse one");
@@ -312,7 +305,7 @@ fn text(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleReport
     }
     let upcycled = config.init(dense.embed_dim, device).upcycle_from_dense(&dense.model, &options)?;
     clock.lap("upcycle and compare");
-    TextCheckpoint { config, embed_dim: dense.embed_dim, model: upcycled.model }.save_sparse(&args.out, args.precision())?;
+    TextCheckpoint { config, embed_dim: dense.embed_dim, model: upcycled.model }.save_sparse(&args.out, args.precision.into())?;
     clock.lap("save");
     TextCheckpoint::load(&args.out, device)?;
     clock.lap("load the sparse one");
@@ -322,14 +315,6 @@ fn text(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleReport
 impl Args {
     fn options(&self, probe: Probe) -> UpcycleOptions {
         UpcycleOptions::default().with_strategy(self.making.strategy()).with_probe(probe)
-    }
-
-    fn precision(&self) -> Precision {
-        match self.precision {
-            Stored::F32 => Precision::F32,
-            Stored::F16 => Precision::F16,
-            Stored::Bf16 => Precision::BF16,
-        }
     }
 }
 

@@ -9,8 +9,11 @@ use crate::routing::{Routing, entropy};
 /// Figures of one layer on one batch, on the host.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct RoutingStats {
-    /// Share of all rows that each expert computes, `[E]`; sums to one unless no choice has a slot.
+    /// Share of all rows that each expert computes, `[E]`; sums to one unless no choice has a slot. Where slots are limited, an expert that is
+    /// chosen too often computes no more rows than it has slots: `requested` shows how uneven the choices are.
     pub load: Vec<f64>,
+    /// Share of all choices that request each expert, with a slot or without, `[E]`; sums to one unless there is no choice.
+    pub requested: Vec<f64>,
     /// Share of requested choices without a slot, `1 − kept / requested`.
     pub dropped: f64,
     /// The same by rank: first choices, second choices, … (by expert for expert choice), `[M]`.
@@ -27,13 +30,17 @@ impl RoutingStats {
     /// Reads one routing.
     pub fn new(routing: &Routing) -> Self {
         let plan = &routing.plan;
-        let rows = plan.num_rows();
+        let shares = |counts: Vec<usize>| {
+            let total = counts.iter().sum::<usize>().max(1) as f64;
+            counts.into_iter().map(|count| count as f64 / total).collect::<Vec<f64>>()
+        };
         let probs = routing.router.clean_probs.clone().detach();
         let mean = |per_token: Tensor<2>| f64::from(routing.mean_over_valid(per_token).into_scalar::<f32>());
         let share_dropped =
             |(&kept, &requested): (&usize, &usize)| if requested == 0 { 0.0 } else { 1.0 - kept as f64 / requested as f64 };
         Self {
-            load: plan.load().into_iter().map(|load| load as f64 / rows.max(1) as f64).collect(),
+            load: shares(plan.load()),
+            requested: shares(plan.requested().to_vec()),
             dropped: plan.dropped(),
             dropped_per_choice: plan.kept_per_choice().iter().zip(plan.requested_per_choice()).map(share_dropped).collect(),
             confidence: mean(probs.clone().max_dim(1)),
@@ -50,6 +57,7 @@ impl RoutingStats {
         let of = |value: &dyn Fn(&Self) -> f64| stats.iter().map(|s| weight(s) * value(s)).sum();
         Some(Self {
             load: (0..first.load.len()).map(|expert| of(&|s| s.load[expert])).collect(),
+            requested: (0..first.requested.len()).map(|expert| of(&|s| s.requested[expert])).collect(),
             dropped: of(&|s| s.dropped),
             dropped_per_choice: (0..first.dropped_per_choice.len()).map(|rank| of(&|s| s.dropped_per_choice[rank])).collect(),
             confidence: of(&|s| s.confidence),
@@ -58,10 +66,20 @@ impl RoutingStats {
         })
     }
 
-    /// Load of the busiest expert over the mean load: 1 when perfectly even.
+    /// Load of the busiest expert over the mean load: 1 when perfectly even. Where slots are limited, this is limited too; see
+    /// [`peak_requested`](Self::peak_requested).
     pub fn peak_load(&self) -> f64 {
-        self.load.iter().copied().fold(0.0, f64::max) * self.load.len() as f64
+        peak(&self.load)
     }
+
+    /// Choices of the expert that is chosen most over their mean, with a slot or without: 1 when perfectly even.
+    pub fn peak_requested(&self) -> f64 {
+        peak(&self.requested)
+    }
+}
+
+fn peak(shares: &[f64]) -> f64 {
+    shares.iter().copied().fold(0.0, f64::max) * shares.len() as f64
 }
 
 /// Counts the requested choices of each expert over micro-batches, threads and devices, to update a balancing bias once per batch. Clones share

@@ -5,10 +5,11 @@ use std::{error::Error, path::PathBuf};
 use burn::tensor::Device;
 use burn_moe::clip::{
     VisionConfig,
+    checkpoint::Precision,
     lists::{CaptionedImages, Columns, ListOptions},
     preprocess::{ImagePreprocessor, Orientation},
 };
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::device_by_name;
 
@@ -22,7 +23,7 @@ pub(crate) struct ModelArgs {
     #[arg(long)]
     pub(crate) image_size: Option<usize>,
     /// Images or texts in one forward pass
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, alias = "batch", default_value_t = 32)]
     pub(crate) batch_size: usize,
     /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
     #[arg(long, default_value = "cpu")]
@@ -83,5 +84,23 @@ impl ListArgs {
         }
         let beside = || list.parent().map(PathBuf::from).unwrap_or_default();
         Ok((found, self.images.clone().unwrap_or_else(beside)))
+    }
+}
+
+/// How the numbers of a checkpoint are stored.
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum Stored {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl From<Stored> for Precision {
+    fn from(stored: Stored) -> Self {
+        match stored {
+            Stored::F32 => Self::F32,
+            Stored::F16 => Self::F16,
+            Stored::Bf16 => Self::BF16,
+        }
     }
 }

@@ -11,7 +11,7 @@ use std::{
     process::ExitCode,
 };
 
-pub(crate) use args::{ImageArgs, ListArgs, ModelArgs};
+pub(crate) use args::{ImageArgs, ListArgs, ModelArgs, Stored};
 use burn_moe::clip::lists::ImageFolder;
 pub(crate) use device::device_by_name;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -39,11 +39,11 @@ pub(crate) fn report_passed_over(others: &[PathBuf]) {
     let (folders, files): (Vec<_>, Vec<_>) = others.iter().partition(|path| path.is_dir());
     let of = |what: &str, paths: &[&PathBuf]| {
         if let Some(first) = paths.first() {
-            eprintln!("passed over: {what} ({}), such as {}", paths.len(), first.display());
+            eprintln!("passed over {} {what}, such as {}", paths.len(), first.display());
         }
     };
     of("files that are no PNG, JPEG, WebP, GIF, BMP or TIFF", &files);
-    of("subfolders (--recursive reads them)", &folders);
+    of("subfolders, which are read on request only", &folders);
 }
 
 /// A progress bar with a rate and the time that is left; it shows nothing where the output is no terminal.

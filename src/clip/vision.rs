@@ -146,6 +146,15 @@ impl VisionTower {
         self.project(self.encoder.forward_with(tokens, marks, false, router))
     }
 
+    /// Sizes of one image, `[channels, image_size, image_size]`.
+    pub fn image_dims(&self) -> [usize; 3] {
+        let patch = self.patch_size;
+        let [num_tokens, _] = self.position_embedding.shape().dims();
+        let [patch_pixels, _] = self.patch_embedding.weight.shape().dims();
+        let side = patch * (num_tokens - 1).isqrt();
+        [patch_pixels / (patch * patch), side, side]
+    }
+
     fn project(&self, encoded: EncoderOutput) -> VisionOutput {
         let class = encoded.hidden.clone().narrow(1, 0, 1).squeeze_dim(1);
         let embedding = self.projection.forward(self.norm_post.forward::<2>(class));

@@ -104,6 +104,7 @@ impl MoeFeedForwardConfig {
     ///
     /// # Panics
     /// With the text of [`validate`](Self::validate).
+    #[track_caller]
     pub fn init(&self, device: &Device) -> MoeFeedForward {
         expect_valid(self.validate());
         MoeFeedForward {
@@ -119,7 +120,8 @@ impl MoeFeedForwardConfig {
 impl MoeFeedForward {
     /// Routes every token and combines the outputs of its experts.
     ///
-    /// The training capacity holds on an autodiff device unless the layer is frozen; elsewhere the inference capacity does.
+    /// The training capacity holds if the *input* is on an autodiff device and the layer is not frozen; otherwise the inference capacity does
+    /// ([`phase`](Self::phase)). `valid()` and `freeze()` end training, and `train()` brings a layer back to it.
     /// Which expert a token goes to has no gradient; gates and experts have one.
     ///
     /// # Shapes
@@ -128,6 +130,7 @@ impl MoeFeedForward {
     ///
     /// # Panics
     /// When the last axis is not `D`, or a mask has neither the leading axes of the input nor `[T]`.
+    #[track_caller]
     pub fn forward<const R: usize>(&self, input: impl Into<MoeInput<R>>) -> MoeOutput<R> {
         let [_, d_model, _] = self.experts.dims();
         let FlatTokens { x, shape, per_sample, valid, protected } = input.into().into_tokens(d_model);
@@ -145,6 +148,7 @@ impl MoeFeedForward {
     /// # Panics
     /// When the last axis is not `D`, a mask does not fit, the plan is of another number of tokens or of experts, or the input names protected
     /// tokens: which tokens keep their slots was decided when the plan was made.
+    #[track_caller]
     pub fn forward_with<const R: usize>(&self, input: impl Into<MoeInput<R>>, plan: &DispatchPlan) -> Tensor<R> {
         let [num_experts, d_model, _] = self.experts.dims();
         let found = plan.num_experts();
@@ -206,7 +210,9 @@ impl MoeFeedForward {
         self
     }
 
-    fn phase(&self, device: &Device) -> Phase {
+    /// What a forward pass on tokens of this device is for: training on an autodiff device, unless the layer is frozen. For a router of your own,
+    /// so that it follows the layer.
+    pub fn phase(&self, device: &Device) -> Phase {
         if self.training.is_enabled() && device.is_autodiff() { Phase::Training } else { Phase::Inference }
     }
 }
@@ -250,16 +256,14 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "tokens of shape Shape { dims: [5, 3] } do not fit a layer of width 4: expected [.., 4]")]
+    #[should_panic(expected = "tokens of shape [5, 3] do not fit a layer of width 4: expected [.., 4]")]
     fn token_width_must_match() {
         let device = Device::default();
         MoeFeedForwardConfig::new(4, 8, 2).init(&device).forward(Tensor::<2>::zeros([5, 3], &device));
     }
 
     #[test]
-    #[should_panic(
-        expected = "a mask of shape [3, 2] does not fit tokens of shape Shape { dims: [2, 3, 4] }: expected [2, 3] or [6]"
-    )]
+    #[should_panic(expected = "a mask of shape [3, 2] does not fit tokens of shape [2, 3, 4]: expected [2, 3] or [6]")]
     fn a_mask_must_have_the_leading_axes_of_the_input() {
         let device = Device::default();
         let mask = Tensor::<2, Bool>::full([3, 2], true, &device);

@@ -109,6 +109,7 @@ impl AuxiliaryLoss {
     /// # Panics
     /// When `routings` is empty (a model without a routed layer has no auxiliary loss), the router z-loss meets sigmoid scores, or the load loss a
     /// router without noise.
+    #[track_caller]
     pub fn forward(&self, routings: &[Routing]) -> AuxiliaryLossOutput {
         assert!(!routings.is_empty(), "auxiliary losses need the routing of at least one layer, got none");
         let mut total = Tensor::zeros([1], &routings[0].router.probs.device());

@@ -38,7 +38,7 @@ impl<const R: usize> MoeInput<R> {
         Self { x, valid: None, protected: None }
     }
 
-    /// True for tokens that are not padding; the shape is that of the input without its last axis, or `[T]`. Padding gets no slot, comes out as
+    /// True for tokens that are not padding: the opposite of burn's padding masks, which [`mask_pad`](Self::mask_pad) takes. The shape is that of the input without its last axis, or `[T]`. Padding gets no slot, comes out as
     /// exactly 0, and counts in no loss and no statistic.
     pub fn valid<const M: usize>(mut self, mask: Tensor<M, Bool>) -> Self {
         self.valid = Some(TokenMask::new(mask));
@@ -73,15 +73,19 @@ pub(crate) struct FlatTokens {
 
 impl<const R: usize> MoeInput<R> {
     /// Checks shapes and masks, and zeroes padding.
+    #[track_caller]
     pub(crate) fn into_tokens(self, d_model: usize) -> FlatTokens {
         let shape = self.x.shape();
         assert!(
             R >= 2 && shape[R - 1] == d_model,
-            "tokens of shape {shape:?} do not fit a layer of width {d_model}: expected [.., {d_model}]"
+            "tokens of shape {:?} do not fit a layer of width {d_model}: expected [.., {d_model}]",
+            shape.as_slice()
         );
         let num_tokens = shape[..R - 1].iter().product();
         let (valid, protected) = (self.valid, self.protected);
-        [&valid, &protected].into_iter().flatten().for_each(|mask| mask.expect_fits(&shape, num_tokens));
+        for mask in [&valid, &protected].into_iter().flatten() {
+            mask.expect_fits(&shape, num_tokens);
+        }
         let x = if num_tokens == 0 {
             // burn reads a size of 0 in a new shape as "keep".
             Tensor::zeros([0, d_model], (&self.x.device(), self.x.dtype()))

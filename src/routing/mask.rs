@@ -44,12 +44,14 @@ impl TokenMask {
     }
 
     /// Refuses a mask that is not one of `num_tokens` tokens of `shape`.
+    #[track_caller]
     pub(crate) fn expect_fits(&self, shape: &Shape, num_tokens: usize) {
         let leading = &shape[..shape.num_dims() - 1];
         assert!(
             self.shape == leading || self.shape == [num_tokens],
-            "a mask of shape {:?} does not fit tokens of shape {shape:?}: expected {leading:?} or [{num_tokens}]",
-            self.shape
+            "a mask of shape {:?} does not fit tokens of shape {:?}: expected {leading:?} or [{num_tokens}]",
+            self.shape,
+            shape.as_slice()
         );
     }
 }

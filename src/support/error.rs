@@ -77,6 +77,7 @@ impl ConfigError {
 }
 
 /// Panics with the text of a configuration error; for `init`.
+#[track_caller]
 pub(crate) fn expect_valid(result: Result<(), ConfigError>) {
     if let Err(error) = result {
         panic!("{error}");

@@ -1,6 +1,10 @@
 //! Changing a parameter's value from outside a computation.
 
 use burn::module::Param;
+#[cfg(feature = "train")]
+use burn::module::{Module, ModuleMapper};
+#[cfg(feature = "train")]
+use burn::tensor::Device;
 use burn::tensor::{Tensor, TensorCreationOptions, TensorData};
 
 /// A parameter with another value: same identity, same device, as trainable as before. `f` sees the value outside of any graph.
@@ -35,4 +39,22 @@ pub(crate) fn replaced_in<const D: usize>(
     assert!(data.shape() == &shape, "a parameter of shape {shape:?} cannot hold {:?}", data.shape());
     let value = Tensor::from_data(data, options);
     param.transform_for_load(value, id)
+}
+
+/// The module with its float parameters on `device`, an autodiff device of the same kind: as trainable as before, and checkpointing gradients in
+/// the device's way, which burn's `fork` does not change.
+#[cfg(feature = "train")]
+pub(crate) fn with_leaves_on<M: Module>(module: M, device: &Device) -> M {
+    struct Leaves<'a>(&'a Device);
+    impl ModuleMapper for Leaves<'_> {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            param.map(|old| {
+                let tracked = old.is_require_grad();
+                // A result is where the one of its operands is that has a way of checkpointing.
+                let one = Tensor::<D>::ones([1; D], (self.0, old.dtype()));
+                (old.without_autodiff() * one).detach().set_require_grad(tracked)
+            })
+        }
+    }
+    module.map(&mut Leaves(device))
 }

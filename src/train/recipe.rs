@@ -29,6 +29,7 @@ use crate::{
     support::{
         error::ConfigError,
         finite::{check_finite, check_finite_module},
+        param::with_leaves_on,
     },
 };
 
@@ -152,7 +153,7 @@ pub struct TrainInput<'a> {
     pub config: &'a TrainConfig,
     /// Where the run is kept, so that it can go on after it was stopped; `None`: nowhere.
     pub checkpointing: Option<&'a Checkpointing>,
-    /// Where the models are trained.
+    /// Where the models are trained; `device.autodiff().gradient_checkpointing()` takes less memory.
     pub device: &'a Device,
     /// Hears of every step and evaluation; `&mut ()` hears nothing.
     pub observer: &'a mut dyn Observer,
@@ -198,7 +199,7 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
         runs.push(Run::new(arm, &vocabulary, device)?);
     }
     let resumed = match checkpointing {
-        Some(checkpointing) => resume(checkpointing, config, data, &mut runs)?,
+        Some(checkpointing) => resume(checkpointing, config, data, &mut runs, device)?,
         None => None,
     };
     let first_step = match resumed {
@@ -248,6 +249,12 @@ fn thread_pools(arms: usize) -> Vec<rayon::ThreadPool> {
     (0..arms).map(|_| pool()).collect()
 }
 
+/// The model with leaves on `device`, which may be one that checkpoints gradients.
+fn trainable(model: Clip, device: &Device) -> Clip {
+    let device = device.clone().autodiff();
+    with_leaves_on(model.fork(&device.clone().inner()).train(), &device)
+}
+
 /// One arm while it runs.
 struct Run {
     arm: Arm,
@@ -261,7 +268,7 @@ struct Run {
 
 impl Run {
     fn new(arm: Arm, vocabulary: &CompactVocabulary, device: &Device) -> Result<Self, TrainError> {
-        let model = vocabulary.compact(arm.model.clone()).valid().fork(&device.clone().inner()).train();
+        let model = trainable(vocabulary.compact(arm.model.clone()).valid(), device);
         let mut optimizer = arm.optimizer.init();
         if let Some(state) = &arm.state {
             let [ids, _] = model.text.token_embedding.weight.dims();

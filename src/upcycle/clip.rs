@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::tensor::{Int, Tensor};
 
 use super::{
-    Probe, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy, Upcycled, UpcycledLayer,
+    UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy, Upcycled, UpcycledLayer,
     layer::replace,
     report::deviation,
     transformer::{encoder, norm, same_place},
@@ -18,8 +18,8 @@ use crate::{
 /// The report's deviation is that of the embeddings, normalised.
 impl UpcycleFromDense<Clip> for Clip {
     fn upcycle_from_dense(mut self, dense: &Clip, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
-        let probe = options.probe.as_ref().map(Probe::both).transpose()?;
-        let calibration = options.calibration_batch()?.map(Probe::both).transpose()?;
+        let probe = options.probe.as_ref().map(|probe| probe.both(dense)).transpose()?;
+        let calibration = options.calibration_batch()?.map(|batch| batch.both(dense)).transpose()?;
         let calibrations =
             calibration.map(|(images, tokens)| [dense.vision.feed_forward_inputs(images), dense.text.feed_forward_inputs(tokens)]);
         let [vision_inputs, text_inputs] = calibrations.map_or([None, None], |inputs| inputs.map(Some));
@@ -46,8 +46,8 @@ impl UpcycleFromDense<Clip> for Clip {
 /// A vision tower alone; probe and calibration are [`Probe::Images`], or [`Probe::ImagesAndTexts`] of which the images are taken.
 impl UpcycleFromDense<VisionTower> for VisionTower {
     fn upcycle_from_dense(mut self, dense: &VisionTower, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
-        let probe = options.probe.as_ref().map(Probe::images).transpose()?;
-        let calibration = options.calibration_batch()?.map(Probe::images).transpose()?;
+        let probe = options.probe.as_ref().map(|probe| probe.images(dense)).transpose()?;
+        let calibration = options.calibration_batch()?.map(|batch| batch.images(dense)).transpose()?;
         let calibration = calibration.map(|images| dense.feed_forward_inputs(images));
         let layers = vision(&mut self, dense, options.strategy, calibration)?;
         let max_deviation = probe.map(|images| image_deviation(dense, &self, images)).transpose()?;
@@ -58,8 +58,8 @@ impl UpcycleFromDense<VisionTower> for VisionTower {
 /// A text tower alone; probe and calibration are [`Probe::Texts`], or [`Probe::ImagesAndTexts`] of which the texts are taken.
 impl UpcycleFromDense<TextTower> for TextTower {
     fn upcycle_from_dense(mut self, dense: &TextTower, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
-        let probe = options.probe.as_ref().map(Probe::texts).transpose()?;
-        let calibration = options.calibration_batch()?.map(Probe::texts).transpose()?;
+        let probe = options.probe.as_ref().map(|probe| probe.texts(dense)).transpose()?;
+        let calibration = options.calibration_batch()?.map(|batch| batch.texts(dense)).transpose()?;
         let calibration = calibration.map(|tokens| dense.feed_forward_inputs(tokens));
         let layers = text(&mut self, dense, options.strategy, calibration)?;
         let max_deviation = probe.map(|tokens| text_deviation(dense, &self, tokens)).transpose()?;

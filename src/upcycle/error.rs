@@ -91,6 +91,16 @@ pub enum UpcycleError {
         /// What the probe holds.
         found: &'static str,
     },
+    /// The probe, or the calibration batch, does not have the sizes that the module takes.
+    #[error("the probe's {what} are {found:?}, but this module takes {expected}")]
+    ProbeShape {
+        /// What was compared.
+        what: &'static str,
+        /// Sizes that the module takes.
+        expected: String,
+        /// Sizes of the batch.
+        found: Vec<usize>,
+    },
     /// Dense weights or outputs on the probe are not finite.
     #[error(transparent)]
     NonFinite(#[from] crate::support::finite::NonFiniteError),
@@ -129,8 +139,12 @@ impl UpcycleError {
                 *at = format!("{name}{inner}");
             }
             Self::NonFinite(error) => error.tensor = format!("{name}.{}", error.tensor),
-            Self::NotSparse | Self::Probe { .. } | Self::Strategy { .. } | Self::OptimizerState { .. } | Self::Reduction { .. } => {
-            }
+            Self::NotSparse
+            | Self::Probe { .. }
+            | Self::ProbeShape { .. }
+            | Self::Strategy { .. }
+            | Self::OptimizerState { .. }
+            | Self::Reduction { .. } => {}
         }
         self
     }

@@ -4,8 +4,8 @@ use burn::module::{Module, Param};
 use burn::tensor::{Bool, Tensor};
 
 use super::{
-    DenseFeedForward, DenseWeights, Probe, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy,
-    Upcycled, UpcycledLayer,
+    DenseFeedForward, DenseWeights, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy, Upcycled,
+    UpcycledLayer,
     report::deviation,
     strategy::{make, repeat_columns},
     valid_rows,
@@ -51,10 +51,11 @@ fn upcycle_layer<M: Module>(
     copy: impl FnOnce(M, &DenseWeights, UpcycleStrategy, Option<Tensor<2>>) -> Result<(M, UpcycledLayer), UpcycleError>,
     run: impl FnOnce(&M, MoeInput<3>) -> Tensor<3>,
 ) -> Result<Upcycled<M>, UpcycleError> {
-    let probe = options.probe.as_ref().map(Probe::tokens).transpose()?;
-    let calibration = options.calibration_batch()?.map(Probe::tokens).transpose()?;
-    let calibration = calibration.map(|(tokens, valid)| valid_rows(&tokens, valid.as_ref()));
     let weights = dense.dense_weights().map_err(|error| error.for_experts(activation))?;
+    let d_model = weights.w_in.dims()[0];
+    let probe = options.probe.as_ref().map(|probe| probe.tokens(d_model)).transpose()?;
+    let calibration = options.calibration_batch()?.map(|batch| batch.tokens(d_model)).transpose()?;
+    let calibration = calibration.map(|(tokens, valid)| valid_rows(&tokens, valid.as_ref()));
     let (model, layer) = copy(sparse, &weights, options.strategy, calibration)?;
     let max_deviation = match probe {
         None => None,

@@ -168,39 +168,48 @@ impl UpcycleOptions {
 }
 
 impl Probe {
-    /// The batch of a module that takes tokens.
-    fn tokens(&self) -> Result<ProbeTokens, UpcycleError> {
-        match self {
-            Self::Tokens { tokens, valid } => Ok((tokens.clone(), valid.clone())),
-            _ => Err(self.is_not("tokens")),
+    /// The batch of a module that takes tokens of width `d_model`.
+    fn tokens(&self, d_model: usize) -> Result<ProbeTokens, UpcycleError> {
+        let Self::Tokens { tokens, valid } = self else { return Err(self.is_not("tokens")) };
+        let [batch, len, width] = tokens.dims();
+        fits("tokens", width == d_model, format!("[B, N, {d_model}]"), &tokens.dims())?;
+        if let Some(valid) = valid {
+            fits("valid flags", valid.dims() == [batch, len], format!("[{batch}, {len}]"), &valid.dims())?;
         }
+        Ok((tokens.clone(), valid.clone()))
     }
 
     /// The batch of a CLIP.
     #[cfg(feature = "clip")]
-    fn both(&self) -> Result<(Tensor<4>, Tensor<2, Int>), UpcycleError> {
+    fn both(&self, clip: &crate::clip::Clip) -> Result<(Tensor<4>, Tensor<2, Int>), UpcycleError> {
         match self {
-            Self::ImagesAndTexts { images, tokens } => Ok((images.clone(), tokens.clone())),
+            Self::ImagesAndTexts { .. } => Ok((self.images(&clip.vision)?, self.texts(&clip.text)?)),
             _ => Err(self.is_not("images and texts")),
         }
     }
 
     /// The batch of a vision tower.
     #[cfg(feature = "clip")]
-    fn images(&self) -> Result<Tensor<4>, UpcycleError> {
-        match self {
-            Self::Images(images) | Self::ImagesAndTexts { images, .. } => Ok(images.clone()),
-            _ => Err(self.is_not("images")),
-        }
+    fn images(&self, tower: &crate::clip::VisionTower) -> Result<Tensor<4>, UpcycleError> {
+        let (Self::Images(images) | Self::ImagesAndTexts { images, .. }) = self else { return Err(self.is_not("images")) };
+        let [_, channels, height, width] = images.dims();
+        let expected = tower.image_dims();
+        fits(
+            "images",
+            [channels, height, width] == expected,
+            format!("[B, {}, {}, {}]", expected[0], expected[1], expected[2]),
+            &images.dims(),
+        )?;
+        Ok(images.clone())
     }
 
     /// The batch of a text tower.
     #[cfg(feature = "clip")]
-    fn texts(&self) -> Result<Tensor<2, Int>, UpcycleError> {
-        match self {
-            Self::Texts(tokens) | Self::ImagesAndTexts { tokens, .. } => Ok(tokens.clone()),
-            _ => Err(self.is_not("texts")),
-        }
+    fn texts(&self, tower: &crate::clip::TextTower) -> Result<Tensor<2, Int>, UpcycleError> {
+        let (Self::Texts(tokens) | Self::ImagesAndTexts { tokens, .. }) = self else { return Err(self.is_not("texts")) };
+        let [context_length, _] = tower.position_embedding.dims();
+        fits("token ids", tokens.dims()[1] <= context_length, format!("[B, N], N at most {context_length}"), &tokens.dims())?;
+        Ok(tokens.clone())
     }
 
     fn is_not(&self, expected: &'static str) -> UpcycleError {
@@ -212,6 +221,11 @@ impl Probe {
         };
         UpcycleError::Probe { expected, found }
     }
+}
+
+/// Refuses a batch of other sizes than the module takes.
+fn fits(what: &'static str, is_so: bool, expected: String, found: &[usize]) -> Result<(), UpcycleError> {
+    if is_so { Ok(()) } else { Err(UpcycleError::ProbeShape { what, expected, found: found.to_vec() }) }
 }
 
 /// The valid tokens alone, `[B, N, D] -> [T, D]`, outside of any graph.

@@ -15,8 +15,9 @@ use crate::transformer::{Encoder, FeedForward, FeedForwardInputs, TokenMarks, Tr
 
 impl UpcycleFromDense<TransformerBlock> for TransformerBlock {
     fn upcycle_from_dense(self, dense: &TransformerBlock, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
-        let probe = options.probe.as_ref().map(Probe::tokens).transpose()?;
-        let calibration = options.calibration_batch()?.map(Probe::tokens).transpose()?.map(|(tokens, valid)| {
+        let [d_model] = dense.norm_attention.gamma.dims();
+        let probe = options.probe.as_ref().map(|probe| probe.tokens(d_model)).transpose()?;
+        let calibration = options.calibration_batch()?.map(|batch| batch.tokens(d_model)).transpose()?.map(|(tokens, valid)| {
             let mut read = None;
             dense.run(tokens, None, &marks(&valid), None, |tokens| read = Some(valid_rows(tokens, valid.as_ref())));
             read.expect("a block has a feed-forward network")
@@ -40,8 +41,12 @@ impl UpcycleFromDense<TransformerBlock> for TransformerBlock {
 
 impl UpcycleFromDense<Encoder> for Encoder {
     fn upcycle_from_dense(self, dense: &Encoder, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
-        let probe = options.probe.as_ref().map(Probe::tokens).transpose()?;
-        let calibration = options.calibration_batch()?.map(Probe::tokens).transpose()?;
+        let d_model = |probe: &Probe| match dense.blocks.first() {
+            Some(block) => probe.tokens(block.norm_attention.gamma.dims()[0]),
+            None => Err(UpcycleError::NotSparse),
+        };
+        let probe = options.probe.as_ref().map(d_model).transpose()?;
+        let calibration = options.calibration_batch()?.map(d_model).transpose()?;
         let calibration = calibration.map(|(tokens, valid)| dense.feed_forward_inputs(tokens, marks(&valid), false));
         let (model, layers) = encoder(self, dense, options.strategy, calibration)?;
         if layers.is_empty() {

@@ -2,7 +2,10 @@
 
 use std::{fs, path::PathBuf};
 
-use burn_moe::clip::lists::{CaptionedImages, Columns, ListError, ListOptions, lines_in};
+use burn_moe::clip::{
+    checkpoint::ClipCheckpoint,
+    lists::{CaptionedImages, Columns, ListError, ListOptions, lines_in},
+};
 
 fn read_with(name: &str, bytes: &[u8], options: &ListOptions) -> Result<CaptionedImages, String> {
     let folder = tempfile::tempdir().unwrap();
@@ -143,7 +146,15 @@ fn how_an_editor_saved_a_list_changes_nothing() {
     }
     const LIST: Reader =
         |path| CaptionedImages::read(path, &ListOptions { split: Some("all".into()), ..ListOptions::default() }).map(debug);
-    let readers: [(&str, &str, Reader); 8] = [
+    let configuration: Reader = |path| {
+        let folder = path.with_file_name("checkpoint");
+        fs::create_dir_all(&folder).unwrap();
+        fs::copy(&path, folder.join("config.json")).unwrap();
+        fs::copy(&path, folder.join("preprocessor_config.json")).unwrap();
+        Ok(debug(ClipCheckpoint::read_config(&folder).unwrap_or_else(|error| panic!("{error}"))))
+    };
+    let readers: [(&str, &str, Reader); 9] = [
+        ("configuration", "{\"vision_config\": {},\n\"text_config\": {},\n\"image_mean\": 0.5}\n", configuration),
         ("table", "path,caption,split\na.jpg,a cat,x\nb.jpg,a dog,y\n", LIST),
         ("json lines", "{\"path\": \"a.jpg\", \"caption\": \"a cat\"}\n{\"path\": \"b.jpg\", \"caption\": \"a dog\"}\n", LIST),
         ("json list", "[{\"path\": \"a.jpg\", \"caption\": \"a cat\"},\n{\"path\": \"b.jpg\", \"caption\": \"a dog\"}]\n", LIST),

@@ -410,3 +410,24 @@ fn images_prepared_in_another_way_than_the_model_expects_are_refused() {
                     Bilinear; the data has mean [0.4814546";
     assert!(error.starts_with(expected), "{error}");
 }
+
+#[test]
+fn the_recipe_trains_the_same_with_gradient_checkpointing() {
+    let config = TrainConfig::new(6).with_batch(batches()).with_eval_every(6);
+    let plain = Device::default();
+    let arms = arms(&plain);
+    let run = |device: &Device| {
+        let input = TrainInput {
+            arms: arms.clone(),
+            set: &colours(),
+            test: &first_shades(),
+            config: &config,
+            checkpointing: None,
+            device,
+            observer: &mut (),
+        };
+        let weights = |arm: TrainedArm| values(&arm.model.vision.projection.weight.val());
+        train(input).unwrap().into_iter().map(weights).collect::<Vec<_>>()
+    };
+    assert_eq!(run(&plain), run(&plain.clone().autodiff().gradient_checkpointing()));
+}

@@ -652,3 +652,29 @@ fn gated_experts_of_a_gated_network_compute_what_it_computes_and_go_back_to_it()
     let error = layer(plain).upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap_err().to_string();
     assert_eq!(error, "`form` is Gated in the dense module and Plain in the sparse one");
 }
+
+#[test]
+fn a_probe_of_other_sizes_than_the_module_takes_is_refused() {
+    let device = Device::default();
+    let of_width = |width| Probe::Tokens { tokens: Tensor::ones([2, 3, width], &device), valid: None };
+    let dense = burn::nn::transformer::PositionWiseFeedForwardConfig::new(16, 32).init(&device);
+    let sparse = || MoeFeedForwardConfig::new(16, 32, 4).init(&device);
+    let error = |probe| sparse().upcycle_from_dense(&dense, &UpcycleOptions::default().with_probe(probe)).unwrap_err().to_string();
+    assert_eq!(error(of_width(8)), "the probe's tokens are [2, 3, 8], but this module takes [B, N, 16]");
+    let valid = Tensor::<2, Bool>::full([3, 2], true, &device);
+    let masked = Probe::Tokens { tokens: Tensor::ones([2, 3, 16], &device), valid: Some(valid) };
+    assert_eq!(error(masked), "the probe's valid flags are [3, 2], but this module takes [2, 3]");
+
+    let config = ClipConfig::tiny();
+    let dense = config.init(&device);
+    let sparse = config.sparse(SparseClipConfig::clip_up()).init(&device);
+    let options = |images: [usize; 4], texts: [usize; 2]| {
+        UpcycleOptions::default()
+            .with_probe(Probe::ImagesAndTexts { images: Tensor::zeros(images, &device), tokens: Tensor::zeros(texts, &device) })
+    };
+    let error = |images, texts| sparse.clone().upcycle_from_dense(&dense, &options(images, texts)).unwrap_err().to_string();
+    let text = error([1, 3, 16, 32], [1, 9]);
+    assert_eq!(text, "the probe's images are [1, 3, 16, 32], but this module takes [B, 3, 32, 32]");
+    let text = error([1, 3, 32, 32], [1, 25]);
+    assert_eq!(text, "the probe's token ids are [1, 25], but this module takes [B, N], N at most 24");
+}

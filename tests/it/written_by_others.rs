@@ -9,8 +9,10 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_moe::{
     UpcycleFromDense, UpcycleOptions,
     clip::{
-        ImagePreprocessing, ResizeMode,
+        ImageEmbedder, ImagePreprocessing, ResizeMode, TextEmbedder,
         checkpoint::{ClipCheckpoint, Precision, TextCheckpoint, Towers, VisionCheckpoint, towers_in},
+        lists::lines_in,
+        normalize,
         preprocess::ImagePreprocessor,
     },
     transformer::SparseEncoderConfig,
@@ -221,8 +223,8 @@ fn position_embeddings_are_interpolated_as_open_clip_does() {
     }
     let (table, shape) = floats(&file, "7");
     let error = positions_for(&table, shape[0], 8, false).unwrap_err();
-    let end = "`visual.positional_embedding` is for images of 14 x 14 pixels, and the model's have 16 x 16: load it for an image size to \
-               have it interpolated";
+    let end = "`visual.positional_embedding` is for images of 14 x 14 pixels, and the model's have 16 x 16: load it for an image size \
+               (`--image-size` in the examples) to have it interpolated";
     assert!(error.ends_with(end), "{error}");
 }
 
@@ -248,4 +250,31 @@ fn images_of_other_kinds_are_prepared_as_open_clip_does() {
         cases += 1;
     }
     assert_eq!(cases, 15);
+}
+
+/// `tools/fixtures/hugging_face_export.py` loaded the same export with `CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained`.
+#[test]
+fn transformers_computes_the_same_from_our_export() {
+    let device = Device::default();
+    let folder = tempfile::tempdir().unwrap();
+    let tiny = ClipCheckpoint::load(Path::new(ROOT).join("data/clip-tiny"), &device).unwrap();
+    tiny.save_hugging_face(folder.path(), Precision::F32).unwrap();
+    let mut files: Vec<String> =
+        fs::read_dir(&folder).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
+    files.sort();
+    let expected =
+        ["config.json", "merges.txt", "model.safetensors", "preprocessor_config.json", "tokenizer_config.json", "vocab.json"];
+    assert_eq!(files, expected);
+
+    let model = ClipCheckpoint::load(folder.path(), &device).unwrap();
+    let bytes = fs::read(data("export/expected.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let preprocessor = ImagePreprocessor::for_model(&model.config.vision);
+    let images = ImageEmbedder::new(&model.model.vision, preprocessor, &device).images(vec![data("export/square.png")], |_| ());
+    let texts = lines_in(data("export/texts.txt")).unwrap();
+    let texts = TextEmbedder::new(&model.model.text, &device).unwrap().texts(&texts, |_| ()).embeddings;
+    for (found, name) in [(images.embeddings, "image_embeds"), (texts, "text_embeds")] {
+        let difference = largest_difference(&values(&normalize(found)), &floats(&file, name).0);
+        assert!(difference < 1e-5, "{name}: {difference}");
+    }
 }

@@ -82,7 +82,7 @@ pub enum CheckpointError {
     /// The position embeddings are for images of another size.
     #[error(
         "{}: `{tensor}` is for images of {found} x {found} pixels, and the model's have {expected} x {expected}: load it for an image size \
-         to have it interpolated",
+         (`--image-size` in the examples) to have it interpolated",
         path.display()
     )]
     ImageSize {

@@ -29,10 +29,12 @@ const ZIP: &[u8] = b"PK\x03\x04";
 impl Pickle {
     /// `start` is what the file begins with.
     pub(super) fn open(path: &Path, start: &[u8]) -> Result<Self, CheckpointError> {
-        let bad = |reason: String| CheckpointError::Pickle { path: path.to_path_buf(), reason };
-        let hint = as_safetensors(path);
+        let bad = |reason: String| {
+            let reason = format!("{reason}; {}", as_safetensors(path));
+            CheckpointError::Pickle { path: path.to_path_buf(), reason }
+        };
         if !start.starts_with(ZIP) {
-            return Err(bad(format!("it was written by PyTorch before 1.6, or without a zip file, which is not read; {hint}")));
+            return Err(bad("it was written by PyTorch before 1.6, or without a zip file, which is not read".into()));
         }
         let file = File::open(path).map_err(CheckpointError::io(path))?;
         let mut archive = zip::ZipArchive::new(BufReader::new(file)).map_err(|error| bad(error.to_string()))?;
@@ -45,7 +47,7 @@ impl Pickle {
                 return Err(bad(format!("its {name} has {size} bytes; at most {LONGEST_PICKLE} are read")));
             }
         }
-        let reader = PytorchReader::new(path).map_err(|error| bad(format!("{error}; {hint}")))?;
+        let reader = PytorchReader::new(path).map_err(|error| bad(error.to_string()))?;
         let tensors: BTreeMap<String, Tensor> = reader.into_tensors().into_iter().collect();
         let prefix = STATE_DICTS.into_iter().find(|prefix| tensors.keys().any(|name| name.starts_with(prefix)));
         let tensors = match prefix {

@@ -142,7 +142,7 @@ fn bmp_palette(bytes: &[u8]) -> Option<&[[u8; 4]]> {
         return None;
     }
     let entries = Some(number(46)?).filter(|used| *used > 0).unwrap_or(1 << bits).min(256);
-    Some(bytes.get(14usize.checked_add(header)?..)?.as_chunks().0.get(..entries)?)
+    bytes.get(14usize.checked_add(header)?..)?.as_chunks().0.get(..entries)
 }
 
 /// The palette of a GIF's first image.

@@ -230,6 +230,7 @@ impl AssignmentConfig {
     /// # Panics
     /// When a mask does not have `T` flags, the bias does not have `E` entries, there are fewer than `top_k` experts, samples do not divide
     /// the tokens, or expert choice gets protected tokens.
+    #[track_caller]
     pub fn assign(&self, input: &AssignmentInput) -> DispatchPlan {
         input.expect_fits();
         let [num_tokens, num_experts] = input.scores.dims();

@@ -66,6 +66,7 @@ impl DispatchPlan {
     ///
     /// # Panics
     /// When the shapes differ, or an index is neither −1 nor below `num_experts`.
+    #[track_caller]
     pub fn from_choices(num_experts: usize, experts: Tensor<2, Int>, gates: Tensor<2>) -> Self {
         let ([num_tokens, num_choices], device) = (gates.dims(), gates.device());
         let shape = experts.dims();

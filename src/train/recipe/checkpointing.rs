@@ -7,10 +7,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use burn::module::Module;
+use burn::{module::Module, tensor::Device};
 use serde::{Deserialize, Serialize};
 
-use super::{Arm, Run, TrainConfig, TrainError};
+use super::{Arm, Run, TrainConfig, TrainError, trainable};
 use crate::{
     clip::Clip,
     routing::router::Router,
@@ -153,6 +153,7 @@ pub(super) fn resume(
     config: &TrainConfig,
     data: u64,
     runs: &mut [Run],
+    device: &Device,
 ) -> Result<Option<KeptRun>, TrainError> {
     let Some(latest) = checkpointing.latest()? else { return Ok(None) };
     let path = checkpointing.folder.join("latest.json");
@@ -169,7 +170,8 @@ pub(super) fn resume(
     }
     for (index, (run, progress)) in runs.iter_mut().zip(latest.progress).enumerate() {
         let [model, optimizer] = record_paths(&checkpointing.folder, latest.step, index);
-        run.model = run.model.valid().try_load_file(&model).map_err(|error| bad(error.to_string()))?.train();
+        let loaded = run.model.valid().try_load_file(&model).map_err(|error| bad(error.to_string()))?;
+        run.model = trainable(loaded, device);
         run.optimizer = run.arm.optimizer.init().load(&optimizer).map_err(|error| bad(error.to_string()))?;
         run.history = progress
             .evaluations

@@ -1,0 +1,57 @@
+//! A CLIP checkpoint from one layout into another: pickled weights into safetensors, open_clip's into Hugging Face's and back, images of
+//! another size, half precision.
+//!
+//! ```sh
+//! cargo run --release --example convert -- --model clip-vit-base-patch32 --to open-clip --out out/b32
+//! ```
+
+mod support;
+
+use std::{error::Error, path::PathBuf, process::ExitCode};
+
+use burn_moe::clip::checkpoint::ClipCheckpoint;
+use clap::{Parser, ValueEnum};
+use support::{ModelArgs, Stored};
+
+#[derive(Parser)]
+#[command(
+    about = "Converts a CLIP checkpoint from one layout into another",
+    after_help = "Example: convert --model clip-vit-base-patch32 --to hugging-face --precision f16 --out out/b32-f16"
+)]
+struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// The layout: Hugging Face's with CLIP's tokenizer, open_clip's, or that of this crate, which sparse models need
+    #[arg(long, value_enum)]
+    to: Layout,
+    /// Where the checkpoint goes
+    #[arg(long)]
+    out: PathBuf,
+    /// How numbers are stored
+    #[arg(long, value_enum, default_value = "f32")]
+    precision: Stored,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Layout {
+    HuggingFace,
+    OpenClip,
+    BurnMoe,
+}
+
+fn main() -> ExitCode {
+    support::run(run)
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
+    let args = Args::parse();
+    let checkpoint = ClipCheckpoint::load_with_image_size(&args.model.model, args.model.image_size, &args.model.device()?)?;
+    let precision = args.precision.into();
+    match args.to {
+        Layout::HuggingFace => checkpoint.save_hugging_face(&args.out, precision)?,
+        Layout::OpenClip => checkpoint.save_open_clip(&args.out, precision)?,
+        Layout::BurnMoe => checkpoint.save_sparse(&args.out, precision)?,
+    }
+    println!("written to {}", args.out.display());
+    Ok(())
+}

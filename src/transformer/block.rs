@@ -8,7 +8,7 @@ use burn::tensor::{Bool, Tensor};
 use super::{Mlp, attention::self_attention};
 use crate::{
     layer::{moe::MoeFeedForward, soft_moe::SoftMoeFeedForward},
-    routing::{MoeInput, Routing, TokenMask},
+    routing::{MoeInput, Phase, Routing, TokenMask},
 };
 
 /// The feed-forward network of a block.
@@ -41,6 +41,8 @@ pub struct BlockTokens<'a> {
     pub tokens: Tensor<3>,
     /// What is known about the tokens.
     pub marks: &'a TokenMarks,
+    /// What the pass is for, as the block's layer sees it.
+    pub phase: Phase,
 }
 
 /// A router of your own for the routed blocks of an encoder, in place of the layers' own; see
@@ -115,7 +117,8 @@ impl FeedForward {
             (Self::Dense(mlp), _) => (mlp.forward(x), None),
             (Self::SoftMoe(soft), _) => (soft.forward(input(x)).output, None),
             (Self::Moe(moe), Some((block, router))) => {
-                let mut routing = router.route(BlockTokens { block, tokens: x.clone(), marks });
+                let phase = moe.phase(&x.device());
+                let mut routing = router.route(BlockTokens { block, tokens: x.clone(), marks, phase });
                 routing.valid = routing.valid.or_else(|| marks.valid.clone().map(TokenMask::new));
                 routing.token_dtype = x.dtype();
                 (moe.forward_with(input(x), &routing.plan), Some(routing))

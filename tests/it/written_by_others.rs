@@ -118,6 +118,8 @@ fn no_code_of_a_pickle_runs_and_what_cannot_be_read_says_what_to_do() {
     assert!(!Path::new("/tmp/burn-moe-pickle-ran").exists());
     let text = error("open_clip/legacy.bin");
     assert!(text.contains("written by PyTorch before 1.6") && text.contains("\"open_clip_model.safetensors\""), "{text}");
+    let text = error("open_clip/repeated.bin");
+    assert!(text.contains("its tensors have 16") && text.contains("bytes, but the file has 3"), "{text}");
 
     let folder = open_clip_with("open_clip/plain.bin", "open_clip_pytorch_model.bin");
     let path = folder.path().join("open_clip_pytorch_model.bin");

@@ -37,14 +37,15 @@ impl Pickle {
             return Err(bad("it was written by PyTorch before 1.6, or without a zip file, which is not read".into()));
         }
         let file = File::open(path).map_err(CheckpointError::io(path))?;
+        let size = file.metadata().map_err(CheckpointError::io(path))?.len();
         let mut archive = zip::ZipArchive::new(BufReader::new(file)).map_err(|error| bad(error.to_string()))?;
         for index in 0..archive.len() {
             let read = |error: zip::result::ZipError| bad(error.to_string());
             let entry = archive.by_index_raw(index).map_err(read)?;
-            let (name, size) = (entry.name().map_err(read)?, entry.size());
+            let (name, bytes) = (entry.name().map_err(read)?, entry.size());
             // The weights lie apart, in `data/`.
-            if name.ends_with(".pkl") && size > LONGEST_PICKLE {
-                return Err(bad(format!("its {name} has {size} bytes; at most {LONGEST_PICKLE} are read")));
+            if name.ends_with(".pkl") && bytes > LONGEST_PICKLE {
+                return Err(bad(format!("its {name} has {bytes} bytes; at most {LONGEST_PICKLE} are read")));
             }
         }
         let reader = PytorchReader::new(path).map_err(|error| bad(error.to_string()))?;
@@ -54,6 +55,11 @@ impl Pickle {
             None => tensors,
             Some(prefix) => tensors.into_iter().filter_map(|(name, t)| Some((name.strip_prefix(prefix)?.to_string(), t))).collect(),
         };
+        // A tensor may claim to repeat a few numbers as often as it likes; one that PyTorch saves is in the file as a whole.
+        let claimed = tensors.values().fold(0usize, |sum, tensor| sum.saturating_add(tensor.byte_len()));
+        if claimed as u64 > size {
+            return Err(bad(format!("its tensors have {claimed} bytes, but the file has {size}")));
+        }
         Ok(Self { tensors })
     }
 

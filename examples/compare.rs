@@ -43,7 +43,10 @@ use serde::{Deserialize, Serialize};
 use support::write_atomic;
 
 #[derive(Parser)]
-#[command(about = "Compares recipes at equal steps")]
+#[command(
+    about = "Compares recipes at equal steps",
+    after_help = "Example: compare --only copy,drop_0.5 --seeds 0,1,2 --steps 500"
+)]
 struct Args {
     /// Where runs and results are kept
     #[arg(long, default_value = "out/compare")]
@@ -51,6 +54,7 @@ struct Args {
     /// Recipes to run, by name; all unless given
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
+    /// Seeds of each recipe, such as 0,1,2
     #[arg(long, value_delimiter = ',', default_value = "0")]
     seeds: Vec<u64>,
     /// Optimiser steps of each recipe

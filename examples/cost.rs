@@ -17,14 +17,17 @@ use burn_moe::{
 use clap::Parser;
 
 #[derive(Parser)]
-#[command(about = "Counts parameters, operations and memory of CLIPs")]
+#[command(
+    about = "Counts parameters, operations and memory of CLIPs",
+    after_help = "Example: cost --presets vit-b-16 --experts 16 --batch-size 64"
+)]
 struct Args {
     /// Presets to count
     #[arg(long, value_delimiter = ',', default_value = "vit-b-32,vit-b-16,vit-l-14,vit-l-14-336")]
     presets: Vec<String>,
-    /// A checkpoint to count instead
+    /// Folder of a checkpoint to count instead
     #[arg(long)]
-    checkpoint: Option<PathBuf>,
+    model: Option<PathBuf>,
     /// Experts of each sparse block
     #[arg(long, default_value_t = 8)]
     experts: usize,
@@ -36,7 +39,7 @@ struct Args {
     every: usize,
     /// Image-text pairs in a batch, for the memory of activations
     #[arg(long, default_value_t = 32)]
-    batch: usize,
+    batch_size: usize,
 }
 
 fn main() -> ExitCode {
@@ -45,7 +48,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
-    let configs: Vec<(String, ClipConfig)> = match &args.checkpoint {
+    let configs: Vec<(String, ClipConfig)> = match &args.model {
         Some(folder) => vec![(folder.display().to_string(), ClipCheckpoint::read_config(folder)?)],
         None => args
             .presets
@@ -69,15 +72,15 @@ fn run() -> Result<(), Box<dyn Error>> {
         "{:<24} {:>10} {:>10} {:>12} {:>12} {:>10} {:>12} {:>12}",
         "f32, batches of", "million", "million", "per image", "per text", "MB", "MB", "MB"
     );
-    println!("{}", args.batch);
+    println!("{}", args.batch_size);
     for (name, config) in configs {
-        row(&name, &config, args.batch);
+        row(&name, &config, args.batch_size);
         if config.is_sparse() {
             continue;
         }
         let config = config.sparse(SparseClipConfig::new().with_vision(Some(sparse.clone())).with_text(Some(sparse.clone())));
         config.validate()?;
-        row(&format!("{name}, {} of {} experts", args.top_k, args.experts), &config, args.batch);
+        row(&format!("{name}, {} of {} experts", args.top_k, args.experts), &config, args.batch_size);
     }
     Ok(())
 }

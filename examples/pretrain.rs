@@ -29,12 +29,15 @@ use indicatif::{ProgressBar, ProgressStyle};
 use support::device_by_name;
 
 #[derive(Parser)]
-#[command(about = "Trains a dense CLIP from scratch on the emoji pack")]
+#[command(
+    about = "Trains a dense CLIP from scratch on the emoji pack",
+    after_help = "Example: pretrain --hold-out noto-v1 --width 32 --heads 4 --steps 4000 --out out/mine"
+)]
 struct Args {
     /// Where the checkpoint goes
     #[arg(long, default_value = "out/clip-tiny")]
     out: PathBuf,
-    /// Where the run is kept while it is not finished; each run needs a folder of its own
+    /// Where the run is kept, so that it goes on where it was stopped, or for more steps; each run needs a folder of its own
     #[arg(long, default_value = "out/pretrain")]
     run: PathBuf,
     /// A checkpoint to start from, for another round of warm-up and cosine; it decides all sizes
@@ -43,13 +46,16 @@ struct Args {
     /// A training vendor to validate on instead of training on it
     #[arg(long)]
     hold_out: Option<String>,
+    /// Optimiser steps, in all
     #[arg(long, default_value_t = 8000)]
     steps: usize,
     /// The highest learning rate
     #[arg(long, default_value_t = 6e-3)]
     learning_rate: f64,
+    /// Weight decay, times the learning rate at each step
     #[arg(long, default_value_t = 0.05)]
     weight_decay: f32,
+    /// Decides the start, the order of the data and image changes
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Width of both towers
@@ -64,8 +70,10 @@ struct Args {
     /// Side of a patch in pixels
     #[arg(long, default_value_t = 8)]
     patch_size: usize,
+    /// Blocks of the vision tower
     #[arg(long, default_value_t = 3)]
     vision_layers: usize,
+    /// Blocks of the text tower
     #[arg(long, default_value_t = 2)]
     text_layers: usize,
     /// Width of the shared embedding space

@@ -39,7 +39,10 @@ const FORWARD: f64 = 1e-4;
 const GRADIENT: f64 = 1e-3;
 
 #[derive(Parser)]
-#[command(about = "Checks burn-moe on a device against reference cases")]
+#[command(
+    about = "Checks burn-moe on a device against reference cases",
+    after_help = "Example: verify --device wgpu tests/fixtures/*"
+)]
 struct Args {
     /// Directories of reference cases
     #[arg(required = true)]
@@ -53,14 +56,12 @@ struct Args {
 }
 
 fn main() -> ExitCode {
+    support::run(check_all)
+}
+
+fn check_all() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
-    let device = match device_by_name(&args.device) {
-        Ok(device) => device,
-        Err(error) => {
-            eprintln!("{error}");
-            return ExitCode::FAILURE;
-        }
-    };
+    let device = device_by_name(&args.device)?;
     let slack = args.slack.unwrap_or(usual_slack(&args.device));
     let mut failed = 0;
     for case in &args.cases {
@@ -76,7 +77,7 @@ fn main() -> ExitCode {
         }
     }
     println!("{} passed, {failed} failed", args.cases.len() - failed);
-    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if failed == 0 { Ok(()) } else { Err("reference cases failed".into()) }
 }
 
 pub(crate) fn run(folder: &Path, device: &Device, errors: &mut Errors) -> Result<(), Box<dyn Error>> {

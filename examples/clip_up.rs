@@ -84,7 +84,7 @@ struct Args {
     #[command(flatten)]
     columns: ListArgs,
     /// Side of the images in pixels, if it should be another than the checkpoint's: its position embeddings are then interpolated
-    #[arg(long)]
+    #[arg(long, requires = "list")]
     image_size: Option<usize>,
     /// The dense checkpoint (Hugging Face or open_clip)
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-tiny"))]
@@ -110,7 +110,7 @@ struct Args {
     /// Weight decay, times the learning rate at each step
     #[arg(long, default_value_t = 0.05)]
     weight_decay: f32,
-    /// Pairs in a batch, no caption twice; without it 256, or half of the training images if there are fewer than 512
+    /// Pairs in a batch, no caption twice; without it 256, or as many as half of the images or the different captions allow
     #[arg(long)]
     batch_size: Option<usize>,
     /// Steps between evaluations
@@ -138,6 +138,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let dense = ClipCheckpoint::load_with_image_size(&args.dense, args.image_size, &device).map_err(|error| {
         format!("{error}\n(the published package holds no data: `data/clip-tiny` is in the repository, and `--example pretrain` makes one)")
     })?;
+    ClipTokenizer::check(&dense.model.text)?;
     let Data { set, test, skipped } = data(&args, &dense.config.vision)?;
     println!("{} images to train on, {} to test on", set.len(), test.len());
 
@@ -172,7 +173,8 @@ fn run() -> Result<(), Box<dyn Error>> {
     };
     let arms = vec![arm("dense_continued", dense.model.clone(), dense_lr), arm("sparse", upcycled.model.clone(), sparse_lr)];
     let mut config = TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed);
-    let batch_size = args.batch_size.unwrap_or((set.len() / 2).clamp(1, config.batch.batch_size));
+    let different = config.batch.with_context_length(context_length).largest_batch(&set);
+    let batch_size = args.batch_size.unwrap_or((set.len() / 2).min(different).clamp(1, config.batch.batch_size));
     println!("batches of {batch_size}, highest learning rate {dense_lr} (dense) and {sparse_lr} (sparse)");
     config.batch = config.batch.with_batch_size(batch_size).with_context_length(context_length);
     let checkpointing = Checkpointing { folder: args.out.join("checkpoints"), every: args.eval_every };
@@ -253,7 +255,8 @@ fn run() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Refuses to overwrite a run that was interrupted, and to resume what is not there or has done its steps.
+/// Refuses to overwrite a run that could go on, and to resume what is not there or has done its steps. A run that has ended makes room for one
+/// of as many steps.
 fn check_kept_run(args: &Args, kept: Option<KeptRun>) -> Result<(), Box<dyn Error>> {
     let out = args.out.display();
     match kept {
@@ -262,6 +265,10 @@ fn check_kept_run(args: &Args, kept: Option<KeptRun>) -> Result<(), Box<dyn Erro
         )
         .into()),
         None if args.resume => Err(format!("{out} holds no run to go on with: leave --resume out, or name its --out").into()),
+        Some(KeptRun { step, .. }) if !args.resume && step < args.steps => Err(format!(
+            "{out} holds a run of {step} steps that has ended: go on with --resume, take another --out, or remove it"
+        )
+        .into()),
         Some(KeptRun { step, .. }) if args.resume && step >= args.steps => {
             Err(format!("the run in {out} has done {step} steps already: name more with --steps").into())
         }

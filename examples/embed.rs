@@ -34,7 +34,7 @@ struct Args {
     #[command(flatten)]
     reading: ImageArgs,
     /// Read the subfolders of --images, too
-    #[arg(long)]
+    #[arg(long, conflicts_with = "list")]
     recursive: bool,
     /// A file of texts, one in every line
     #[arg(long, conflicts_with = "list")]
@@ -87,6 +87,10 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
+    let names_file = args.out.with_extension("json");
+    if names_file == args.out {
+        return Err("--out is for the embeddings, a safetensors file; their names go beside it, with the ending .json".into());
+    }
     let device = args.model.device()?;
     let Input { images, mut texts, list } = Input::of(&args)?;
     let mut tensors = Vec::new();
@@ -143,7 +147,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         fs::create_dir_all(folder)?;
     }
     write_atomic(&args.out, &safetensors::serialize(views, None)?)?;
-    write_atomic(args.out.with_extension("json"), serde_json::to_string_pretty(&names)?.as_bytes())?;
+    write_atomic(names_file, serde_json::to_string_pretty(&names)?.as_bytes())?;
     println!("written to {}", args.out.display());
     Ok(())
 }

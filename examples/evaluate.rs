@@ -100,7 +100,8 @@ fn retrieval(
     };
     let (mut list, folder) = read?;
     println!("{} images, {} captions", list.images.len(), list.captions.len());
-    if ![1000, 5000].contains(&list.images.len()) {
+    let is_published = ["coco", "flickr"].iter().any(|name| file.to_string_lossy().to_lowercase().contains(name));
+    if is_published && ![1000, 5000].contains(&list.images.len()) {
         println!(
             "note: papers report on Karpathy's test splits, of 1,000 images of Flickr30k and 5,000 of COCO (`--split test` of his lists, or \
              `--only` with their names); figures of {} images are others",

@@ -17,9 +17,9 @@ use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
 use burn_moe::{
     Capacity, FillOrder, GateNormalization, RouterOptions, RouterScore, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{
-        SparseClipConfig, TextConfig, VisionConfig,
+        SparseClipConfig, TextConfig, TextTower, VisionConfig,
         checkpoint::{ClipCheckpoint, TextCheckpoint, Towers, VisionCheckpoint, towers_in},
-        preprocess::ImagePreprocessor,
+        preprocess::{ImagePreprocessor, Orientation},
         tokenizer::ClipTokenizer,
     },
     transformer::{BlockSelection, RoutedLayerConfig, SparseEncoderConfig},
@@ -203,24 +203,40 @@ impl StrategyArgs {
         }
     }
 
-    /// The images of the list, if one is read.
-    fn images(&self, vision: &VisionConfig, device: &Device) -> Result<Option<Tensor<4>>, Box<dyn Error>> {
+    /// The images and the captions of the list, if there is one: of `vision` or `text`, those that are there.
+    fn calibration(
+        &self,
+        vision: Option<&VisionConfig>,
+        text: Option<&TextTower>,
+        device: &Device,
+    ) -> Result<Option<Probe>, Box<dyn Error>> {
         let Some(list) = &self.list else { return Ok(None) };
         let (list, folder) = self.columns.read(list)?;
-        let paths: Vec<PathBuf> = list.images.iter().take(self.calibration).map(|image| folder.join(image)).collect();
-        let preprocessor = ImagePreprocessor::for_model(vision);
-        let (images, skipped): (Vec<_>, Vec<_>) = preprocessor.open_all(&paths).into_iter().partition(Result::is_ok);
-        let images: Vec<_> = images.into_iter().flatten().collect();
-        report_skipped(&skipped.into_iter().filter_map(Result::err).collect::<Vec<_>>(), images.len(), false)?;
-        Ok(Some(preprocessor.tensor(&images, device)))
-    }
-
-    /// The captions of the list, if one is read.
-    fn texts(&self, text: &TextConfig, device: &Device) -> Result<Option<Tensor<2, Int>>, Box<dyn Error>> {
-        let Some(list) = &self.list else { return Ok(None) };
-        let (list, _) = self.columns.read(list)?;
-        let captions: Vec<&String> = list.captions.iter().take(self.calibration).map(|(caption, _)| caption).collect();
-        Ok(Some(ClipTokenizer::new().tokenize(&captions, text.context_length).tensor(device)))
+        let images = match vision {
+            None => None,
+            Some(vision) => {
+                let paths: Vec<PathBuf> = list.images.iter().take(self.calibration).map(|image| folder.join(image)).collect();
+                let preprocessor = ImagePreprocessor::for_model(vision).with_orientation(Orientation::Exif);
+                let (images, skipped): (Vec<_>, Vec<_>) = preprocessor.open_all(&paths).into_iter().partition(Result::is_ok);
+                let images: Vec<_> = images.into_iter().flatten().collect();
+                report_skipped(&skipped.into_iter().filter_map(Result::err).collect::<Vec<_>>(), images.len(), false)?;
+                Some(preprocessor.tensor(&images, device))
+            }
+        };
+        let tokens = match text {
+            None => None,
+            Some(tower) => {
+                ClipTokenizer::check(tower)?;
+                let [context_length, _] = tower.position_embedding.dims();
+                let captions: Vec<&String> = list.captions.iter().take(self.calibration).map(|(caption, _)| caption).collect();
+                Some(ClipTokenizer::new().tokenize(&captions, context_length).tensor(device))
+            }
+        };
+        Ok(match (images, tokens) {
+            (Some(images), Some(tokens)) => Some(Probe::ImagesAndTexts { images, tokens }),
+            (Some(images), None) => Some(Probe::Images(images)),
+            (None, tokens) => tokens.map(Probe::Texts),
+        })
     }
 }
 
@@ -233,7 +249,14 @@ fn run() -> Result<(), Box<dyn Error>> {
     let device = device_by_name(&args.device)?;
     device.seed(args.seed);
     let mut clock = Clock::start();
-    let report = match towers_in(&args.dense)? {
+    let towers = towers_in(&args.dense)?;
+    if towers != Towers::Both && (args.dense_text || args.dense_vision) {
+        return Err(format!("{} holds one tower: --dense-text and --dense-vision are for two", args.dense.display()).into());
+    }
+    if towers == Towers::Text && args.image_size.is_some() {
+        return Err(format!("{} holds a text tower: --image-size is for images", args.dense.display()).into());
+    }
+    let report = match towers {
         Towers::Both => clip(&args, &device, &mut clock)?,
         Towers::Vision => vision(&args, &device, &mut clock)?,
         Towers::Text => text(&args, &device, &mut clock)?,
@@ -256,11 +279,8 @@ fn clip(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleReport
         .with_text(tower(dense.config.text.encoder.d_ff, args.dense_text));
     let config = dense.config.clone().sparse(towers);
     config.validate()?;
-    let mut options =
-        args.options(Probe::ImagesAndTexts { images: images(&config.vision, device), tokens: texts(&config.text, device) });
-    if let (Some(images), Some(tokens)) = (args.making.images(&config.vision, device)?, args.making.texts(&config.text, device)?) {
-        options = options.with_calibration(Probe::ImagesAndTexts { images, tokens });
-    }
+    let probe = Probe::ImagesAndTexts { images: images(&config.vision, device), tokens: texts(&config.text, device) };
+    let options = args.options(probe, args.making.calibration(Some(&config.vision), Some(&dense.model.text), device)?);
     let upcycled = config.init(device).upcycle_from_dense(&dense.model, &options)?;
     clock.lap("upcycle and compare");
     drop(dense);
@@ -280,10 +300,7 @@ fn vision(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleRepo
     let mut config = dense.config.clone();
     config.encoder.sparse = Some(args.layer.config(&args.making, config.encoder.d_ff));
     config.validate()?;
-    let mut options = args.options(Probe::Images(images(&config, device)));
-    if let Some(images) = args.making.images(&config, device)? {
-        options = options.with_calibration(Probe::Images(images));
-    }
+    let options = args.options(Probe::Images(images(&config, device)), args.making.calibration(Some(&config), None, device)?);
     let upcycled = config.init(dense.embed_dim, device).upcycle_from_dense(&dense.model, &options)?;
     clock.lap("upcycle and compare");
     VisionCheckpoint { config, embed_dim: dense.embed_dim, model: upcycled.model }.save_sparse(&args.out, args.precision.into())?;
@@ -299,10 +316,7 @@ fn text(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleReport
     let mut config = dense.config.clone();
     config.encoder.sparse = Some(args.layer.config(&args.making, config.encoder.d_ff));
     config.validate()?;
-    let mut options = args.options(Probe::Texts(texts(&config, device)));
-    if let Some(tokens) = args.making.texts(&config, device)? {
-        options = options.with_calibration(Probe::Texts(tokens));
-    }
+    let options = args.options(Probe::Texts(texts(&config, device)), args.making.calibration(None, Some(&dense.model), device)?);
     let upcycled = config.init(dense.embed_dim, device).upcycle_from_dense(&dense.model, &options)?;
     clock.lap("upcycle and compare");
     TextCheckpoint { config, embed_dim: dense.embed_dim, model: upcycled.model }.save_sparse(&args.out, args.precision.into())?;
@@ -313,8 +327,12 @@ fn text(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleReport
 }
 
 impl Args {
-    fn options(&self, probe: Probe) -> UpcycleOptions {
-        UpcycleOptions::default().with_strategy(self.making.strategy()).with_probe(probe)
+    fn options(&self, probe: Probe, calibration: Option<Probe>) -> UpcycleOptions {
+        let options = UpcycleOptions::default().with_strategy(self.making.strategy()).with_probe(probe);
+        match calibration {
+            Some(calibration) => options.with_calibration(calibration),
+            None => options,
+        }
     }
 }
 

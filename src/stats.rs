@@ -150,6 +150,9 @@ mod tests {
         // First choices: 0 kept, 1 dropped, 2 kept. Second choices all want expert 1: one of three.
         let near = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-6);
         assert!(near(&stats.dropped_per_choice, &[1.0 / 3.0, 2.0 / 3.0]), "{:?}", stats.dropped_per_choice);
+        // Each expert computes its one slot; of six choices, half want expert 1.
+        assert!(near(&stats.load, &[1.0 / 3.0; 3]) && near(&stats.requested, &[1.0 / 3.0, 0.5, 1.0 / 6.0]), "{stats:?}");
+        assert!(near(&[stats.peak_load(), stats.peak_requested()], &[1.0, 1.5]), "{stats:?}");
         // e⁵ / (e⁵ + e³ + 1)
         assert!((stats.confidence - 0.8756).abs() < 1e-4, "{}", stats.confidence);
         assert_eq!(co_firing(&routing), [vec![1.0, 1.0, 0.0], vec![1.0, 1.0, 0.0], vec![0.0, 0.0, 1.0]]);
@@ -157,6 +160,7 @@ mod tests {
         counter.add(std::slice::from_ref(&routing));
         counter.clone().add(&[routing]);
         assert_eq!((counter.take(), counter.take()), (vec![vec![4, 6, 2]], vec![]));
-        assert_eq!(RoutingStats::mean(&[stats.clone(), stats.clone()]).unwrap().confidence, stats.confidence);
+        let mean = RoutingStats::mean(&[stats.clone(), stats.clone()]).unwrap();
+        assert!(mean.confidence == stats.confidence && near(&mean.requested, &stats.requested));
     }
 }

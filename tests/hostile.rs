@@ -62,6 +62,7 @@ fn what_fuzzers_found_is_taken_in_bounds() {
         (8000, 8000, image::ExtendedColorType::L16),
         (8000, 8000, image::ExtendedColorType::Rgb16),
         (64_000_000, 1, image::ExtendedColorType::L8),
+        (1, 250_000, image::ExtendedColorType::Rgba8),
         (60_000, 60_000, image::ExtendedColorType::L8),
     ] {
         // The largest one is claimed and not delivered.

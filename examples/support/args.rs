@@ -61,16 +61,16 @@ pub(crate) struct ListArgs {
     #[arg(long)]
     pub(crate) images: Option<PathBuf>,
     /// Which split of a list that holds several: train, val, test, …, or all
-    #[arg(long)]
+    #[arg(long, requires = "list")]
     pub(crate) split: Option<String>,
     /// A file with the names of a published split's images, one in every line: only these are read
-    #[arg(long)]
+    #[arg(long, requires = "list")]
     only: Option<PathBuf>,
     /// The column of images, where it has no usual name
-    #[arg(long)]
+    #[arg(long, requires = "list")]
     image_column: Option<String>,
     /// A column of captions, where it has no usual name; may be given several times
-    #[arg(long = "caption-column")]
+    #[arg(long = "caption-column", requires = "list")]
     caption_columns: Vec<String>,
 }
 

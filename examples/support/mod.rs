@@ -43,7 +43,7 @@ pub(crate) fn report_passed_over(others: &[PathBuf]) {
         }
     };
     of("files that are no PNG, JPEG, WebP, GIF, BMP or TIFF", &files);
-    of("subfolders, which are read on request only", &folders);
+    of("subfolders", &folders);
 }
 
 /// A progress bar with a rate and the time that is left; it shows nothing where the output is no terminal.

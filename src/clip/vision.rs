@@ -147,7 +147,7 @@ impl VisionTower {
     }
 
     /// Sizes of one image, `[channels, image_size, image_size]`.
-    pub fn image_dims(&self) -> [usize; 3] {
+    pub(crate) fn image_dims(&self) -> [usize; 3] {
         let patch = self.patch_size;
         let [num_tokens, _] = self.position_embedding.shape().dims();
         let [patch_pixels, _] = self.patch_embedding.weight.shape().dims();
@@ -173,24 +173,22 @@ impl VisionTower {
     /// What goes into the blocks, `[B, N, D]`.
     fn embed(&self, images: Tensor<4>) -> (Tensor<3>, TokenMarks) {
         let [batch, channels, height, width] = images.dims();
+        let expected = self.image_dims();
+        assert!(
+            [channels, height, width] == expected,
+            "images of shape {:?} do not fit: expected [B, {}, {}, {}]",
+            images.dims(),
+            expected[0],
+            expected[1],
+            expected[2]
+        );
         let patch = self.patch_size;
         let (rows, columns) = (height / patch, width / patch);
         let [num_tokens, d_model] = self.position_embedding.shape().dims();
-        let [patch_pixels, _] = self.patch_embedding.weight.shape().dims();
-        assert!(
-            height == rows * patch
-                && width == columns * patch
-                && rows * columns + 1 == num_tokens
-                && channels * patch * patch == patch_pixels,
-            "images of shape {:?} do not fit: expected {} patches of {patch} x {patch} pixels and {} channels",
-            images.dims(),
-            num_tokens - 1,
-            patch_pixels / (patch * patch),
-        );
         let patches = images.reshape([batch, channels, rows, patch, columns, patch]).permute([0, 2, 4, 1, 3, 5]).reshape([
             batch,
             rows * columns,
-            patch_pixels,
+            channels * patch * patch,
         ]);
         let class = self.class_embedding.val().reshape([1, 1, d_model]).expand([batch, 1, d_model]);
         let tokens = Tensor::cat(vec![class, self.patch_embedding.forward(patches)], 1);

@@ -38,7 +38,8 @@ impl<const R: usize> MoeInput<R> {
         Self { x, valid: None, protected: None }
     }
 
-    /// True for tokens that are not padding: the opposite of burn's padding masks, which [`mask_pad`](Self::mask_pad) takes. The shape is that of the input without its last axis, or `[T]`. Padding gets no slot, comes out as
+    /// True means a token that is not padding; burn's own padding masks mean the opposite, and go to [`mask_pad`](Self::mask_pad). The shape is
+    /// that of the input without its last axis, or `[T]`. Padding gets no slot, comes out as
     /// exactly 0, and counts in no loss and no statistic.
     pub fn valid<const M: usize>(mut self, mask: Tensor<M, Bool>) -> Self {
         self.valid = Some(TokenMask::new(mask));

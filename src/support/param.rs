@@ -58,3 +58,20 @@ pub(crate) fn with_leaves_on<M: Module>(module: M, device: &Device) -> M {
     }
     module.map(&mut Leaves(device))
 }
+
+#[cfg(all(test, feature = "train", feature = "flex"))]
+mod tests {
+    use super::*;
+    use burn::nn::LinearConfig;
+
+    #[test]
+    fn leaves_checkpoint_gradients_as_their_device_does() {
+        let device = Device::flex().autodiff().gradient_checkpointing();
+        let linear = LinearConfig::new(2, 3).init(&Device::flex()).train();
+        let before = linear.weight.val().into_data();
+        let linear = with_leaves_on(linear, &device);
+        let weight = linear.weight.val();
+        assert!(weight.device() == device && weight.is_require_grad());
+        assert_eq!(weight.into_data(), before);
+    }
+}

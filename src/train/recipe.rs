@@ -163,8 +163,8 @@ pub struct TrainInput<'a> {
 pub trait Observer {
     /// After each step of each arm; `step` counts from 1.
     fn on_step(&mut self, _arm: usize, _step: usize, _losses: &StepLosses) {}
-    /// When a run goes on from a checkpoint. With more steps than were planned, the learning rate follows the schedule of all of them from
-    /// there on, and is then higher than it was.
+    /// When a run goes on from a checkpoint. With more steps than were planned, the learning rate jumps to what the longer schedule has at
+    /// this step.
     fn on_resume(&mut self, _kept: KeptRun) {}
     /// After each evaluation.
     fn on_evaluation(&mut self, _arm: usize, _step: usize, _evaluation: &Evaluation) {}

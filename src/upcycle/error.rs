@@ -92,7 +92,7 @@ pub enum UpcycleError {
         found: &'static str,
     },
     /// The probe, or the calibration batch, does not have the sizes that the module takes.
-    #[error("the probe's {what} are {found:?}, but this module takes {expected}")]
+    #[error("the {what} of the probe or calibration batch are {found:?}, but this module takes {expected}")]
     ProbeShape {
         /// What was compared.
         what: &'static str,

@@ -115,6 +115,34 @@ fn lists_written_by_windows_and_spreadsheets_are_read() {
 }
 
 #[test]
+fn columns_of_paths_and_of_folders_are_told_apart() {
+    let images = |text: &str| of_split(text, None).unwrap().images;
+    assert_eq!(images("filepath,filename,caption\nimages/a.jpg,a.jpg,x\n"), [PathBuf::from("images/a.jpg")]);
+    assert_eq!(images("filepath,filename,caption\nimages,a.jpg,x\n"), [PathBuf::from("images/a.jpg")]);
+    // A field `images` that is no list of objects is a column like any other.
+    let columns = Columns { image: Some("images".into()), captions: Vec::new() };
+    let found = read("list.jsonl", b"{\"images\": \"a.jpg\", \"text\": \"x\"}\n", &columns).unwrap();
+    assert_eq!(found.images, [PathBuf::from("a.jpg")]);
+}
+
+#[test]
+fn no_row_is_lost_in_an_open_quote_or_a_list_of_python() {
+    let error = |text: &str| of_split(text, None).unwrap_err();
+    let open = "path\tcaption\na.jpg\t\"hello\nb.jpg\tdog\nc.jpg\tcat\n";
+    assert_eq!(error(open), "list: line 2: a quote opens a field that does not end");
+    let behind = "path,caption\na.jpg,x\nb.jpg,\"Hi,\" he said\n";
+    assert_eq!(error(behind), "list: line 3: a quoted field goes on behind its end; write a quote inside of it twice");
+    // A quote inside of a field is one like any other letter.
+    assert_eq!(of_split("path,caption\na.jpg,he said \"Hi\"\n", None).unwrap().captions[0].0, "he said \"Hi\"");
+    let python = "path,caption\na.jpg,\"['A man.', 'Two men.']\"\n";
+    assert!(
+        error(python).starts_with("list: line 2: captions as a list of Python; write them as a JSON list"),
+        "{}",
+        error(python)
+    );
+}
+
+#[test]
 fn lists_of_another_kind_are_named() {
     let error = |text: &str| of_split(text, None).unwrap_err();
     assert_eq!(error("b.jpg#0\tone\nb.jpg two\n"), "list: line 2: expected `NAME#NUMBER`, a tab and a caption");

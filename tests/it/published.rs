@@ -143,6 +143,11 @@ fn sections_of_older_configurations_and_images_that_are_resized_to_more_than_is_
         (json!({ "shortest_edge": 6 }), json!(8), "`size` = 6 with a crop of 8 is not supported"),
         (json!({ "shortest_edge": 8 }), json!(6), "`crop_size` = 6 with an image size of 8 is not supported"),
         (json!({ "height": 8, "width": 9 }), json!(8), "`size` = 8 x 9 is not supported"),
+        (
+            json!({ "shortest_edge": u64::MAX }),
+            json!(8),
+            "size of resized images of 18446744073709551615: at most 1048576 is possible",
+        ),
     ] {
         set(size, crop);
         let text = resize_to().unwrap_err().to_string();

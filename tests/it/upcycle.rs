@@ -660,10 +660,10 @@ fn a_probe_of_other_sizes_than_the_module_takes_is_refused() {
     let dense = burn::nn::transformer::PositionWiseFeedForwardConfig::new(16, 32).init(&device);
     let sparse = || MoeFeedForwardConfig::new(16, 32, 4).init(&device);
     let error = |probe| sparse().upcycle_from_dense(&dense, &UpcycleOptions::default().with_probe(probe)).unwrap_err().to_string();
-    assert_eq!(error(of_width(8)), "the probe's tokens are [2, 3, 8], but this module takes [B, N, 16]");
+    assert_eq!(error(of_width(8)), "the tokens of the probe or calibration batch are [2, 3, 8], but this module takes [B, N, 16]");
     let valid = Tensor::<2, Bool>::full([3, 2], true, &device);
     let masked = Probe::Tokens { tokens: Tensor::ones([2, 3, 16], &device), valid: Some(valid) };
-    assert_eq!(error(masked), "the probe's valid flags are [3, 2], but this module takes [2, 3]");
+    assert_eq!(error(masked), "the valid flags of the probe or calibration batch are [3, 2], but this module takes [2, 3]");
 
     let config = ClipConfig::tiny();
     let dense = config.init(&device);
@@ -674,7 +674,7 @@ fn a_probe_of_other_sizes_than_the_module_takes_is_refused() {
     };
     let error = |images, texts| sparse.clone().upcycle_from_dense(&dense, &options(images, texts)).unwrap_err().to_string();
     let text = error([1, 3, 16, 32], [1, 9]);
-    assert_eq!(text, "the probe's images are [1, 3, 16, 32], but this module takes [B, 3, 32, 32]");
+    assert_eq!(text, "the images of the probe or calibration batch are [1, 3, 16, 32], but this module takes [B, 3, 32, 32]");
     let text = error([1, 3, 32, 32], [1, 25]);
-    assert_eq!(text, "the probe's token ids are [1, 25], but this module takes [B, N], N at most 24");
+    assert_eq!(text, "the token ids of the probe or calibration batch are [1, 25], but this module takes [B, N], N at most 24");
 }

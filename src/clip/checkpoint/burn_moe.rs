@@ -55,10 +55,12 @@ fn read(text: &str) -> Result<Described> {
     };
     if towers != Towers::Both
         && let Value::Object(clip) = &mut file.clip
-        && let Value::Object(rest) = serde_json::to_value(ClipConfig::tiny())?
+        && let Value::Object(mut other) = serde_json::to_value(ClipConfig::tiny())?
     {
-        for (field, value) in rest {
-            clip.entry(field).or_insert(value);
+        for field in ["vision", "text", "logit_scale_init"] {
+            if let Some(value) = other.remove(field) {
+                clip.entry(field).or_insert(value);
+            }
         }
     }
     Ok(Described { config: serde_json::from_value(file.clip)?, towers })

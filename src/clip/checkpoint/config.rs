@@ -42,6 +42,7 @@ pub(super) fn of_possible_size(config: ClipConfig) -> Result<ClipConfig> {
         ("patches on a side", vision.image_size.checked_div(vision.patch_size).unwrap_or(0).saturating_pow(2)),
         ("vocab_size", text.vocab_size),
         ("context_length", text.context_length),
+        ("size of resized images", vision.preprocessing.resize_to.unwrap_or(0)),
     ];
     for encoder in [&vision.encoder, &text.encoder] {
         let widths =

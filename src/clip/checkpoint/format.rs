@@ -99,7 +99,7 @@ impl Found {
     pub(super) fn with_image_size(mut self, image_size: Option<usize>) -> std::result::Result<Self, CheckpointError> {
         let Some(side) = image_size else { return Ok(self) };
         let vision = &mut self.config.vision;
-        let resized = |resize_to: usize| (resize_to * side).div_ceil(vision.image_size.max(1));
+        let resized = |resize_to: usize| resize_to.saturating_mul(side).div_ceil(vision.image_size.max(1));
         vision.preprocessing.resize_to = vision.preprocessing.resize_to.map(resized);
         vision.image_size = side;
         let checked = of_possible_size(self.config).map_err(|error| error.at(&self.path))?;
@@ -157,13 +157,13 @@ pub(super) fn found_in(folder: &Path) -> std::result::Result<Found, CheckpointEr
             encoder.n_layers = blocks_in(&folder.join(weights), blocks)?.unwrap_or(12);
         }
     }
-    let mut config = of_possible_size(config).map_err(|error| error.at(&path))?;
     if let Some(processor) = format.processor
         && let Some(path) = processor.files.map(|name| folder.join(name)).into_iter().find(|path| path.is_file())
     {
         let text = tensors::read_text(&path, LONGEST_CONFIG)?;
         config.vision.preprocessing = (processor.read)(&text, config.vision.image_size).map_err(|error| error.at(&path))?;
     }
+    let config = of_possible_size(config).map_err(|error| error.at(&path))?;
     config.validate().map_err(|source| CheckpointError::Config { path: path.clone(), source })?;
     Ok(Found { config, towers, format, weights: folder.join(weights), path })
 }

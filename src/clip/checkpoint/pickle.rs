@@ -88,25 +88,25 @@ fn dtype(dtype: DType) -> Dtype {
         DType::I16 => Dtype::I16,
         DType::I8 => Dtype::I8,
         DType::U8 => Dtype::U8,
-        // No weight has any of the others.
-        _ => Dtype::BOOL,
+        DType::U64 => Dtype::U64,
+        DType::U32 => Dtype::U32,
+        DType::U16 => Dtype::U16,
+        DType::Bool => Dtype::BOOL,
     }
 }
 
 /// How to write the weights so that they can be read.
 fn as_safetensors(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let stem = path.with_extension("");
-    let stem = stem.file_name().unwrap_or_default().to_string_lossy();
-    // The names under which weights are looked for.
-    let target = match &*stem {
-        "pytorch_model" => "model",
-        "open_clip_pytorch_model" => "open_clip_model",
-        other => other,
+    // The names under which weights are looked for; a shard's is up to its index.
+    let target = match &*name {
+        "pytorch_model.bin" => "model",
+        name if name.starts_with("open_clip_pytorch_model") => "open_clip_model",
+        _ => return "write its state dict again with `safetensors.torch.save_file`, in Python".to_string(),
     };
     format!(
         "write it again as safetensors, in Python: `from safetensors.torch import save_file; import torch; \
-         save_file({{k: v.clone() for k, v in torch.load(\"{name}\", weights_only=True).items()}}, \"{target}.safetensors\", \
-         {{\"format\": \"pt\"}})`"
+         d = torch.load(\"{name}\", weights_only=True); d = d.get(\"state_dict\", d); \
+         save_file({{k: v.clone() for k, v in d.items()}}, \"{target}.safetensors\", {{\"format\": \"pt\"}})`"
     )
 }

@@ -107,8 +107,12 @@ impl CaptionedImages {
         Ok(list)
     }
 
-    /// The list without the images that are not among the `kept`, which are indices in ascending order, and without their captions.
+    /// The list without the images that are not among the `kept`, and without their captions.
+    ///
+    /// # Panics
+    /// When an index is not below the number of images, or indices do not ascend.
     pub fn keep(&mut self, kept: &[usize]) {
+        assert!(kept.is_sorted_by(|a, b| a < b), "images are kept in ascending order, got {kept:?}");
         let place: BTreeMap<usize, usize> = kept.iter().enumerate().map(|(new, old)| (*old, new)).collect();
         self.images = kept.iter().map(|image| self.images[*image].clone()).collect();
         let captions = std::mem::take(&mut self.captions).into_iter();
@@ -166,6 +170,12 @@ impl CaptionedImages {
         list.captions.sort_by_key(|(_, image)| *image);
         list
     }
+}
+
+/// A path of a list, which may have been written on Windows.
+fn path_of(text: &str) -> PathBuf {
+    let is_of_windows = text.contains('\\') && !text.contains('/') && !cfg!(windows);
+    if is_of_windows { text.replace('\\', "/").into() } else { text.into() }
 }
 
 /// The rows of the split that is asked for.

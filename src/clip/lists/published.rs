@@ -1,13 +1,10 @@
 //! Lists as data sets publish them.
 
-use std::{
-    collections::BTreeMap,
-    path::{Component, PathBuf},
-};
+use std::{collections::BTreeMap, path::Component};
 
-use serde::{Deserialize, de::IgnoredAny};
+use serde::Deserialize;
 
-use super::Row;
+use super::{Row, path_of};
 
 /// COCO's file, or Karpathy's, which has no captions apart from its images.
 #[derive(Deserialize)]
@@ -19,10 +16,10 @@ struct Images {
 #[derive(Deserialize)]
 struct Image {
     id: Option<u64>,
-    file_name: Option<PathBuf>,
-    filename: Option<PathBuf>,
+    file_name: Option<String>,
+    filename: Option<String>,
     #[serde(default)]
-    filepath: PathBuf,
+    filepath: String,
     split: Option<String>,
     #[serde(default)]
     sentences: Vec<Sentence>,
@@ -39,24 +36,22 @@ struct CocoCaption {
     caption: String,
 }
 
-/// What tells a published list from JSON lines, in a line or in a whole file.
-#[derive(Deserialize)]
-struct Kind {
-    images: Option<IgnoredAny>,
-}
-
 /// The images of a published list; `None` when the text is of another kind.
 pub(super) fn rows(text: &str) -> Option<Result<Vec<Row>, String>> {
     let first = text.lines().find(|line| !line.trim().is_empty())?;
-    if first.trim_start().starts_with('{') {
-        let is_published = match serde_json::from_str::<Kind>(first) {
-            Ok(kind) => kind.images.is_some(),
-            // The object goes on in the next line, or the line is broken.
-            Err(_) => text.contains("\"images\""),
-        };
-        return is_published.then(|| json(text));
+    match first.trim_start().starts_with('{') {
+        true => has_images(text).then(|| json(text)),
+        false => numbered(first).is_some().then(|| flickr(text)),
     }
-    numbered(first).is_some().then(|| flickr(text))
+}
+
+/// Whether a text has a field `images` that is a list of objects, which COCO's and Karpathy's files have, and JSON lines have not.
+fn has_images(text: &str) -> bool {
+    let rest = |(at, key): (usize, &str)| -> Option<char> {
+        let list = text[at + key.len()..].trim_start().strip_prefix(':')?.trim_start().strip_prefix('[')?;
+        list.trim_start().chars().next()
+    };
+    text.match_indices("\"images\"").any(|found| matches!(rest(found), Some('{' | ']')))
 }
 
 /// A row whose file is inside of the folder of images: a list must not decide which others are read.
@@ -88,7 +83,7 @@ fn coco(images: Vec<Image>, captions: Vec<CocoCaption>) -> Result<Vec<Row>, Stri
     }
     let row = |image: Image| {
         let captions = captions_of.remove(&id(&image)?).unwrap_or_default();
-        Ok(Row { image: image.file_name.ok_or("an image without `file_name`")?, captions, split: None })
+        Ok(Row { image: path_of(&image.file_name.ok_or("an image without `file_name`")?), captions, split: None })
     };
     images.into_iter().map(row).collect()
 }
@@ -96,7 +91,7 @@ fn coco(images: Vec<Image>, captions: Vec<CocoCaption>) -> Result<Vec<Row>, Stri
 fn karpathy(image: Image) -> Result<Row, String> {
     let name = image.filename.ok_or("an image without `filename`, and no `annotations`")?;
     let captions = image.sentences.into_iter().map(|sentence| sentence.raw.trim().to_string()).collect();
-    Ok(Row { image: image.filepath.join(name), captions, split: image.split })
+    Ok(Row { image: path_of(&image.filepath).join(path_of(&name)), captions, split: image.split })
 }
 
 /// `NAME#NUMBER`, a tab and a caption.

@@ -1,10 +1,8 @@
 //! Lists of images and captions that people write themselves: tables and JSON.
 
-use std::path::PathBuf;
-
 use serde_json::{Map, Value};
 
-use super::Row;
+use super::{Row, path_of};
 
 /// What a column of images may be called, in lower case.
 const IMAGE: [&str; 10] =
@@ -86,13 +84,16 @@ impl Places {
         let one = |place: usize| texts(place).into_iter().next().unwrap_or_default();
         let image = one(self.image);
         let captions: Vec<String> = self.captions.iter().flat_map(|place| texts(*place)).filter(|text| !text.is_empty()).collect();
+        if captions.iter().any(|text| is_list_of_python(text)) {
+            return Err(format!("{at}: captions as a list of Python; write them as a JSON list, with double quotes"));
+        }
         if image.is_empty() || captions.is_empty() {
             return Err(format!("{at}: no {}", if image.is_empty() { "image" } else { "caption" }));
         }
-        // Written on Windows, read elsewhere.
-        let image = if image.contains('/') || cfg!(windows) { image } else { image.replace('\\', "/") };
-        let folder = self.folder.map(one).unwrap_or_default();
-        Ok(Row { image: PathBuf::from(folder).join(image), captions, split: self.split.map(one).filter(|split| !split.is_empty()) })
+        let (image, folder) = (path_of(&image), path_of(&self.folder.map(one).unwrap_or_default()));
+        // Some lists have the whole path where others have the folder.
+        let image = if folder.ends_with(&image) { folder } else { folder.join(image) };
+        Ok(Row { image, captions, split: self.split.map(one).filter(|split| !split.is_empty()) })
     }
 }
 
@@ -121,7 +122,7 @@ fn table(text: &str, columns: &Columns) -> Result<Vec<Result<Row, String>>, Stri
         return Err(format!("the columns of its first line are {}", columns.not_among(&most)));
     };
     let count = names(delimiter).len();
-    let text = without_blanks_behind(delimiter, text);
+    let text = without_blanks_behind(delimiter, text)?;
     let mut reader = csv::ReaderBuilder::new()
         .delimiter(delimiter as u8)
         // Captions of Kaggle's `|` lists have lone quotes.
@@ -140,6 +141,11 @@ fn table(text: &str, columns: &Columns) -> Result<Vec<Result<Row, String>>, Stri
     Ok(reader.records().map(row).collect())
 }
 
+/// Whether a caption is what Python's `str` makes of a list of texts.
+fn is_list_of_python(text: &str) -> bool {
+    (text.starts_with("['") || text.starts_with("[\"")) && text.ends_with(']') && serde_json::from_str::<Value>(text).is_err()
+}
+
 /// The texts of a cell: one, or those of a JSON list.
 fn of_cell(cell: &str) -> Vec<String> {
     let list: Option<Vec<String>> = cell.starts_with('[').then(|| serde_json::from_str(cell).ok()).flatten();
@@ -147,8 +153,11 @@ fn of_cell(cell: &str) -> Vec<String> {
 }
 
 /// The text without the blanks at the beginning of fields: a quote behind them opens a quoted field, too.
-fn without_blanks_behind(delimiter: char, text: &str) -> String {
-    #[derive(Clone, Copy)]
+///
+/// # Errors
+/// When a quoted field does not end, or goes on behind its end: rows would be lost in it.
+fn without_blanks_behind(delimiter: char, text: &str) -> Result<String, String> {
+    #[derive(Clone, Copy, PartialEq)]
     enum At {
         Start,
         Plain,
@@ -158,19 +167,33 @@ fn without_blanks_behind(delimiter: char, text: &str) -> String {
     }
     let mut out = String::with_capacity(text.len());
     let mut at = At::Start;
+    let (mut line, mut opened) = (1, 1);
     for c in text.chars() {
         let is_quote = c == '"' && delimiter != '|';
+        let ends = c == delimiter || c == '\n' || c == '\r';
         at = match at {
             At::Start if c == ' ' => continue,
-            At::Start | At::Closed if is_quote => At::Quoted,
+            At::Start if is_quote => {
+                opened = line;
+                At::Quoted
+            }
+            At::Closed if is_quote => At::Quoted,
             At::Quoted if is_quote => At::Closed,
             At::Quoted => At::Quoted,
-            _ if c == delimiter || c == '\n' => At::Start,
+            At::Closed if c == ' ' => continue,
+            At::Closed if !ends => {
+                return Err(format!("line {line}: a quoted field goes on behind its end; write a quote inside of it twice"));
+            }
+            _ if ends => At::Start,
             _ => At::Plain,
         };
+        line += usize::from(c == '\n');
         out.push(c);
     }
-    out
+    match at {
+        At::Quoted => Err(format!("line {opened}: a quote opens a field that does not end")),
+        _ => Ok(out),
+    }
 }
 
 fn json_lines(text: &str, columns: &Columns) -> Vec<Result<Row, String>> {
@@ -191,7 +214,8 @@ fn json_list(text: &str, columns: &Columns) -> Result<Vec<Result<Row, String>>, 
 fn of_object(at: &str, object: &Map<String, Value>, columns: &Columns) -> Result<Row, String> {
     let names: Vec<String> = object.keys().map(|name| plain(name)).collect();
     let places = columns.places(&names).ok_or_else(|| format!("{at}: its fields are {}", columns.not_among(&names)))?;
-    places.row(at, |place| match object.values().nth(place) {
+    let values: Vec<&Value> = object.values().collect();
+    places.row(at, |place| match values.get(place) {
         Some(Value::String(text)) => vec![text.trim().to_string()],
         Some(Value::Array(texts)) => texts.iter().filter_map(Value::as_str).map(|text| text.trim().to_string()).collect(),
         _ => Vec::new(),

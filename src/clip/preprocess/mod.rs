@@ -20,6 +20,8 @@ use super::{ImagePreprocessing, Interpolation, ResizeMode, VisionConfig};
 
 /// The most pixels that an image may have.
 const MOST_PIXELS: u64 = 64_000_000;
+/// The most pixels of a resized image, in parts of the square of its shorter side: beyond that, only the middle is resized.
+const LONGEST_SHAPE: usize = 64;
 /// The most memory that a decoder may take; its image may then be copied once, to other colours or turned.
 const MOST_BYTES: u64 = 256 << 20;
 
@@ -118,13 +120,17 @@ impl ImagePreprocessor {
     /// Reads one image from a file.
     ///
     /// # Errors
-    /// When the file cannot be read, is no image, is damaged, or claims more than 64 megapixels.
+    /// When the file cannot be read, is no image, is damaged or cut off, or claims more than 64 megapixels.
     pub fn open(&self, path: impl AsRef<Path>) -> Result<Square, ImageError> {
         let path = path.as_ref();
         let io = |source| ImageError::Io { path: path.to_path_buf(), source };
-        let size = fs::metadata(path).map_err(io)?.len();
-        if size > MOST_BYTES {
-            return Err(ImageError::Decode { path: path.to_path_buf(), reason: format!("a file of {size} bytes is not read") });
+        let about = fs::metadata(path).map_err(io)?;
+        let bad = |reason: String| ImageError::Decode { path: path.to_path_buf(), reason };
+        if !about.is_file() {
+            return Err(bad("it is no file".into()));
+        }
+        if about.len() > MOST_BYTES {
+            return Err(bad(format!("a file of {} bytes is not read", about.len())));
         }
         self.decode_named(&fs::read(path).map_err(io)?, path)
     }
@@ -191,6 +197,7 @@ impl ImagePreprocessor {
         let mut limits = Limits::default();
         limits.max_alloc = Some(MOST_BYTES);
         reader.limits(limits.clone());
+        let is_tiff = reader.format() == Some(ImageFormat::Tiff);
         let mut decoder = reader.into_decoder().map_err(|error| bad(error.to_string()))?;
         let (width, height) = decoder.dimensions();
         let middle = self.middle_of(width, height);
@@ -204,23 +211,25 @@ impl ImagePreprocessor {
         }
         limits.reserve(decoder.total_bytes()).map_err(|error| bad(error.to_string()))?;
         let turn = match self.orientation {
-            Orientation::AsStored => Turn::NoTransforms,
-            Orientation::Exif => decoder.orientation().unwrap_or(Turn::NoTransforms),
+            // Pillow turns TIFFs as it opens them, whoever asks.
+            Orientation::AsStored if !is_tiff => Turn::NoTransforms,
+            _ => decoder.orientation().unwrap_or(Turn::NoTransforms),
         };
+        let is_one_bit = decoder.original_color_type() == image::ExtendedColorType::L1;
         let mut image = DynamicImage::from_decoder(decoder).map_err(|error| bad(error.to_string()))?;
         if (kept_width, kept_height) != (width, height) {
             let (left, top, ..) = middle;
             image = image.crop_imm(left, top, kept_width, kept_height);
         }
         image.apply_orientation(turn);
-        self.square(Pixels::of(image, bytes)).map_err(bad)
+        self.square(Pixels::of(image, is_one_bit || pixels::has_palette(bytes), bytes)).map_err(bad)
     }
 
     /// Left, top, width and height of what is decoded and then resized: all of an image, unless it is so thin that the whole would become too
     /// large when resized. Then it is the middle, four times as long as wide, of which the crop takes a part.
     fn middle_of(&self, width: u32, height: u32) -> (u32, u32, u32, u32) {
         let [across, down] = self.resized_size(width as usize, height as usize);
-        let fits = across.max(width as usize).saturating_mul(down.max(height as usize)) as u64 <= MOST_PIXELS;
+        let fits = across.max(down) <= LONGEST_SHAPE * across.min(down);
         let length = |long: u32, short: u32| {
             // As odd or even as the whole, so that the middle stays where it was.
             let kept = short.max(1).saturating_mul(4);
@@ -244,7 +253,7 @@ impl ImagePreprocessor {
             return [side; 2];
         }
         let short = width.min(height).max(1);
-        [width, height].map(|long| if long == short { side } else { side * long / short })
+        [width, height].map(|long| if long == short { side } else { side.saturating_mul(long) / short })
     }
 
     fn filter(&self) -> ResizeAlg {
@@ -338,20 +347,42 @@ mod tests {
 
     #[test]
     fn the_middle_of_a_thin_image_is_that_of_the_whole() {
-        // Too long to be resized whole at 224, and just short enough at 100: both see the same few pixels of the middle.
-        let shade = |i: u32| image::Rgb([(i % 251) as u8, (i / 2 % 241) as u8, (i / 3 % 239) as u8]);
-        for (short, long) in [(2, 3_001), (2, 3_000), (1, 1_401)] {
+        for (width, height) in [(401, 2), (2, 401), (400, 2), (201, 1), (3, 1_001)] {
+            let image = image::RgbImage::from_fn(width, height, |x, y| {
+                let at = x.max(y);
+                image::Rgb([(at * 37 % 251) as u8, (at * 11 % 241) as u8, (at * 5 % 239) as u8])
+            });
+            let preprocessor = ImagePreprocessor::new(24);
+            let (_, _, kept_width, kept_height) = preprocessor.middle_of(width, height);
+            assert!(kept_width * kept_height < width * height, "the middle is cut out");
             let mut png = Cursor::new(Vec::new());
-            image::RgbImage::from_fn(long, short, |x, _| shade(x)).write_to(&mut png, image::ImageFormat::Png).unwrap();
-            let preprocessor = ImagePreprocessor::new(224);
-            let (_, _, kept, _) = preprocessor.middle_of(long, short);
-            assert_eq!((kept < long, (long - kept) % 2), (true, 0));
-            let square = preprocessor.decode(png.get_ref()).unwrap();
-            // The columns of the square are `short` source pixels wide, around the middle.
-            let centre = square[3 * 112];
-            let expected = shade(long / 2).0[0];
-            assert!(centre.abs_diff(expected) <= 2, "{short} x {long}: {centre} where {expected} was");
+            image.write_to(&mut png, ImageFormat::Png).unwrap();
+            let cut = preprocessor.decode(png.get_ref()).unwrap();
+            let whole = preprocessor.square(Pixels::of(image.into(), false, &[])).unwrap();
+            let largest = cut.iter().zip(&whole).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+            // Three pixels across: the whole is not an even number of times as long, so that its scale differs a little.
+            let allowed = if width.min(height) == 3 { 12 } else { 1 };
+            assert!(largest <= allowed, "{width} x {height}: {largest} of 255");
         }
+    }
+
+    #[test]
+    fn palettes_of_bitmaps_are_found() {
+        // A file with OS/2's short header, whose palette has three bytes a colour, and one of 24 bits with a dark first pixel.
+        let short = |bits: u8, palette: &[[u8; 3]]| {
+            let mut file = b"BM\0\0\0\0\0\0\0\0\0\0\0\0\x0c\0\0\0\x08\0\x08\0\x01\0".to_vec();
+            file.extend([bits, 0]);
+            file.extend(palette.as_flattened());
+            file.resize(file.len() + 800, 7);
+            file
+        };
+        let greys: Vec<[u8; 3]> = (0..=255).map(|grey| [grey; 3]).collect();
+        assert!(!pixels::has_palette(&short(24, &[])));
+        assert!(!pixels::has_palette(&short(8, &greys)));
+        let mut colours = greys;
+        colours[7] = [1, 2, 3];
+        assert!(pixels::has_palette(&short(8, &colours)));
+        assert!(pixels::has_palette(&short(1, &[[0; 3], [255; 3]])));
     }
 
     #[test]

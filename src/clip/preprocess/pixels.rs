@@ -14,14 +14,15 @@ pub(super) enum Pixels {
 }
 
 impl Pixels {
-    pub(super) fn of(image: DynamicImage, bytes: &[u8]) -> Self {
+    /// `nearest`: whether the file's pixels name colours, so that no others may come between them.
+    pub(super) fn of(image: DynamicImage, nearest: bool, bytes: &[u8]) -> Self {
         let (width, height) = (image.width(), image.height());
         let image_of =
             |values: Vec<u8>, kind| Image::from_vec_u8(width, height, values, kind).expect("as many values as pixels and channels");
         // Pillow keeps the high byte of a colour's 16 bits.
         let high = |values: Vec<u16>| values.into_iter().map(|value| (value >> 8) as u8).collect::<Vec<u8>>();
         match if has_transparent_colour(bytes) { without_its_alpha(image) } else { image } {
-            image if has_palette(bytes) => Self::Palette(image_of(image.into_rgb8().into_raw(), PixelType::U8x3)),
+            image if nearest => Self::Palette(image_of(image.into_rgb8().into_raw(), PixelType::U8x3)),
             DynamicImage::ImageLuma16(image) => {
                 let rgb = high(image.into_raw()).into_iter().flat_map(|grey| [grey; 3]).collect();
                 Self::Opaque(image_of(rgb, PixelType::U8x3))
@@ -121,9 +122,9 @@ fn png_colours(bytes: &[u8]) -> Option<[u8; 2]> {
 }
 
 /// Whether the pixels of a file name entries of a palette that is more than a scale of greys, or are one bit of grey.
-fn has_palette(bytes: &[u8]) -> bool {
+pub(super) fn has_palette(bytes: &[u8]) -> bool {
     match bytes {
-        [b'B', b'M', ..] => bmp_palette(bytes).is_some_and(|palette| palette.len() <= 2 || !is_grey_scale(palette)),
+        [b'B', b'M', ..] => bmp_has_palette(bytes).unwrap_or(false),
         [b'G', b'I', b'F', ..] => !gif_palette(bytes).is_some_and(is_grey_scale),
         _ => matches!(png_colours(bytes), Some([_, 3] | [1, 0])),
     }
@@ -134,15 +135,24 @@ fn is_grey_scale<const N: usize>(palette: &[[u8; N]]) -> bool {
     palette.iter().enumerate().all(|(place, colour)| colour[..3].iter().all(|value| usize::from(*value) == place))
 }
 
-/// The palette of a BMP, blue first.
-fn bmp_palette(bytes: &[u8]) -> Option<&[[u8; 4]]> {
+/// Whether a BMP has a palette that is more than a scale of greys; `None` where it ends too early.
+fn bmp_has_palette(bytes: &[u8]) -> Option<bool> {
     let number = |at: usize| bytes.get(at..at + 4).map(|bytes| u32::from_le_bytes(bytes.try_into().expect("four bytes")) as usize);
-    let (header, bits) = (number(14)?, usize::from(*bytes.get(28)?));
-    if bits > 8 {
-        return None;
+    let is_more = |colours: usize, is_grey_scale: bool| colours <= 2 || !is_grey_scale;
+    let header = number(14)?;
+    // OS/2's header is shorter, and so are the entries of its palette.
+    if header == 12 {
+        let bits = *bytes.get(24)?;
+        let palette = || bytes.get(26..)?.as_chunks::<3>().0.get(..1 << bits);
+        return Some(bits <= 8 && is_more(1 << bits, is_grey_scale(palette()?)));
     }
-    let entries = Some(number(46)?).filter(|used| *used > 0).unwrap_or(1 << bits).min(256);
-    bytes.get(14usize.checked_add(header)?..)?.as_chunks().0.get(..entries)
+    let bits = *bytes.get(28)?;
+    if bits > 8 {
+        return Some(false);
+    }
+    let colours = Some(number(46)?).filter(|used| *used > 0).unwrap_or(1 << bits).min(256);
+    let palette = bytes.get(14usize.checked_add(header)?..)?.as_chunks::<4>().0.get(..colours)?;
+    Some(is_more(colours, is_grey_scale(palette)))
 }
 
 /// The palette of a GIF's first image.

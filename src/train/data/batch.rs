@@ -1,6 +1,10 @@
 //! Batches in an order that only the seed decides.
 
-use std::{sync::mpsc, thread};
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::mpsc,
+    thread,
+};
 
 use burn::config::Config;
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -12,7 +16,7 @@ use crate::clip::tokenizer::{ClipTokenizer, TokenizedTexts, first_of_equal};
 /// How batches are drawn.
 #[derive(Config, Debug, Copy, PartialEq)]
 pub struct BatchConfig {
-    /// Pairs in a batch; neither a concept nor a caption stands in it twice. Default: 256
+    /// Pairs in a batch; neither a concept nor a caption stands in it twice, as far as a caption fits the context. Default: 256
     #[config(default = 256)]
     pub batch_size: usize,
     /// Most tokens of a caption. Default: 24
@@ -27,6 +31,13 @@ pub struct BatchConfig {
     /// Changes to images. Default: [`AugmentConfig::new`]
     #[config(default = "AugmentConfig::new()")]
     pub augment: AugmentConfig,
+}
+
+impl BatchConfig {
+    /// The largest batch that a set allows: concepts that have captions in common, directly or through others, count as one.
+    pub fn largest_batch(&self, set: &ImageTextSet) -> usize {
+        Drawer::new(set, *self, 0).groups()
+    }
 }
 
 /// One batch, on the host.
@@ -76,15 +87,15 @@ impl Batches {
             let reason = "a caption needs a start token, a word and an end token";
             return Err(DataError::OutOfRange { field: "context_length", value: config.context_length as f64, reason });
         }
-        let drawer = Drawer::new(set, config, seed);
-        let concepts = drawer.images_of_group.len();
+        let mut drawer = Drawer::new(set, config, seed);
+        let concepts = drawer.groups();
         if config.batch_size == 0 || concepts < config.batch_size {
             return Err(DataError::TooFewConcepts { batch_size: config.batch_size, concepts });
         }
         let (sender, receiver) = mpsc::sync_channel(2);
         thread::spawn(move || {
             // Ends when the receiver is gone.
-            (first_step..).map(|step| drawer.draw(step)).try_for_each(|batch| sender.send(batch))
+            (first_step..).map(move |step| drawer.draw(step)).try_for_each(|batch| sender.send(batch))
         });
         Ok(Self { receiver })
     }
@@ -98,30 +109,6 @@ impl Iterator for Batches {
     }
 }
 
-/// The group of each concept, by its first concept: concepts with a caption in common are in one, and those that share one with any of these.
-fn groups(captions: &[Vec<Vec<i32>>]) -> Vec<usize> {
-    let all: Vec<(usize, &Vec<i32>)> = captions
-        .iter()
-        .enumerate()
-        .flat_map(|(concept, captions)| captions.iter().map(move |caption| (concept, caption)))
-        .collect();
-    let texts: Vec<&Vec<i32>> = all.iter().map(|(_, caption)| *caption).collect();
-    let mut group: Vec<usize> = (0..captions.len()).collect();
-    let root = |group: &[usize], mut concept: usize| {
-        while group[concept] != concept {
-            concept = group[concept];
-        }
-        concept
-    };
-    for (place, first) in first_of_equal(&texts).into_iter().enumerate() {
-        let [a, b] = [all[place].0, all[first].0].map(|concept| root(&group, concept));
-        // The lower one leads; long chains are cut short.
-        group[a.max(b)] = a.min(b);
-        group[all[place].0] = a.min(b);
-    }
-    (0..captions.len()).map(|concept| root(&group, concept)).collect()
-}
-
 struct Drawer {
     set: ImageTextSet,
     config: BatchConfig,
@@ -130,8 +117,12 @@ struct Drawer {
     comma: Vec<i32>,
     captions: Vec<Vec<Vec<i32>>>,
     tags: Vec<Vec<Vec<i32>>>,
-    /// The images of concepts that have a caption in common, of which one at most stands in a batch.
-    images_of_group: Vec<Vec<usize>>,
+    /// The images of each concept that has some.
+    images_of_concept: Vec<Vec<usize>>,
+    /// What each of these can say: numbers that are equal for equal captions.
+    captions_of_concept: Vec<Vec<usize>>,
+    /// The batches of the last round that was asked for, and which it was.
+    round: (Option<u64>, Vec<Vec<usize>>),
 }
 
 impl Drawer {
@@ -139,12 +130,20 @@ impl Drawer {
         let tokenizer = ClipTokenizer::new();
         let encode = |texts: &Vec<String>| texts.iter().map(|text| tokenizer.encode(text)).collect();
         let captions: Vec<Vec<Vec<i32>>> = set.concepts.iter().map(|concept| encode(&concept.captions)).collect();
-        let group_of_concept = groups(&captions);
-        let mut images_of_group = vec![Vec::new(); set.concepts.len()];
+        let mut images_of_concept = vec![Vec::new(); set.concepts.len()];
         for (image, &concept) in set.concept_of_image.iter().enumerate() {
-            images_of_group[group_of_concept[concept]].push(image);
+            images_of_concept[concept].push(image);
         }
-        images_of_group.retain(|images| !images.is_empty());
+        // What the model reads of a caption: start and end take two places.
+        let room = config.context_length.saturating_sub(2);
+        let read: Vec<&[i32]> = captions.iter().flatten().map(|caption| &caption[..caption.len().min(room)]).collect();
+        let mut numbers = first_of_equal(&read).into_iter();
+        let captions_of_concept: Vec<Vec<usize>> =
+            captions.iter().map(|captions| numbers.by_ref().take(captions.len()).collect()).collect();
+        let has_images = |concept: &usize| !images_of_concept[*concept].is_empty();
+        let captions_of_concept =
+            (0..captions.len()).filter(has_images).map(|concept| captions_of_concept[concept].clone()).collect();
+        images_of_concept.retain(|images| !images.is_empty());
         Self {
             set: set.clone(),
             config,
@@ -152,18 +151,87 @@ impl Drawer {
             comma: tokenizer.encode(","),
             captions,
             tags: set.concepts.iter().map(|concept| encode(&concept.tags)).collect(),
-            images_of_group,
+            images_of_concept,
+            captions_of_concept,
+            round: (None, Vec::new()),
             tokenizer,
         }
     }
 
-    /// Every group of concepts once in as many batches as it takes, then in a new order; for each a random image and caption.
-    fn draw(&self, step: usize) -> Batch {
+    /// Concepts of which a batch may hold one each, whatever else it holds: those that share captions with each other, directly or through
+    /// others, count as one.
+    fn groups(&self) -> usize {
+        // The first concept of each caption, and where each concept's group begins.
+        let mut first = HashMap::new();
+        let mut group: Vec<usize> = (0..self.captions_of_concept.len()).collect();
+        let root = |group: &[usize], mut concept: usize| {
+            while group[concept] != concept {
+                concept = group[concept];
+            }
+            concept
+        };
+        for (concept, captions) in self.captions_of_concept.iter().enumerate() {
+            for caption in captions {
+                let [a, b] = [*first.entry(caption).or_insert(concept), concept].map(|concept| root(&group, concept));
+                group[a.max(b)] = a.min(b);
+                group[concept] = a.min(b);
+            }
+        }
+        group.iter().enumerate().filter(|(concept, group)| concept == *group).count()
+    }
+
+    /// The concepts of each batch of a round, in which each stands once where that is possible. A concept that shares a caption with one of the
+    /// batch waits for the next; where too few are left at the end of a round, some stand a second time.
+    fn batches_of_round(&self, round: u64) -> Vec<Vec<usize>> {
+        let size = self.config.batch_size;
+        let mut order: Vec<usize> = (0..self.images_of_concept.len()).collect();
+        order.shuffle(&mut self.rng(0, round));
+        let mut next = order.iter().copied();
+        let mut waiting = VecDeque::new();
+        let mut batches = Vec::new();
+        for _ in 0..order.len() / size {
+            let (mut batch, mut said) = (Vec::with_capacity(size), HashSet::<usize>::new());
+            let mut take = |concept: usize, batch: &mut Vec<usize>| {
+                let captions = &self.captions_of_concept[concept];
+                let fits = captions.iter().all(|caption| !said.contains(caption));
+                if fits {
+                    said.extend(captions);
+                    batch.push(concept);
+                }
+                fits
+            };
+            for _ in 0..waiting.len() {
+                let concept = waiting.pop_front().expect("as many as there were");
+                if batch.len() == size || !take(concept, &mut batch) {
+                    waiting.push_back(concept);
+                }
+            }
+            while batch.len() < size
+                && let Some(concept) = next.next()
+            {
+                if !take(concept, &mut batch) {
+                    waiting.push_back(concept);
+                }
+            }
+            order.iter().for_each(|concept| {
+                if batch.len() < size {
+                    take(*concept, &mut batch);
+                }
+            });
+            batches.push(batch);
+        }
+        batches
+    }
+
+    /// The batch of a step: for each of its concepts a random image and caption.
+    fn draw(&mut self, step: usize) -> Batch {
         let (size, side) = (self.config.batch_size, self.set.image_size);
-        let per_round = self.images_of_group.len() / size;
-        let mut order: Vec<usize> = (0..self.images_of_group.len()).collect();
-        order.shuffle(&mut self.rng(0, (step / per_round) as u64));
-        let chosen = &order[step % per_round * size..][..size];
+        let per_round = self.images_of_concept.len() / size;
+        let round = (step / per_round) as u64;
+        if self.round.0 != Some(round) {
+            self.round = (Some(round), self.batches_of_round(round));
+        }
+        let chosen = &self.round.1[step % per_round];
 
         let mut rng = self.rng(1, step as u64);
         let len = 3 * side * side;
@@ -171,7 +239,7 @@ impl Drawer {
         let mut texts = Vec::with_capacity(size);
         let mut concepts = Vec::with_capacity(size);
         for (&index, out) in chosen.iter().zip(pixels.chunks_exact_mut(len)) {
-            let images = &self.images_of_group[index];
+            let images = &self.images_of_concept[index];
             let image = images[rng.random_range(0..images.len())];
             let concept = self.set.concept_of_image[image];
             self.config.augment.apply(self.set.image(image), side, &self.set.preprocessing, out, &mut rng);

@@ -72,6 +72,7 @@ pub(super) struct Progress {
 #[derive(Serialize, Deserialize)]
 struct Latest {
     step: usize,
+    #[serde(default)]
     steps: usize,
     fingerprint: String,
     progress: Vec<Progress>,

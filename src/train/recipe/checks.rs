@@ -38,7 +38,8 @@ pub(super) fn check_preprocessing(arm: &Arm, set: &ImageTextSet) -> Result<(), T
         return Ok(());
     }
     let text = |p: &ImagePreprocessing| {
-        format!("mean {:?}, std {:?}, resize {:?}, interpolation {:?}", p.mean, p.std, p.resize_mode, p.interpolation)
+        let resized = p.resize_to.map_or(String::new(), |side| format!(" to {side}"));
+        format!("mean {:?}, std {:?}, resize {:?}{resized}, interpolation {:?}", p.mean, p.std, p.resize_mode, p.interpolation)
     };
     Err(TrainError::Preprocessing { arm: arm.name.clone(), expected: text(expected), found: text(found) })
 }

@@ -251,6 +251,10 @@ fn run() -> Result<(), Box<dyn Error>> {
     checkpoint.save_sparse(args.out.join("sparse"), Precision::F32)?;
     write_atomic(args.out.join("report.json"), serde_json::to_string_pretty(&report)?.as_bytes())?;
     picture(&args.out.join("clip_up.png"), &trained, args.steps)?;
+    // A trial is not worth going on with, and must not stand in the way of the run itself.
+    if args.quick {
+        fs::remove_dir_all(&checkpointing.folder)?;
+    }
     println!("checkpoint, report.json and clip_up.png are in {}", args.out.display());
     Ok(())
 }

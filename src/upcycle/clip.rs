@@ -43,7 +43,8 @@ impl UpcycleFromDense<Clip> for Clip {
     }
 }
 
-/// A vision tower alone; probe and calibration are [`Probe::Images`], or [`Probe::ImagesAndTexts`] of which the images are taken.
+/// A vision tower alone; probe and calibration are [`Probe::Images`](super::Probe::Images), or
+/// [`Probe::ImagesAndTexts`](super::Probe::ImagesAndTexts) of which the images are taken.
 impl UpcycleFromDense<VisionTower> for VisionTower {
     fn upcycle_from_dense(mut self, dense: &VisionTower, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
         let probe = options.probe.as_ref().map(|probe| probe.images(dense)).transpose()?;
@@ -55,7 +56,8 @@ impl UpcycleFromDense<VisionTower> for VisionTower {
     }
 }
 
-/// A text tower alone; probe and calibration are [`Probe::Texts`], or [`Probe::ImagesAndTexts`] of which the texts are taken.
+/// A text tower alone; probe and calibration are [`Probe::Texts`](super::Probe::Texts), or
+/// [`Probe::ImagesAndTexts`](super::Probe::ImagesAndTexts) of which the texts are taken.
 impl UpcycleFromDense<TextTower> for TextTower {
     fn upcycle_from_dense(mut self, dense: &TextTower, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
         let probe = options.probe.as_ref().map(|probe| probe.texts(dense)).transpose()?;

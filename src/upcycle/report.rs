@@ -60,7 +60,10 @@ impl UpcycleReport {
 
 impl fmt::Display for UpcycleReport {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        writeln!(f, "{} sparse layers:", self.layers.len())?;
+        match self.layers.len() {
+            1 => writeln!(f, "1 sparse layer:")?,
+            count => writeln!(f, "{count} sparse layers:")?,
+        }
         for layer in &self.layers {
             let path = if layer.path.is_empty() { "(this layer)" } else { &layer.path };
             let (active, experts, params) = (layer.active_experts, layer.num_experts, layer.params_per_expert);

@@ -289,6 +289,9 @@ struct Data {
 }
 
 fn data(args: &Args, vision: &VisionConfig) -> Result<Data, Box<dyn Error>> {
+    if args.list.is_none() && args.columns.images.is_some() {
+        return Err("--images is the folder of a list's images: name the list with --list".into());
+    }
     if let Some(list) = &args.list {
         let preprocessor = ImagePreprocessor::for_model(vision).with_orientation(Orientation::Exif);
         let mut skipped = Vec::new();

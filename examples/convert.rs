@@ -9,9 +9,10 @@ mod support;
 
 use std::{error::Error, path::PathBuf, process::ExitCode};
 
+use burn::tensor::Device;
 use burn_moe::clip::checkpoint::ClipCheckpoint;
 use clap::{Parser, ValueEnum};
-use support::{ModelArgs, Stored};
+use support::Stored;
 
 #[derive(Parser)]
 #[command(
@@ -19,8 +20,12 @@ use support::{ModelArgs, Stored};
     after_help = "Example: convert --model clip-vit-base-patch32 --to hugging-face --precision f16 --out out/b32-f16"
 )]
 struct Args {
-    #[command(flatten)]
-    model: ModelArgs,
+    /// Folder of the checkpoint: Hugging Face, open_clip or sparse
+    #[arg(long)]
+    model: PathBuf,
+    /// Side of the images in pixels, if it should be another than the checkpoint's: its position embeddings are then interpolated
+    #[arg(long)]
+    image_size: Option<usize>,
     /// The layout: Hugging Face's with CLIP's tokenizer, open_clip's, or that of this crate, which sparse models need
     #[arg(long, value_enum)]
     to: Layout,
@@ -45,7 +50,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
-    let checkpoint = ClipCheckpoint::load_with_image_size(&args.model.model, args.model.image_size, &args.model.device()?)?;
+    let checkpoint = ClipCheckpoint::load_with_image_size(&args.model, args.image_size, &Device::default())?;
     let precision = args.precision.into();
     match args.to {
         Layout::HuggingFace => checkpoint.save_hugging_face(&args.out, precision)?,

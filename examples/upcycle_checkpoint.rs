@@ -256,6 +256,10 @@ fn run() -> Result<(), Box<dyn Error>> {
     if towers == Towers::Text && args.image_size.is_some() {
         return Err(format!("{} holds a text tower: --image-size is for images", args.dense.display()).into());
     }
+    let making = &args.making;
+    if (making.list.is_some() || making.columns.images.is_some()) && making.strategy != Strategy::ClusterAware {
+        return Err("--list and --images are for --strategy cluster-aware, which alone reads images and captions".into());
+    }
     let report = match towers {
         Towers::Both => clip(&args, &device, &mut clock)?,
         Towers::Vision => vision(&args, &device, &mut clock)?,

@@ -121,6 +121,8 @@ fn columns_of_paths_and_of_folders_are_told_apart() {
     assert_eq!(images("filepath,filename,caption\nimages,a.jpg,x\n"), [PathBuf::from("images/a.jpg")]);
     // A field `images` that is no list of objects is a column like any other.
     let columns = Columns { image: Some("images".into()), captions: Vec::new() };
+    let error = read("flickr.token", b"a.jpg#0\tx\n", &columns).unwrap_err();
+    assert_eq!(error, "flickr.token: a published list, which has no columns to name");
     let found = read("list.jsonl", b"{\"images\": \"a.jpg\", \"text\": \"x\"}\n", &columns).unwrap();
     assert_eq!(found.images, [PathBuf::from("a.jpg")]);
 }

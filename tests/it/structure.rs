@@ -116,6 +116,14 @@ fn violations(sources: &[(String, String)]) -> Vec<String> {
 }
 
 #[test]
+fn no_source_is_longer_than_400_lines() {
+    let mut all = Vec::new();
+    sources(&Path::new(ROOT).join("src"), &mut all);
+    let long: Vec<&String> = all.iter().filter(|(_, text)| text.lines().count() > 400).map(|(name, _)| name).collect();
+    assert!(long.is_empty() && all.len() > 30, "split {long:?}: a source longer than this may hold a second concept");
+}
+
+#[test]
 fn modules_use_only_what_is_below_them() {
     let mut all = Vec::new();
     sources(&Path::new(ROOT).join("src"), &mut all);

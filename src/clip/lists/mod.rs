@@ -91,6 +91,7 @@ impl CaptionedImages {
         let path = path.as_ref();
         let text = read_text(path)?;
         let rows = match published::rows(&text) {
+            Some(_) if options.columns != Columns::default() => Err("a published list, which has no columns to name".into()),
             Some(rows) => rows.and_then(|rows| rows.into_iter().map(published::inside).collect()),
             None => table::rows(&text, &options.columns),
         };

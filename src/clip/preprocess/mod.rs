@@ -1,5 +1,6 @@
 //! CLIP's image preprocessing, as open_clip does it at inference.
 
+mod content;
 mod pixels;
 
 use std::{
@@ -191,7 +192,7 @@ impl ImagePreprocessor {
     fn decode_or_panic(&self, bytes: &[u8], path: &Path) -> Result<Square, ImageError> {
         let bad = |reason: String| ImageError::Decode { path: path.to_path_buf(), reason };
         let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|error| bad(error.to_string()))?;
-        if reader.format() == Some(ImageFormat::Jpeg) && !jpeg_has_an_end(bytes) {
+        if reader.format() == Some(ImageFormat::Jpeg) && !content::jpeg_has_an_end(bytes) {
             return Err(bad("a JPEG that is cut off before its end".into()));
         }
         let mut limits = Limits::default();
@@ -222,7 +223,7 @@ impl ImagePreprocessor {
             image = image.crop_imm(left, top, kept_width, kept_height);
         }
         image.apply_orientation(turn);
-        self.square(Pixels::of(image, is_one_bit || pixels::has_palette(bytes), bytes)).map_err(bad)
+        self.square(Pixels::of(image, is_one_bit || content::has_palette(bytes), bytes)).map_err(bad)
     }
 
     /// Left, top, width and height of what is decoded and then resized: all of an image, unless it is so thin that the whole would become too
@@ -275,27 +276,6 @@ impl ImagePreprocessor {
         let (left, top) = (half_to_even(new_width - size), half_to_even(new_height - size));
         let rows = rgb.chunks_exact(3 * new_width).skip(top).take(size);
         Ok(rows.flat_map(|row| &row[3 * left..3 * (left + size)]).copied().collect())
-    }
-}
-
-/// Whether a JPEG goes on to its end marker. Decoders fill what is missing with grey.
-fn jpeg_has_an_end(bytes: &[u8]) -> bool {
-    let mut at = 2;
-    loop {
-        // To the next marker: 0xff before anything but 0xff (fill), 0 (a byte of data) and the restart markers among the data.
-        let Some(next) = bytes[at.min(bytes.len())..].iter().position(|byte| *byte == 0xff) else { return false };
-        at += next + 1;
-        match bytes.get(at) {
-            None => return false,
-            Some(0xff) => {}
-            Some(0 | 1 | 0xd0..=0xd8) => at += 1,
-            Some(0xd9) => return true,
-            // A segment, which says its length.
-            Some(_) => match bytes.get(at + 1..at + 3) {
-                None => return false,
-                Some(length) => at += 1 + usize::from(u16::from_be_bytes([length[0], length[1]])).max(2),
-            },
-        }
     }
 }
 
@@ -363,40 +343,6 @@ mod tests {
             // Three pixels across: the whole is not an even number of times as long, so that its scale differs a little.
             let allowed = if width.min(height) == 3 { 12 } else { 1 };
             assert!(largest <= allowed, "{width} x {height}: {largest} of 255");
-        }
-    }
-
-    #[test]
-    fn palettes_of_bitmaps_are_found() {
-        // A file with OS/2's short header, whose palette has three bytes a colour, and one of 24 bits with a dark first pixel.
-        let short = |bits: u8, palette: &[[u8; 3]]| {
-            let mut file = b"BM\0\0\0\0\0\0\0\0\0\0\0\0\x0c\0\0\0\x08\0\x08\0\x01\0".to_vec();
-            file.extend([bits, 0]);
-            file.extend(palette.as_flattened());
-            file.resize(file.len() + 800, 7);
-            file
-        };
-        let greys: Vec<[u8; 3]> = (0..=255).map(|grey| [grey; 3]).collect();
-        assert!(!pixels::has_palette(&short(24, &[])));
-        assert!(!pixels::has_palette(&short(8, &greys)));
-        let mut colours = greys;
-        colours[7] = [1, 2, 3];
-        assert!(pixels::has_palette(&short(8, &colours)));
-        assert!(pixels::has_palette(&short(1, &[[0; 3], [255; 3]])));
-    }
-
-    #[test]
-    fn a_jpeg_without_its_end_is_an_error() {
-        let mut jpeg = Cursor::new(Vec::new());
-        let image = image::RgbImage::from_fn(64, 64, |x, y| image::Rgb([(x * 3) as u8, (y * 3) as u8, (x * y) as u8]));
-        image.write_to(&mut jpeg, image::ImageFormat::Jpeg).unwrap();
-        let bytes = jpeg.into_inner();
-        let preprocessor = ImagePreprocessor::new(8);
-        assert!(preprocessor.decode(&bytes).is_ok());
-        assert!(preprocessor.decode(&[&bytes[..], b"something behind it"].concat()).is_ok());
-        for end in [bytes.len() - 1, bytes.len() - 2, bytes.len() / 2, 700] {
-            let error = preprocessor.decode(&bytes[..end]).unwrap_err().to_string();
-            assert!(error.contains("cut off before its end"), "{end}: {error}");
         }
     }
 

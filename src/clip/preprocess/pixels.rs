@@ -21,7 +21,7 @@ impl Pixels {
             |values: Vec<u8>, kind| Image::from_vec_u8(width, height, values, kind).expect("as many values as pixels and channels");
         // Pillow keeps the high byte of a colour's 16 bits.
         let high = |values: Vec<u16>| values.into_iter().map(|value| (value >> 8) as u8).collect::<Vec<u8>>();
-        match if has_transparent_colour(bytes) { without_its_alpha(image) } else { image } {
+        match if super::content::has_transparent_colour(bytes) { without_its_alpha(image) } else { image } {
             image if nearest => Self::Palette(image_of(image.into_rgb8().into_raw(), PixelType::U8x3)),
             DynamicImage::ImageLuma16(image) => {
                 let rgb = high(image.into_raw()).into_iter().flat_map(|grey| [grey; 3]).collect();
@@ -113,70 +113,6 @@ fn resize_transparent(image: &Image, width: usize, height: usize, filter: Resize
 
 fn without_alpha(rgba: &[u8]) -> Vec<u8> {
     rgba.as_chunks().0.iter().flat_map(|&[r, g, b, _]: &[u8; 4]| [r, g, b]).collect()
-}
-
-/// The depth and the kind of colours of a PNG.
-fn png_colours(bytes: &[u8]) -> Option<[u8; 2]> {
-    let is_png = bytes.starts_with(b"\x89PNG\r\n\x1a\n");
-    bytes.get(24..26).filter(|_| is_png).map(|colours| [colours[0], colours[1]])
-}
-
-/// Whether the pixels of a file name entries of a palette that is more than a scale of greys, or are one bit of grey.
-pub(super) fn has_palette(bytes: &[u8]) -> bool {
-    match bytes {
-        [b'B', b'M', ..] => bmp_has_palette(bytes).unwrap_or(false),
-        [b'G', b'I', b'F', ..] => !gif_palette(bytes).is_some_and(is_grey_scale),
-        _ => matches!(png_colours(bytes), Some([_, 3] | [1, 0])),
-    }
-}
-
-/// Whether each entry is grey, and as light as its place says.
-fn is_grey_scale<const N: usize>(palette: &[[u8; N]]) -> bool {
-    palette.iter().enumerate().all(|(place, colour)| colour[..3].iter().all(|value| usize::from(*value) == place))
-}
-
-/// Whether a BMP has a palette that is more than a scale of greys; `None` where it ends too early.
-fn bmp_has_palette(bytes: &[u8]) -> Option<bool> {
-    let number = |at: usize| bytes.get(at..at + 4).map(|bytes| u32::from_le_bytes(bytes.try_into().expect("four bytes")) as usize);
-    let is_more = |colours: usize, is_grey_scale: bool| colours <= 2 || !is_grey_scale;
-    let header = number(14)?;
-    // OS/2's header is shorter, and so are the entries of its palette.
-    if header == 12 {
-        let bits = *bytes.get(24)?;
-        let palette = || bytes.get(26..)?.as_chunks::<3>().0.get(..1 << bits);
-        return Some(bits <= 8 && is_more(1 << bits, is_grey_scale(palette()?)));
-    }
-    let bits = *bytes.get(28)?;
-    if bits > 8 {
-        return Some(false);
-    }
-    let colours = Some(number(46)?).filter(|used| *used > 0).unwrap_or(1 << bits).min(256);
-    let palette = bytes.get(14usize.checked_add(header)?..)?.as_chunks::<4>().0.get(..colours)?;
-    Some(is_more(colours, is_grey_scale(palette)))
-}
-
-/// The palette of a GIF's first image.
-fn gif_palette(bytes: &[u8]) -> Option<&[[u8; 3]]> {
-    let table = |at: usize, flags: u8| {
-        let entries = (flags & 0x80 > 0).then_some(2usize << (flags & 7))?;
-        bytes.get(at..)?.as_chunks().0.get(..entries)
-    };
-    let whole = table(13, *bytes.get(10)?);
-    let mut at = 13 + whole.map_or(0, |palette| 3 * palette.len());
-    // Over extensions, which are made of blocks that say their length, to the first image, which may have a palette of its own.
-    while *bytes.get(at)? == 0x21 {
-        at += 2;
-        while *bytes.get(at)? > 0 {
-            at += 1 + usize::from(bytes[at]);
-        }
-        at += 1;
-    }
-    bytes.get(at + 9).and_then(|flags| table(at + 10, *flags)).or(whole)
-}
-
-/// Whether what a decoder takes for alpha can only be a colour that the file declares transparent (tRNS): its pixels have no alpha.
-fn has_transparent_colour(bytes: &[u8]) -> bool {
-    matches!(png_colours(bytes), Some([_, 0 | 2]))
 }
 
 fn without_its_alpha(image: DynamicImage) -> DynamicImage {

@@ -17,6 +17,11 @@ use super::{
     Activation,
     extension::{MoeBackwardOps, MoeOps},
 };
+#[cfg(feature = "flex")]
+use super::{
+    AttentionShape,
+    extension::{AttentionBackwardOps, AttentionOps},
+};
 
 #[derive(Debug)]
 struct ActivationStep;
@@ -199,5 +204,43 @@ impl<B: MoeOps + MoeBackwardOps, C: CheckpointStrategy> MoeOps for Autodiff<B, C
             }
         };
         prep.finish(GroupedLinearState { x, weight, offsets, host_offsets, activation }, out)
+    }
+}
+
+#[cfg(feature = "flex")]
+#[derive(Debug)]
+struct AttentionStep;
+
+#[cfg(feature = "flex")]
+impl<B: AttentionBackwardOps> Backward<B, 3> for AttentionStep {
+    type State = ([FloatTensor<B>; 3], AttentionShape);
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let (nodes, ([query, key, value], shape)) = (ops.parents, ops.state);
+        let grad = grads.consume::<B>(&ops.node);
+        let (query, key, value) = B::moe_attention_backward(query, key, value, grad, shape);
+        for (node, gradient) in nodes.into_iter().zip([query, key, value]) {
+            if let Some(node) = node {
+                grads.register::<B>(node.id, gradient);
+            }
+        }
+    }
+}
+
+#[cfg(feature = "flex")]
+impl<B: AttentionOps + AttentionBackwardOps, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
+    fn moe_attention(
+        query: FloatTensor<Self>,
+        key: FloatTensor<Self>,
+        value: FloatTensor<Self>,
+        shape: AttentionShape,
+    ) -> FloatTensor<Self> {
+        let step = AttentionStep.prepare::<C>([query.node(), key.node(), value.node()]).compute_bound().stateful();
+        let [query, key, value] = [query, key, value].map(|x| x.into_primitive());
+        let out = B::moe_attention(query.clone(), key.clone(), value.clone(), shape.clone());
+        match step {
+            OpsKind::Tracked(prep) => prep.finish(([query, key, value], shape), out),
+            OpsKind::UnTracked(prep) => prep.finish(out),
+        }
     }
 }

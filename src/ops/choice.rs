@@ -84,6 +84,11 @@ pub(super) fn has_dense_kernels(device: &Device, dtype: DType) -> bool {
     has(device, dtype) == Has::ExpertsAndDense
 }
 
+/// Whether attention within samples of different lengths has a kernel.
+pub(crate) fn has_attention(device: &Device, dtype: DType) -> bool {
+    has(device, dtype) == Has::ExpertsAndDense
+}
+
 /// Whether the router's product has a kernel.
 #[cfg(feature = "_gpu")]
 pub(super) fn has_router_kernel(device: &Device, dtype: DType) -> bool {

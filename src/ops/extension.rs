@@ -8,6 +8,8 @@ use burn::backend::{Backend, backend_extension};
 use burn::{backend::fusion::custom::TensorSpec, tensor::Shape};
 
 use super::Activation;
+#[cfg(feature = "flex")]
+use super::AttentionShape;
 #[cfg(feature = "_gpu")]
 use super::SlotRules;
 
@@ -200,4 +202,31 @@ pub(crate) trait SlotOps: Backend {
         states: IntTensor<Self>,
         rules: SlotRules,
     ) -> (IntTensor<Self>, IntTensor<Self>, IntTensor<Self>);
+}
+
+/// Attention within samples of different lengths.
+#[cfg(feature = "flex")]
+#[backend_extension(Flex: cfg(feature = "flex"), Autodiff)]
+pub(crate) trait AttentionOps: Backend {
+    /// `[R, D]` three times, to `[R, D]`.
+    fn moe_attention(
+        query: FloatTensor<Self>,
+        key: FloatTensor<Self>,
+        value: FloatTensor<Self>,
+        shape: AttentionShape,
+    ) -> FloatTensor<Self>;
+}
+
+/// The gradients of [`AttentionOps`], on the backend below autodiff.
+#[cfg(feature = "flex")]
+#[backend_extension(Flex: cfg(feature = "flex"))]
+pub(crate) trait AttentionBackwardOps: Backend {
+    /// Those of the query, the key and the value, `[R, D]` each.
+    fn moe_attention_backward(
+        query: FloatTensor<Self>,
+        key: FloatTensor<Self>,
+        value: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        shape: AttentionShape,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 }

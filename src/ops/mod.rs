@@ -24,7 +24,7 @@ use choice::has_dense_kernels;
 #[cfg(feature = "_gpu")]
 use choice::has_router_kernel;
 pub use choice::{Kernels, release_idle_memory, with_kernels};
-pub(crate) use choice::{can_assign_slots, chosen_kernels, has_kernels};
+pub(crate) use choice::{can_assign_slots, chosen_kernels, has_attention, has_kernels};
 
 /// First row of each expert and the end, `[E + 1]`, in both places: a kernel reads the one, its launch the other.
 #[derive(Clone, Debug)]
@@ -242,6 +242,38 @@ pub(crate) fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>, a
         Some(act) => reference::activation(out, act),
         None => out,
     }
+}
+
+/// The samples that attention keeps apart, and how their tokens look at each other.
+#[derive(Clone, Debug)]
+#[cfg_attr(not(feature = "flex"), allow(dead_code))]
+pub(crate) struct AttentionShape {
+    /// First row of each sample and the end, `[B + 1]`.
+    pub samples: Arc<[usize]>,
+    /// Width of all heads together, `D`.
+    pub width: usize,
+    /// Heads, each of width `D / heads`.
+    pub heads: usize,
+    /// Whether a token looks only at itself and at those before it.
+    pub causal: bool,
+}
+
+/// `softmax(query · keyᵀ / √(D / heads)) · value` within each sample and head; only where [`has_attention`] says so.
+///
+/// # Shapes
+/// - query, key, value, output: `[R, D]`, the samples one after the other
+#[cfg(feature = "flex")]
+pub(crate) fn attention(query: Tensor<2>, key: Tensor<2>, value: Tensor<2>, shape: AttentionShape) -> Tensor<2> {
+    use burn::backend::Dispatch;
+    use extension::AttentionOps;
+
+    let [query, key, value] = [query, key, value].map(Tensor::into_dispatch);
+    Tensor::from_dispatch(Dispatch::moe_attention(query, key, value, shape))
+}
+
+#[cfg(not(feature = "flex"))]
+pub(crate) fn attention(_: Tensor<2>, _: Tensor<2>, _: Tensor<2>, _: AttentionShape) -> Tensor<2> {
+    unreachable!("no backend with attention is built in")
 }
 
 /// The kernels as functions of tensors.

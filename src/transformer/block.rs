@@ -5,7 +5,11 @@ use burn::nn::LayerNorm;
 use burn::nn::attention::MultiHeadAttention;
 use burn::tensor::{Bool, Tensor};
 
-use super::{Mlp, attention::self_attention};
+use super::{
+    Mlp,
+    attention::self_attention,
+    layout::{Layout, Looks},
+};
 use crate::{
     layer::{moe::MoeFeedForward, soft_moe::SoftMoeFeedForward},
     routing::{MoeInput, Phase, Routing, TokenMask},
@@ -79,25 +83,45 @@ impl TransformerBlock {
     /// - x, output: `[B, N, D]`
     /// - mask: `[B, N, N]`, true where a token must not look
     pub fn forward(&self, x: Tensor<3>, mask: Option<Tensor<3, Bool>>, marks: &TokenMarks) -> (Tensor<3>, Option<Routing>) {
-        self.run(x, mask, marks, None, |_| ())
+        let [batch, num_tokens, _] = x.dims();
+        let layout = Layout::whole([batch, num_tokens], mask.map_or(Looks::AtAll, Looks::Mask));
+        let (rows, routing) = self.run(layout.rows(x), &layout, marks, None, None);
+        (layout.tokens(rows), routing)
     }
 
-    /// [`forward`](Self::forward); `router` is one to use instead of the layer's own, with the block's index, and `observe` sees what the
-    /// feed-forward network reads.
-    pub(crate) fn run(
+    /// What the feed-forward network reads, `[B, N, D]`, where every token looks at all others.
+    pub(crate) fn feed_forward_input(&self, x: Tensor<3>, marks: &TokenMarks) -> Tensor<3> {
+        let [batch, num_tokens, _] = x.dims();
+        let layout = Layout::whole([batch, num_tokens], Looks::AtAll);
+        let mut read = None;
+        self.run(layout.rows(x), &layout, marks, None, Some(&mut |tokens| read = Some(tokens)));
+        read.expect("the feed-forward network was run")
+    }
+
+    /// [`forward`](Self::forward) on the rows of a layout; `router` is one to use instead of the layer's own, with the block's index, and `observe`
+    /// sees what the feed-forward network reads, `[B, N, D]`.
+    pub(super) fn run(
         &self,
-        x: Tensor<3>,
-        mask: Option<Tensor<3, Bool>>,
+        rows: Tensor<2>,
+        layout: &Layout,
         marks: &TokenMarks,
         router: Option<(usize, &mut dyn BlockRouter)>,
-        observe: impl FnOnce(&Tensor<3>),
-    ) -> (Tensor<3>, Option<Routing>) {
-        let attended = self_attention(&self.attention, self.norm_attention.forward(x.clone()), mask);
-        let x = x + attended;
-        let normed = self.norm_feed_forward.forward(x.clone());
-        observe(&normed);
-        let (output, routing) = self.feed_forward.forward(normed, marks, router);
-        (x + output, routing)
+        observe: Option<&mut dyn FnMut(Tensor<3>)>,
+    ) -> (Tensor<2>, Option<Routing>) {
+        let attended = self_attention(&self.attention, self.norm_attention.forward(rows.clone()), layout);
+        let rows = rows + attended;
+        let normed = self.norm_feed_forward.forward(rows.clone());
+        if let Some(observe) = observe {
+            observe(layout.tokens(normed.clone()));
+        }
+        let (output, routing) = match &self.feed_forward {
+            FeedForward::Dense(mlp) => (mlp.forward(normed), None),
+            sparse => {
+                let (output, routing) = sparse.forward(layout.tokens(normed), marks, router);
+                (layout.rows(output), routing)
+            }
+        };
+        (rows + output, routing)
     }
 }
 

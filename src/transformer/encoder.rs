@@ -2,12 +2,13 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::nn::attention::{MultiHeadAttentionConfig, generate_autoregressive_mask};
+use burn::nn::attention::MultiHeadAttentionConfig;
 use burn::nn::{LayerNorm, LayerNormConfig};
 use burn::tensor::{Bool, Device, Tensor, assert_shape};
 
 use super::{
     BlockRouter, FeedForward, MlpConfig, Padding, Protection, SparseEncoderConfig, SparseLayer, TokenMarks, TransformerBlock,
+    layout::{Layout, Looks},
 };
 use crate::{
     layer::{
@@ -68,7 +69,7 @@ pub struct FeedForwardInputs {
 /// What an [`Encoder`] returns.
 #[derive(Debug, Clone)]
 pub struct EncoderOutput {
-    /// `[B, N, D]`
+    /// `[B, N, D]`; in training of no meaning where a token is not valid.
     pub hidden: Tensor<3>,
     /// One per routed block, in order.
     pub routings: Vec<Routing>,
@@ -240,7 +241,7 @@ impl Encoder {
     /// # Panics
     /// When a shape does not fit.
     pub fn forward(&self, x: Tensor<3>, marks: TokenMarks, causal: bool) -> EncoderOutput {
-        self.run(x, marks, causal, None, |_| ())
+        self.run(x, marks, causal, None, None)
     }
 
     /// The same with a router of your own in place of the layers' routers; arguments as for [`forward`](Self::forward).
@@ -248,7 +249,7 @@ impl Encoder {
     /// # Panics
     /// When a shape does not fit, or a plan does not fit its block.
     pub fn forward_with(&self, x: Tensor<3>, marks: TokenMarks, causal: bool, router: &mut dyn BlockRouter) -> EncoderOutput {
-        self.run(x, marks, causal, Some(router), |_| ())
+        self.run(x, marks, causal, Some(router), None)
     }
 
     /// What the feed-forward network of each block reads; arguments as for [`forward`](Self::forward).
@@ -257,7 +258,7 @@ impl Encoder {
     /// When a shape does not fit.
     pub fn feed_forward_inputs(&self, x: Tensor<3>, marks: TokenMarks, causal: bool) -> FeedForwardInputs {
         let mut inputs = FeedForwardInputs { tokens: Vec::new(), valid: marks.valid.clone() };
-        self.run(x, marks, causal, None, |tokens| inputs.tokens.push(tokens.clone()));
+        self.run(x, marks, causal, None, Some(&mut |tokens| inputs.tokens.push(tokens)));
         inputs
     }
 
@@ -268,7 +269,7 @@ impl Encoder {
         mut marks: TokenMarks,
         causal: bool,
         mut router: Option<&mut dyn BlockRouter>,
-        mut observe: impl FnMut(&Tensor<3>),
+        mut observe: Option<&mut dyn FnMut(Tensor<3>)>,
     ) -> EncoderOutput {
         let [batch, num_tokens, _] = x.dims();
         for mark in [&marks.valid, &marks.protected].into_iter().flatten() {
@@ -280,16 +281,17 @@ impl Encoder {
         if self.padding == Padding::Routed {
             marks.valid = None;
         }
-        let mask = causal.then(|| generate_autoregressive_mask(batch, num_tokens, &x.device()));
-        let mut hidden = x;
+        let layout = if causal { Layout::packed(&x, &marks) } else { Layout::whole([batch, num_tokens], Looks::AtAll) };
+        let mut rows = layout.rows(x);
         let mut routings = Vec::new();
         for (index, block) in self.blocks.iter().enumerate() {
             let router = router.as_mut().map(|router| (index, &mut **router as &mut dyn BlockRouter));
-            let (next, routing) = block.run(hidden, mask.clone(), &marks, router, &mut observe);
-            hidden = next;
+            let observe = observe.as_mut().map(|observe| &mut **observe as &mut dyn FnMut(Tensor<3>));
+            let (next, routing) = block.run(rows, &layout, &marks, router, observe);
+            rows = next;
             routings.extend(routing);
         }
-        EncoderOutput { hidden, routings }
+        EncoderOutput { hidden: layout.tokens(rows), routings }
     }
 }
 

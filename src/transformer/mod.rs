@@ -3,6 +3,7 @@
 mod attention;
 mod block;
 mod encoder;
+mod layout;
 mod mlp;
 mod sparse;
 

@@ -17,11 +17,11 @@ impl UpcycleFromDense<TransformerBlock> for TransformerBlock {
     fn upcycle_from_dense(self, dense: &TransformerBlock, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
         let [d_model] = dense.norm_attention.gamma.dims();
         let probe = options.probe.as_ref().map(|probe| probe.tokens(d_model)).transpose()?;
-        let calibration = options.calibration_batch()?.map(|batch| batch.tokens(d_model)).transpose()?.map(|(tokens, valid)| {
-            let mut read = None;
-            dense.run(tokens, None, &marks(&valid), None, |tokens| read = Some(valid_rows(tokens, valid.as_ref())));
-            read.expect("a block has a feed-forward network")
-        });
+        let calibration = options
+            .calibration_batch()?
+            .map(|batch| batch.tokens(d_model))
+            .transpose()?
+            .map(|(tokens, valid)| valid_rows(&dense.feed_forward_input(tokens, &marks(&valid)), valid.as_ref()));
         let (model, layer) = block(self, dense, options.strategy, calibration)?;
         let layers: Vec<UpcycledLayer> = layer.into_iter().collect();
         if layers.is_empty() {

@@ -1,5 +1,6 @@
 //! Kernels for burn's CPU backend, f32.
 
+mod attention;
 mod buffer;
 mod gemm;
 mod grouped;
@@ -16,8 +17,8 @@ use burn::backend::{
 use burn::tensor::DType;
 
 use super::{
-    Activation,
-    extension::{MoeBackwardOps, MoeOps},
+    Activation, AttentionShape,
+    extension::{AttentionBackwardOps, AttentionOps, MoeBackwardOps, MoeOps},
 };
 use buffer::Buffer;
 
@@ -143,6 +144,35 @@ impl MoeBackwardOps for Flex {
         let grad = grad.to_contiguous();
         let [_, d_out] = grad.layout().shape().dims();
         tensor(grouped::backward_bias(floats(&grad), d_out, &host_offsets), &[host_offsets.len() - 1, d_out])
+    }
+}
+
+impl AttentionOps for Flex {
+    fn moe_attention(
+        query: FloatTensor<Self>,
+        key: FloatTensor<Self>,
+        value: FloatTensor<Self>,
+        shape: AttentionShape,
+    ) -> FloatTensor<Self> {
+        let [query, key, value] = [query, key, value].map(|x| x.to_contiguous());
+        let out = attention::forward(floats(&query), floats(&key), floats(&value), &shape);
+        tensor(out, &query.layout().shape().to_vec())
+    }
+}
+
+impl AttentionBackwardOps for Flex {
+    fn moe_attention_backward(
+        query: FloatTensor<Self>,
+        key: FloatTensor<Self>,
+        value: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        shape: AttentionShape,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let [query, key, value, grad] = [query, key, value, grad].map(|x| x.to_contiguous());
+        let dims = query.layout().shape().to_vec();
+        let gradients = attention::backward(floats(&query), floats(&key), floats(&value), floats(&grad), &shape);
+        let [query, key, value] = gradients.map(|gradient| tensor(gradient, &dims));
+        (query, key, value)
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! burn's CPU backend takes one scalar `erff` per element, which in a small model costs more than the matrix products.
 
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
@@ -21,24 +21,72 @@ pub(super) fn activation(x: &[f32], activation: Activation) -> Buffer {
 /// `grad · act'(x)`.
 pub(super) fn activation_backward(x: &[f32], grad: &[f32], activation: Activation) -> Buffer {
     let mut out = Buffer::new(x.len());
-    out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK).zip(grad.par_chunks(CHUNK))).for_each(|(out, (x, grad))| match activation {
-        Activation::Gelu => zip(out, x, grad, |x, g| g * gelu_slope(x)),
-        Activation::GeluTanh => zip(out, x, grad, |x, g| g * gelu_tanh_slope(x)),
-        Activation::QuickGelu => zip(out, x, grad, |x, g| g * swish_slope(x, 1.702)),
-        Activation::Relu => zip(out, x, grad, |x, g| if x > 0.0 { g } else { 0.0 }),
-        Activation::Silu => zip(out, x, grad, |x, g| g * swish_slope(x, 1.0)),
-    });
+    let tasks = out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK).zip(grad.par_chunks(CHUNK)));
+    tasks.for_each(|(out, (x, grad))| Arch::new().dispatch(Slopes { out, x, grad, activation }));
     out
 }
 
 /// `out = act(x)` on the calling thread.
 pub(super) fn apply(out: &mut [f32], x: &[f32], activation: Activation) {
-    match activation {
-        Activation::Gelu => map(out, x, gelu),
-        Activation::GeluTanh => map(out, x, gelu_tanh),
-        Activation::QuickGelu => map(out, x, |x| swish(x, 1.702)),
-        Activation::Relu => map(out, x, |x| if x < 0.0 { 0.0 } else { x }),
-        Activation::Silu => map(out, x, |x| swish(x, 1.0)),
+    Arch::new().dispatch(Values { out, x, activation });
+}
+
+/// `out = act(x)`; a type of its own, as the compiler may leave a closure of this size out of the code for wider instructions.
+struct Values<'a> {
+    out: &'a mut [f32],
+    x: &'a [f32],
+    activation: Activation,
+}
+
+impl WithSimd for Values<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        macro_rules! each {
+            ($f:expr) => {
+                for (out, &x) in self.out.iter_mut().zip(self.x) {
+                    *out = $f(x);
+                }
+            };
+        }
+        match self.activation {
+            Activation::Gelu => each!(gelu),
+            Activation::GeluTanh => each!(gelu_tanh),
+            Activation::QuickGelu => each!(quick_gelu),
+            Activation::Relu => each!(relu),
+            Activation::Silu => each!(silu),
+        }
+    }
+}
+
+/// `out = grad · act'(x)`.
+struct Slopes<'a> {
+    out: &'a mut [f32],
+    x: &'a [f32],
+    grad: &'a [f32],
+    activation: Activation,
+}
+
+impl WithSimd for Slopes<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        macro_rules! each {
+            ($f:expr) => {
+                for (out, (&x, &grad)) in self.out.iter_mut().zip(self.x.iter().zip(self.grad)) {
+                    *out = grad * $f(x);
+                }
+            };
+        }
+        match self.activation {
+            Activation::Gelu => each!(gelu_slope),
+            Activation::GeluTanh => each!(gelu_tanh_slope),
+            Activation::QuickGelu => each!(quick_gelu_slope),
+            Activation::Relu => each!(relu_slope),
+            Activation::Silu => each!(silu_slope),
+        }
     }
 }
 
@@ -94,22 +142,6 @@ pub(super) fn add_rows(sum: &mut [f32], values: &[f32]) {
     });
 }
 
-fn map(out: &mut [f32], x: &[f32], f: impl Fn(f32) -> f32) {
-    Arch::new().dispatch(|| {
-        for (out, &x) in out.iter_mut().zip(x) {
-            *out = f(x);
-        }
-    });
-}
-
-fn zip(out: &mut [f32], x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32) {
-    Arch::new().dispatch(|| {
-        for (out, (&x, &y)) in out.iter_mut().zip(x.iter().zip(y)) {
-            *out = f(x, y);
-        }
-    });
-}
-
 #[inline(always)]
 fn gelu(x: f32) -> f32 {
     let x = if x < -NORMAL_END { -NORMAL_END } else { x };
@@ -142,6 +174,37 @@ fn gelu_tanh_slope(x: f32) -> f32 {
     let x = between(x, -80.0, 80.0);
     let s = sigmoid(TANH_SCALE * (x + TANH_CUBE * x * x * x));
     s + x * s * (1.0 - s) * TANH_SCALE * (1.0 + 3.0 * TANH_CUBE * x * x)
+}
+
+#[inline(always)]
+fn quick_gelu(x: f32) -> f32 {
+    swish(x, 1.702)
+}
+
+#[inline(always)]
+fn quick_gelu_slope(x: f32) -> f32 {
+    swish_slope(x, 1.702)
+}
+
+#[inline(always)]
+fn silu(x: f32) -> f32 {
+    swish(x, 1.0)
+}
+
+#[inline(always)]
+fn silu_slope(x: f32) -> f32 {
+    swish_slope(x, 1.0)
+}
+
+/// NaN stays NaN.
+#[inline(always)]
+fn relu(x: f32) -> f32 {
+    if x < 0.0 { 0.0 } else { x }
+}
+
+#[inline(always)]
+fn relu_slope(x: f32) -> f32 {
+    if x > 0.0 { 1.0 } else { 0.0 }
 }
 
 /// `x · σ(c · x)`.
@@ -192,7 +255,7 @@ fn normal_cdf(x: f32) -> f32 {
 /// `eˣ`: `2ⁿ · eʳ` with `n` the nearest integer to `x / ln 2`; the relative error is at most 2e-7, and the ends are held at
 /// `e^±87`.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(super) fn exp(x: f32) -> f32 {
     let x = between(x, -87.0, 87.0);
     // Adding 1.5 · 2²³ leaves the nearest integer in the low bits.
     const ROUND: f32 = 12_582_912.0;

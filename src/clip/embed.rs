@@ -116,9 +116,9 @@ impl TextEmbedder {
     /// # Errors
     /// When the tower was trained with another tokenizer than CLIP's.
     pub fn new(tower: &TextTower, device: &Device) -> Result<Self, TokenizerMismatch> {
-        ClipTokenizer::check(tower)?;
+        let tokenizer = ClipTokenizer::for_model(tower)?;
         let [context_length, _] = tower.position_embedding.lazy_shape().dims();
-        let (tower, tokenizer) = (tower.valid(), ClipTokenizer::new());
+        let tower = tower.valid();
         Ok(Self { tower, tokenizer, context_length, batch_size: BATCH, device: device.clone().inner() })
     }
 

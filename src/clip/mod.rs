@@ -31,6 +31,6 @@ pub use loss::contrastive_loss;
 pub use memory::ClipMemory;
 pub use model::{Clip, ClipOutput, MAX_LOGIT_SCALE, normalize};
 pub use retrieval::{Recall, RetrievalError, RetrievalMetrics};
-pub use text::{EndOfText, TextConfig, TextOutput, TextTower};
+pub use text::{EndOfText, TextConfig, TextOutput, TextTower, TokenizerKind};
 pub use vision::{VisionConfig, VisionOutput, VisionTower};
 pub use zero_shot::{ZeroShotClassifier, ZeroShotMetrics};

@@ -24,6 +24,18 @@ pub enum EndOfText {
     Id(i64),
 }
 
+/// Ids of CLIP's own vocabulary, with the start and end tokens.
+pub(crate) const CLIP_VOCAB_SIZE: usize = 49408;
+
+/// What made the token ids of the texts that a tower was trained on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TokenizerKind {
+    /// CLIP's byte-pair encoding. With fewer ids than its 49,408 its first merges only, as many as there are ids for.
+    ClipBpe,
+    /// Any other, which this crate does not have.
+    Other,
+}
+
 /// Configuration of a [`TextTower`].
 #[derive(Config, Debug)]
 pub struct TextConfig {
@@ -32,6 +44,9 @@ pub struct TextConfig {
     /// Number of token ids. Default: 49408, CLIP's own
     #[config(default = 49408)]
     pub vocab_size: usize,
+    /// What makes the token ids. Default: `ClipBpe`
+    #[config(default = "TokenizerKind::ClipBpe")]
+    pub tokenizer: TokenizerKind,
     /// Most tokens in a text. Default: 77
     #[config(default = 77)]
     pub context_length: usize,
@@ -60,6 +75,9 @@ pub struct TextTower {
     /// Which token is the end.
     #[module(skip)]
     pub end_of_text: EndOfText,
+    /// What makes the token ids.
+    #[module(skip)]
+    pub tokenizer: TokenizerKind,
 }
 
 /// What a [`TextTower`] returns (`B` texts of `N` tokens).
@@ -67,7 +85,7 @@ pub struct TextTower {
 pub struct TextOutput {
     /// Embedding, not normalised, `[B, P]`.
     pub embedding: Tensor<2>,
-    /// Tokens behind the final norm, `[B, N, D]`.
+    /// Tokens behind the final norm, `[B, N, D]`; in training of no meaning behind the end of a text.
     pub hidden: Tensor<3>,
     /// One per routed block.
     pub routings: Vec<Routing>,
@@ -82,6 +100,12 @@ impl TextConfig {
         ConfigError::non_zero("vocab_size", self.vocab_size)?;
         ConfigError::non_zero("context_length", self.context_length)?;
         self.encoder.validate()
+    }
+
+    /// Whether a reader who is told only the number of ids would take the tokenizer for CLIP's, and it is not.
+    #[cfg(feature = "store")]
+    pub(super) fn hides_its_tokenizer(&self) -> bool {
+        self.tokenizer == TokenizerKind::Other && self.vocab_size == CLIP_VOCAB_SIZE
     }
 
     /// Cost of one text of `context_length` tokens. An embedding look-up counts as no operation.
@@ -109,6 +133,7 @@ impl TextConfig {
                 .with_initializer(normal((d_model as f64).powf(-0.5)))
                 .init(device),
             end_of_text: self.end_of_text,
+            tokenizer: self.tokenizer,
         }
     }
 }

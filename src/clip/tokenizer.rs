@@ -1,19 +1,26 @@
 //! CLIP's byte-pair encoding.
 
+mod merges;
+
 #[cfg(feature = "store")]
 mod export;
 
 #[cfg(feature = "store")]
 pub(super) use export::hugging_face_files;
+#[cfg(feature = "store")]
+pub(super) use merges::first_merges;
 
 use std::collections::HashMap;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use instant_clip_tokenizer::{Token, Tokenizer};
 
-use super::{EndOfText, TextTower};
+use super::{EndOfText, TextTower, TokenizerKind, text::CLIP_VOCAB_SIZE};
 
 /// CLIP's own tokenizer with open_clip's treatment of long texts. The vocabulary comes with it.
+///
+/// A small model does not need all of its 49,408 ids: [`with_vocab_size`](Self::with_vocab_size) applies the first merges only, so that texts
+/// become more and shorter tokens.
 pub struct ClipTokenizer {
     tokenizer: Tokenizer,
 }
@@ -30,13 +37,12 @@ impl std::fmt::Debug for ClipTokenizer {
 pub enum TokenizerMismatch {
     /// The model's token ids are not those of the tokenizer.
     #[error(
-        "the model's vocabulary has {model} tokens, but CLIP's tokenizer has {tokenizer}: this model was trained with another tokenizer"
+        "the model's vocabulary of {model} tokens is not that of CLIP's tokenizer, which has {}: this model was trained with another tokenizer",
+        ClipTokenizer::VOCAB_SIZE
     )]
     Vocabulary {
         /// Rows of the model's token embedding.
         model: usize,
-        /// Ids of the tokenizer.
-        tokenizer: usize,
     },
     /// The model looks for the end of a text at an id that stands for something else.
     #[error(
@@ -68,30 +74,50 @@ impl Default for ClipTokenizer {
 }
 
 impl ClipTokenizer {
-    /// Ids of the vocabulary, with the start and end tokens.
-    pub const VOCAB_SIZE: usize = 49408;
-    /// Id of the end-of-text token.
-    pub const END_OF_TEXT: i32 = 49407;
+    /// Ids of the whole vocabulary, with the start and end tokens.
+    pub const VOCAB_SIZE: usize = CLIP_VOCAB_SIZE;
+    /// Ids without any merge: each byte inside and at the end of a word, and the start and end tokens.
+    pub const SMALLEST_VOCAB_SIZE: usize = 514;
 
-    /// Unpacks the vocabulary, which takes a moment: keep it.
+    /// The whole vocabulary. It takes a moment to unpack: keep it.
     pub fn new() -> Self {
         Self { tokenizer: Tokenizer::new() }
     }
 
-    /// Refuses a text tower that does not read this tokenizer's ids.
+    /// The same with the first merges only, so that there are `vocab_size` ids; those of the start and the end token are the last two.
+    ///
+    /// # Panics
+    /// When the size is below [`SMALLEST_VOCAB_SIZE`](Self::SMALLEST_VOCAB_SIZE) or above [`VOCAB_SIZE`](Self::VOCAB_SIZE).
+    pub fn with_vocab_size(vocab_size: usize) -> Self {
+        let (least, most) = (Self::SMALLEST_VOCAB_SIZE, Self::VOCAB_SIZE);
+        assert!((least..=most).contains(&vocab_size), "CLIP's tokenizer has {least} to {most} ids, not {vocab_size}");
+        if vocab_size == Self::VOCAB_SIZE {
+            return Self::new();
+        }
+        let merges = merges::first_merges(vocab_size - Self::SMALLEST_VOCAB_SIZE);
+        let tokenizer = Tokenizer::with_vocabulary(merges.as_bytes(), vocab_size as u16);
+        Self { tokenizer: tokenizer.expect("the merges are CLIP's") }
+    }
+
+    /// The tokenizer that a text tower was trained with, or is to be trained with.
     ///
     /// # Errors
-    /// When its vocabulary has another size, or its texts end with another token.
-    pub fn check(text: &TextTower) -> Result<(), TokenizerMismatch> {
+    /// When that is not CLIP's, or the tower looks for the end of a text at another token.
+    pub fn for_model(text: &TextTower) -> Result<Self, TokenizerMismatch> {
         let [model, _] = text.token_embedding.weight.lazy_shape().dims();
-        if model != Self::VOCAB_SIZE {
-            return Err(TokenizerMismatch::Vocabulary { model, tokenizer: Self::VOCAB_SIZE });
+        if text.tokenizer != TokenizerKind::ClipBpe || !(Self::SMALLEST_VOCAB_SIZE..=Self::VOCAB_SIZE).contains(&model) {
+            return Err(TokenizerMismatch::Vocabulary { model });
         }
-        let tokenizer = Self::END_OF_TEXT.into();
+        let tokenizer = model as i64 - 1;
         match text.end_of_text {
             EndOfText::Id(model) if model != tokenizer => Err(TokenizerMismatch::EndOfText { model, tokenizer }),
-            EndOfText::Id(_) | EndOfText::HighestId => Ok(()),
+            EndOfText::Id(_) | EndOfText::HighestId => Ok(Self::with_vocab_size(model)),
         }
+    }
+
+    /// Number of ids.
+    pub fn vocab_size(&self) -> usize {
+        usize::from(self.tokenizer.end_of_text().to_u16()) + 1
     }
 
     /// Token ids of a text, without start and end. As in open_clip's clean-up, curly quotes count as straight ones, HTML entities as what they
@@ -114,6 +140,19 @@ impl ClipTokenizer {
         let mut tokens = Vec::new();
         self.tokenizer.encode(&straight, &mut tokens);
         tokens.into_iter().map(|token: Token| i32::from(token.to_u16())).collect()
+    }
+
+    /// The text of some ids. A token that ends a word ends with a space; start and end are `<start_of_text>` and `<end_of_text>`; bytes that are no
+    /// whole letter become the replacement character.
+    ///
+    /// # Panics
+    /// When an id is not one of the tokenizer's.
+    pub fn decode(&self, ids: &[i32]) -> String {
+        let token = |id: &i32| {
+            let found = u16::try_from(*id).ok().and_then(|id| Token::from_u16(id, &self.tokenizer));
+            found.unwrap_or_else(|| panic!("{id} is no id of a tokenizer of {} ids", self.vocab_size()))
+        };
+        self.tokenizer.decode(ids.iter().map(token))
     }
 
     /// Puts start and end tokens around encoded texts and pads them to the longest. A text that does not fit into
@@ -181,6 +220,29 @@ mod tests {
         let cut = tokenizer.tokenize(&["hi there hi", "hi"], 4);
         assert_eq!(cut.ids, [49406, 1883, 997, 49407, 49406, 1883, 49407, 0]);
         assert_eq!((cut.len, cut.truncated), (4, 1));
+    }
+
+    #[test]
+    fn a_smaller_vocabulary_has_the_first_merges() {
+        let small = ClipTokenizer::with_vocab_size(1024);
+        assert_eq!(small.vocab_size(), 1024);
+        let ids = small.tokenize(&["hi there"], 24).ids;
+        assert_eq!((ids[0], *ids.last().unwrap()), (1022, 1023));
+        assert_eq!(small.decode(&ids), "<start_of_text>hi there <end_of_text>");
+        // Merges come in order: what the whole vocabulary does with its first ones, the smaller one does with all of its own.
+        let whole = ClipTokenizer::new();
+        for word in ["in", "the", "and", "you"] {
+            assert_eq!(small.encode(word), whole.encode(word), "{word}");
+        }
+        assert!(small.encode("watermelon").len() > whole.encode("watermelon").len());
+        // Without any merge, a token is a byte.
+        assert_eq!(ClipTokenizer::with_vocab_size(514).encode("caf\u{e9}").len(), 5);
+    }
+
+    #[test]
+    #[should_panic(expected = "514 to 49408 ids, not 100")]
+    fn a_vocabulary_holds_every_byte() {
+        ClipTokenizer::with_vocab_size(100);
     }
 
     #[test]

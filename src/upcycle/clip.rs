@@ -115,6 +115,7 @@ fn text(
     UpcycleError::shapes("position_embedding", &source.position_embedding.dims(), &target.position_embedding.dims())?;
     UpcycleError::shapes("projection", &source.projection.weight.dims(), &target.projection.weight.dims())?;
     UpcycleError::settings("end_of_text", source.end_of_text, target.end_of_text)?;
+    UpcycleError::settings("tokenizer", source.tokenizer, target.tokenizer)?;
     target.token_embedding = same_place(&source.token_embedding, &target.token_embedding);
     target.position_embedding = same_place(&source.position_embedding, &target.position_embedding);
     target.projection = same_place(&source.projection, &target.projection);

@@ -245,11 +245,11 @@ fn other_families_and_other_tokenizers_are_named() {
         config.text = text;
         TextEmbedder::new(&config.init(&device).text, &device)
     };
-    let vocabulary = TokenizerMismatch::Vocabulary { model: 50, tokenizer: 49408 };
+    let vocabulary = TokenizerMismatch::Vocabulary { model: 50 };
     assert_eq!(embedder(config().text).unwrap_err(), vocabulary);
     // A larger one would hide it.
     let larger = embedder(config().text.with_vocab_size(60_000)).unwrap_err();
-    assert_eq!(larger, TokenizerMismatch::Vocabulary { model: 60_000, tokenizer: 49408 });
+    assert_eq!(larger, TokenizerMismatch::Vocabulary { model: 60_000 });
     let text = config().text.with_vocab_size(49408);
     let end = TokenizerMismatch::EndOfText { model: 2, tokenizer: 49407 };
     assert_eq!(embedder(text.clone().with_end_of_text(EndOfText::Id(2))).unwrap_err(), end);
@@ -257,6 +257,40 @@ fn other_families_and_other_tokenizers_are_named() {
     let error = embedder.prompts(&["cat"], &["a photo"]).unwrap_err();
     assert!(matches!(error, PromptError::Template { .. }), "{error}");
     assert_eq!(embedder.prompts(&["cat"], &[] as &[&str]).unwrap_err(), PromptError::NoTemplate);
+}
+
+#[test]
+fn a_smaller_vocabulary_of_clips_tokenizer_is_known_by_its_merges() {
+    let device = Device::default();
+    let mut config = config();
+    config.text = config.text.with_vocab_size(600);
+    let checkpoint = ClipCheckpoint { model: config.init(&device), config };
+    let folder = tempfile::tempdir().unwrap();
+    let embeds = |name: &str| {
+        let model = ClipCheckpoint::load(folder.path().join(name), &device).unwrap().model;
+        TextEmbedder::new(&model.text, &device).map(|embedder| embedder.texts(&["a cat"], |_| ()).embeddings)
+    };
+    checkpoint.save_open_clip(folder.path().join("open_clip"), Precision::F32).unwrap();
+    checkpoint.save_hugging_face(folder.path().join("hugging_face"), Precision::F32).unwrap();
+    checkpoint.save_sparse(folder.path().join("burn_moe"), Precision::F32).unwrap();
+    let expected = values(&embeds("burn_moe").unwrap());
+    for format in ["open_clip", "hugging_face"] {
+        assert_eq!(values(&embeds(format).unwrap()), expected, "{format}");
+    }
+    let merges = fs::read_to_string(folder.path().join("hugging_face/merges.txt")).unwrap();
+    assert!(merges.starts_with("#version: 0.2\ni n\nt h\n") && merges.lines().count() == 87, "86 merges: {merges}");
+
+    // Other merges are another tokenizer, and so are none.
+    let error = TokenizerMismatch::Vocabulary { model: 600 };
+    fs::write(folder.path().join("hugging_face/merges.txt"), merges.replace("t h\n", "h t\n")).unwrap();
+    assert_eq!(embeds("hugging_face").unwrap_err(), error);
+    fs::remove_file(folder.path().join("open_clip/merges.txt.gz")).unwrap();
+    assert_eq!(embeds("open_clip").unwrap_err(), error);
+    // open_clip's models with a list of their own.
+    edit_open_clip(&folder.path().join("open_clip"), |file| {
+        file["model_cfg"]["text_cfg"]["tokenizer_kwargs"]["bpe_path"] = "/home/them/own_bpe.txt.gz".into();
+    });
+    assert_eq!(embeds("open_clip").unwrap_err(), error);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use super::{
     table::Table,
 };
 use crate::{
-    clip::{ClipConfig, ImagePreprocessing},
+    clip::{ClipConfig, ImagePreprocessing, TokenizerKind, text::CLIP_VOCAB_SIZE},
     layer::experts::FeedForwardForm,
     transformer::{SparseEncoderConfig, SparseLayer},
 };
@@ -26,7 +26,7 @@ pub(super) const FORMAT: Format = Format {
 };
 
 /// Version of `burn_moe_config.json`.
-const VERSION: u64 = 6;
+const VERSION: u64 = 7;
 /// The oldest one that is still read.
 const OLDEST: u64 = 2;
 
@@ -63,7 +63,7 @@ fn read(text: &str) -> Result<Described> {
             }
         }
     }
-    Ok(Described { config: serde_json::from_value(file.clip)?, towers })
+    Ok(Described { config: serde_json::from_value(file.clip)?, towers, merges: None })
 }
 
 /// Older versions knew nothing of what these fields say, and did what their defaults say.
@@ -82,6 +82,10 @@ fn add_newer_fields(clip: &mut Value) -> Result<()> {
     }
     if let Some(Value::Object(text)) = clip.get_mut("text") {
         text.entry("projection_bias").or_insert(Value::Bool(false));
+        // Since version 7.
+        let is_clip = text.get("vocab_size").and_then(Value::as_u64) == Some(CLIP_VOCAB_SIZE as u64);
+        let tokenizer = if is_clip { TokenizerKind::ClipBpe } else { TokenizerKind::Other };
+        text.entry("tokenizer").or_insert(serde_json::to_value(tokenizer)?);
     }
     Ok(())
 }

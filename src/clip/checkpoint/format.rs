@@ -8,6 +8,7 @@ use super::{
     hugging_face, open_clip,
     table::Entry,
     tensors::{self, TensorFiles},
+    tokenizer,
 };
 use crate::clip::{ClipConfig, ImagePreprocessing};
 
@@ -37,11 +38,14 @@ pub(super) struct Described {
     pub config: ClipConfig,
     /// The towers that are there.
     pub towers: Towers,
+    /// The file whose merges are those of the tokenizer, if there is or may be one: a vocabulary of another size than CLIP's is still CLIP's if they
+    /// are its first ones.
+    pub merges: Option<String>,
 }
 
 impl From<ClipConfig> for Described {
     fn from(config: ClipConfig) -> Self {
-        Self { config, towers: Towers::Both }
+        Self { config, towers: Towers::Both, merges: None }
     }
 }
 
@@ -151,7 +155,10 @@ pub(super) fn found_in(folder: &Path) -> std::result::Result<Found, CheckpointEr
     };
     let path = folder.join(format.config);
     let text = tensors::read_text(&path, LONGEST_CONFIG)?;
-    let Described { mut config, towers } = (format.read)(&text).map_err(|error| error.at(&path))?;
+    let Described { mut config, towers, merges } = (format.read)(&text).map_err(|error| error.at(&path))?;
+    if let Some(merges) = merges {
+        config.text.tokenizer = tokenizer::kind_of(&folder.join(merges), config.text.vocab_size)?;
+    }
     for (encoder, blocks) in [(&mut config.vision.encoder, format.blocks[0]), (&mut config.text.encoder, format.blocks[1])] {
         if encoder.n_layers == LEFT_OUT {
             encoder.n_layers = blocks_in(&folder.join(weights), blocks)?.unwrap_or(12);

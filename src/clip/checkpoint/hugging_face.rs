@@ -10,7 +10,10 @@ use super::{
     table::{Entry, Form, Table},
 };
 use crate::{
-    clip::{ClipConfig, EndOfText, IMAGE_MEAN, IMAGE_STD, ImagePreprocessing, Interpolation, ResizeMode, TextConfig, VisionConfig},
+    clip::{
+        ClipConfig, EndOfText, IMAGE_MEAN, IMAGE_STD, ImagePreprocessing, Interpolation, ResizeMode, TextConfig, VisionConfig,
+        text::CLIP_VOCAB_SIZE,
+    },
     layer::experts::Activation,
     transformer::EncoderConfig,
 };
@@ -61,7 +64,8 @@ fn read(text: &str) -> Result<Described> {
         .with_vocab_size(text.get("vocab_size", 49408)?)
         .with_context_length(text.get("max_position_embeddings", 77)?)
         .with_end_of_text(end_of_text);
-    Ok(Described { config: ClipConfig::new(vision, text, embed_dim), towers })
+    let merges = (text.vocab_size != CLIP_VOCAB_SIZE).then(|| "merges.txt".to_string());
+    Ok(Described { config: ClipConfig::new(vision, text, embed_dim), towers, merges })
 }
 
 pub(super) fn to_text(config: &ClipConfig) -> std::result::Result<String, CheckpointError> {
@@ -69,6 +73,7 @@ pub(super) fn to_text(config: &ClipConfig) -> std::result::Result<String, Checkp
     for (refused, what) in [
         (config.is_sparse(), "sparse blocks"),
         (text.projection_bias, "a bias of the text projection"),
+        (text.hides_its_tokenizer(), "another tokenizer than CLIP's with as many ids"),
         // There, 2 means another rule.
         (text.end_of_text == EndOfText::Id(2), "an end of text of id 2"),
     ] {

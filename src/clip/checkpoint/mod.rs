@@ -18,6 +18,7 @@ mod positions;
 mod read;
 mod table;
 mod tensors;
+mod tokenizer;
 mod tower;
 mod write;
 
@@ -31,6 +32,8 @@ use burn::tensor::Device;
 
 use super::{Clip, ClipConfig};
 use format::found_in;
+#[cfg(feature = "preprocess")]
+use write::save_file;
 use write::{save_text, save_weights};
 
 /// The towers of the checkpoint in a folder, of which the configuration is read and no weights.
@@ -112,6 +115,10 @@ impl ClipCheckpoint {
     pub fn save_open_clip(&self, folder: impl AsRef<Path>, precision: Precision) -> Result<(), CheckpointError> {
         let text = open_clip::to_text(&self.config)?;
         save_weights(&self.model, &self.config, Towers::Both, folder.as_ref(), open_clip::FORMAT, precision)?;
+        #[cfg(feature = "preprocess")]
+        if open_clip::has_merges(&self.config.text) {
+            save_file(folder.as_ref(), open_clip::MERGES, &tokenizer::packed_merges(self.config.text.vocab_size))?;
+        }
         save_text(folder.as_ref(), open_clip::FORMAT.config, &text)
     }
 

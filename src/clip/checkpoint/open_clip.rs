@@ -11,7 +11,10 @@ use super::{
     table::{Entry, Form, Table},
 };
 use crate::{
-    clip::{ClipConfig, EndOfText, IMAGE_MEAN, IMAGE_STD, ImagePreprocessing, Interpolation, ResizeMode, TextConfig, VisionConfig},
+    clip::{
+        ClipConfig, EndOfText, IMAGE_MEAN, IMAGE_STD, ImagePreprocessing, Interpolation, ResizeMode, TextConfig, TokenizerKind,
+        VisionConfig, text::CLIP_VOCAB_SIZE,
+    },
     layer::experts::Activation,
     transformer::EncoderConfig,
 };
@@ -30,6 +33,9 @@ pub(super) const FORMAT: Format = Format {
     blocks: ["visual.transformer.resblocks.", "transformer.resblocks."],
     entries,
 };
+
+/// Our name for the file of the merges, which open_clip calls `bpe_path`.
+pub(super) const MERGES: &str = "merges.txt.gz";
 
 #[derive(Deserialize)]
 struct OpenClipFile {
@@ -83,8 +89,18 @@ struct OpenClipText {
     mlp_ratio: f64,
     #[serde(default)]
     proj_bias: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tokenizer_kwargs: Option<TokenizerKwargs>,
     #[serde(flatten)]
     rest: Map<String, Value>,
+}
+
+/// Arguments of open_clip's tokenizer; the others change nothing in what is trained on.
+#[derive(Deserialize, Serialize, Default)]
+struct TokenizerKwargs {
+    /// The file of the merges, packed with gzip, if they are not CLIP's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    bpe_path: Option<String>,
 }
 
 // What open_clip takes for settings that a file leaves out.
@@ -130,7 +146,7 @@ fn vocab_size() -> usize {
 }
 
 /// Settings whose value here says what is so anyway; any value (`None`) of those that change nothing at inference.
-const KNOWN: [(&str, Option<&str>); 15] = [
+const KNOWN: [(&str, Option<&str>); 14] = [
     ("pool_type", Some("tok")),
     ("pool_type", Some("argmax")),
     ("proj_type", Some("linear")),
@@ -143,7 +159,6 @@ const KNOWN: [(&str, Option<&str>); 15] = [
     ("nonscalar_logit_scale", None),
     ("attn_pooler_queries", None),
     ("attn_pooler_heads", None),
-    ("tokenizer_kwargs", None),
     ("timm_drop", None),
     ("timm_drop_path", None),
 ];
@@ -194,7 +209,14 @@ fn read(text: &str) -> Result<Described> {
         .with_vocab_size(t.vocab_size)
         .with_context_length(t.context_length)
         .with_projection_bias(t.proj_bias);
-    Ok(ClipConfig::new(vision, text, model.embed_dim).activation(activation).into())
+    let other = (t.vocab_size != CLIP_VOCAB_SIZE).then(|| MERGES.to_string());
+    let merges = t.tokenizer_kwargs.and_then(|kwargs| kwargs.bpe_path).or(other);
+    Ok(Described { merges, ..ClipConfig::new(vision, text, model.embed_dim).activation(activation).into() })
+}
+
+/// Whether a checkpoint needs a file of merges: open_clip has those of CLIP's whole vocabulary itself.
+pub(super) fn has_merges(text: &TextConfig) -> bool {
+    text.tokenizer == TokenizerKind::ClipBpe && text.vocab_size != CLIP_VOCAB_SIZE
 }
 
 pub(super) fn to_text(config: &ClipConfig) -> std::result::Result<String, CheckpointError> {
@@ -204,6 +226,7 @@ pub(super) fn to_text(config: &ClipConfig) -> std::result::Result<String, Checkp
         (vision.encoder.activation != text.encoder.activation, "another activation in each tower"),
         (!matches!(vision.encoder.activation, Activation::Gelu | Activation::QuickGelu), "this activation"),
         (text.end_of_text != EndOfText::HighestId, "an end-of-text id"),
+        (text.hides_its_tokenizer(), "another tokenizer than CLIP's with as many ids"),
         (vision.channels != 3, "other than 3 colour channels"),
         (
             vision.preprocessing.resize_to.is_some_and(|side| side != vision.image_size),
@@ -244,6 +267,7 @@ pub(super) fn to_text(config: &ClipConfig) -> std::result::Result<String, Checkp
             layers: text.encoder.n_layers,
             mlp_ratio: ratio(&text.encoder),
             proj_bias: text.projection_bias,
+            tokenizer_kwargs: has_merges(text).then(|| TokenizerKwargs { bpe_path: Some(MERGES.into()) }),
             rest: Map::new(),
         },
         rest: Map::new(),

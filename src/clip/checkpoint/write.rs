@@ -51,8 +51,12 @@ pub(super) fn save_weights<M: Module>(
 }
 
 pub(super) fn save_text(folder: &Path, name: &str, text: &str) -> Result<(), CheckpointError> {
+    save_file(folder, name, text.as_bytes())
+}
+
+pub(super) fn save_file(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), CheckpointError> {
     let path = folder.join(name);
-    crate::support::files::write_atomic(&path, text.as_bytes()).map_err(CheckpointError::io(&path))
+    crate::support::files::write_atomic(&path, bytes).map_err(CheckpointError::io(&path))
 }
 
 /// A tensor of the file, made of the parameters behind it when it is written.

@@ -31,7 +31,7 @@ use burn_moe::{
     train::{
         Arm, Checkpointing, Evaluation, Observer, OptimizerConfig, OptimizerState, StepLosses, TrainConfig, TrainInput,
         WarmupCosine,
-        data::{EmojiPack, EmojiVendor, ImageTextSet},
+        data::{EmojiPack, EmojiVendor, ImageTextSet, Language},
         train,
     },
     transformer::{BlockSelection, EncoderConfig, Padding, Protection, RoutedLayerConfig, SparseEncoderConfig, SparseLayer},
@@ -222,7 +222,7 @@ fn compare() -> Result<(), Box<dyn Error>> {
     let device = Device::default();
     let pack = EmojiPack::open(concat!(env!("CARGO_MANIFEST_DIR"), "/data/emoji"))?;
     let vendors: Vec<_> = EmojiVendor::TRAINING.into_iter().filter(|vendor| *vendor != HELD_OUT).collect();
-    let (set, validation) = (pack.load(&vendors, true)?, pack.load(&[HELD_OUT], false)?);
+    let (set, validation) = (pack.load(&vendors, &[Language::En], true)?, pack.load(&[HELD_OUT], &[Language::En], false)?);
     println!("{} images to train on, {} of {} to validate on", set.len(), validation.len(), HELD_OUT.name());
     let base = Base { dense: dense_model(&args, &config, &set, &validation, &device)?, config, set, validation, device };
 
@@ -269,6 +269,7 @@ fn dense_model(
         optimizer: OptimizerConfig::new(WarmupCosine::new(6e-3)).with_weight_decay(WEIGHT_DECAY),
         auxiliary: ClipAuxiliaryLossConfig::new(),
         state: None,
+        frozen: None,
     };
     let run = TrainConfig::new(args.dense_steps).with_eval_every(800);
     let checkpointing = Checkpointing { folder: args.out.join("dense-run"), every: 400 };
@@ -316,6 +317,7 @@ fn run(args: &Args, base: &Base, recipes: &[&Recipe], seed: u64) -> Result<(), B
             optimizer: OptimizerConfig::new(WarmupCosine::new(LEARNING_RATE)).with_weight_decay(WEIGHT_DECAY),
             auxiliary: recipe.auxiliary.clone(),
             state,
+            frozen: None,
         });
     }
     let names: Vec<String> = arms.iter().map(|arm| arm.name.clone()).collect();
@@ -354,8 +356,13 @@ fn run(args: &Args, base: &Base, recipes: &[&Recipe], seed: u64) -> Result<(), B
 /// Training pairs for strategies that look at data.
 fn calibration(base: &Base) -> Probe {
     let count = base.set.len().min(256);
-    let captions: Vec<String> =
-        base.set.concept_of_image().iter().take(count).map(|&concept| base.set.concepts()[concept].captions[0].clone()).collect();
+    let captions: Vec<String> = base
+        .set
+        .concept_of_image()
+        .iter()
+        .take(count)
+        .map(|&concept| base.set.concepts()[concept].captions[0].text.clone())
+        .collect();
     let tokens = ClipTokenizer::new().tokenize(&captions, base.config.text.context_length).tensor(&base.device);
     Probe::ImagesAndTexts { images: base.set.images(0..count, &base.device), tokens }
 }

@@ -14,7 +14,7 @@ use std::{error::Error, path::PathBuf, process::ExitCode};
 
 use burn_moe::{
     clip::{
-        ClipAuxiliaryLossConfig, ClipConfig, TextConfig, VisionConfig,
+        ClipConfig, TextConfig, VisionConfig,
         checkpoint::{ClipCheckpoint, Precision},
     },
     train::{
@@ -26,7 +26,7 @@ use burn_moe::{
 };
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
-use support::device_by_name;
+use support::{device_by_name, languages_by_code};
 
 #[derive(Parser)]
 #[command(
@@ -58,23 +58,41 @@ struct Args {
     /// Decides the start, the order of the data and image changes
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Width of both towers
-    #[arg(long, default_value_t = 24)]
-    width: usize,
-    /// Attention heads of both towers
-    #[arg(long, default_value_t = 3)]
-    heads: usize,
-    /// Hidden width of the feed-forward networks; the width of the towers unless given
+    /// Languages of the captions, such as en,de
+    #[arg(long, value_delimiter = ',', default_value = "en,de,fr,es,it,pt,nl")]
+    languages: Vec<String>,
+    /// Add emojibase's tags to half of the captions
     #[arg(long)]
-    d_ff: Option<usize>,
+    tags: bool,
+    /// Ids of CLIP's tokenizer, cut to its first merges
+    #[arg(long, default_value_t = 1024)]
+    vocab_size: usize,
+    /// Most tokens of a caption
+    #[arg(long, default_value_t = 32)]
+    context_length: usize,
+    /// Pairs in a batch
+    #[arg(long, default_value_t = 128)]
+    batch_size: usize,
+    /// Width of the vision tower
+    #[arg(long, default_value_t = 48)]
+    vision_width: usize,
+    /// Width of the text tower
+    #[arg(long, default_value_t = 64)]
+    text_width: usize,
+    /// Width of an attention head of both towers
+    #[arg(long, default_value_t = 16)]
+    head_width: usize,
+    /// Hidden width of the feed-forward networks, over the width of their tower
+    #[arg(long, default_value_t = 4)]
+    mlp_ratio: usize,
     /// Side of a patch in pixels
     #[arg(long, default_value_t = 8)]
     patch_size: usize,
     /// Blocks of the vision tower
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 4)]
     vision_layers: usize,
     /// Blocks of the text tower
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 4)]
     text_layers: usize,
     /// Width of the shared embedding space
     #[arg(long, default_value_t = 64)]
@@ -104,7 +122,9 @@ fn run() -> Result<(), Box<dyn Error>> {
         })?),
     };
     let vendors: Vec<_> = EmojiVendor::TRAINING.into_iter().filter(|v| Some(*v) != held_out).collect();
-    let (mut set, mut validation) = (pack.load(&vendors, true)?, pack.load(&[held_out.unwrap_or(vendors[0])], false)?);
+    let languages = languages_by_code(&args.languages)?;
+    let load = |vendors: &[EmojiVendor], tags| pack.load(vendors, &languages, tags);
+    let (mut set, mut validation) = (load(&vendors, args.tags)?, load(&[held_out.unwrap_or(vendors[0])], false)?);
     println!("{} training images, {} to validate on", set.len(), validation.len());
 
     let start = match &args.init {
@@ -117,12 +137,14 @@ fn run() -> Result<(), Box<dyn Error>> {
     };
     let preprocessing = start.config.vision.preprocessing;
     (set, validation) = (set.with_preprocessing(preprocessing), validation.with_preprocessing(preprocessing));
-    println!("{:.5} GFLOPs per pair", start.config.cost().gflops());
+    describe(&start.config);
 
     let optimizer = OptimizerConfig::new(WarmupCosine::new(args.learning_rate)).with_weight_decay(args.weight_decay);
-    let auxiliary = ClipAuxiliaryLossConfig::new();
-    let arm = Arm { name: "dense".into(), model: start.model, optimizer, auxiliary, state: None };
-    let run = TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed);
+    let arm = Arm::new("dense", start.model, optimizer);
+    let mut run = TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed);
+    let text = &start.config.text;
+    run.batch =
+        run.batch.with_batch_size(args.batch_size).with_context_length(text.context_length).with_vocab_size(text.vocab_size);
     let checkpointing = Checkpointing { folder: args.run, every: args.eval_every };
     let bar = ProgressBar::new(args.steps as u64)
         .with_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed} of {duration} {msg}")?);
@@ -144,10 +166,26 @@ fn run() -> Result<(), Box<dyn Error>> {
 }
 
 fn config(args: &Args, image_size: usize) -> ClipConfig {
-    let encoder = |layers| EncoderConfig::new(args.width, args.heads, layers, args.d_ff.unwrap_or(args.width));
-    let vision = VisionConfig::new(encoder(args.vision_layers), image_size, args.patch_size);
-    let text = TextConfig::new(encoder(args.text_layers)).with_context_length(24);
+    let encoder = |width, layers| EncoderConfig::new(width, width / args.head_width, layers, args.mlp_ratio * width);
+    let vision = VisionConfig::new(encoder(args.vision_width, args.vision_layers), image_size, args.patch_size);
+    let text = TextConfig::new(encoder(args.text_width, args.text_layers))
+        .with_vocab_size(args.vocab_size)
+        .with_context_length(args.context_length);
     ClipConfig::new(vision, text, args.embed_dim)
+}
+
+/// Says how the parameters are divided.
+fn describe(config: &ClipConfig) {
+    let blocks = |encoder: &EncoderConfig, tokens| encoder.cost(tokens).params_total;
+    let transformers = blocks(&config.vision.encoder, 1) + blocks(&config.text.encoder, 1);
+    let table = (config.text.vocab_size * config.text.encoder.d_model) as u64;
+    let cost = config.cost();
+    println!(
+        "{:.5} GFLOPs per pair; {} parameters: {transformers} in the transformers, {table} in the token table ({:.0} %)",
+        cost.gflops(),
+        cost.params_total,
+        100.0 * table as f64 / cost.params_total as f64
+    );
 }
 
 struct Progress {

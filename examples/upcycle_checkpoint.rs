@@ -226,10 +226,10 @@ impl StrategyArgs {
         let tokens = match text {
             None => None,
             Some(tower) => {
-                ClipTokenizer::check(tower)?;
+                let tokenizer = ClipTokenizer::for_model(tower)?;
                 let [context_length, _] = tower.position_embedding.dims();
                 let captions: Vec<&String> = list.captions.iter().take(self.calibration).map(|(caption, _)| caption).collect();
-                Some(ClipTokenizer::new().tokenize(&captions, context_length).tensor(device))
+                Some(tokenizer.tokenize(&captions, context_length).tensor(device))
             }
         };
         Ok(match (images, tokens) {

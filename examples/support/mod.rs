@@ -24,6 +24,20 @@ pub(crate) fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> io::Result<(
     fs::write(&aside, bytes).and_then(|()| fs::rename(&aside, path)).inspect_err(|_| drop(fs::remove_file(&aside)))
 }
 
+/// The emoji pack's languages of these codes.
+#[cfg(feature = "train")]
+pub(crate) fn languages_by_code(codes: &[String]) -> Result<Vec<burn_moe::train::data::Language>, Box<dyn Error>> {
+    use burn_moe::train::data::Language;
+
+    let named = |code: &String| {
+        let found = Language::ALL.into_iter().find(|language| language.code() == code);
+        found.ok_or_else(|| {
+            format!("`{code}` is no language of the emoji pack: it has {}", Language::ALL.map(|l| l.code()).join(", ")).into()
+        })
+    };
+    codes.iter().map(named).collect()
+}
+
 /// The images of a folder; says what else it holds.
 pub(crate) fn images_in(folder: &Path, recursive: bool) -> Result<Vec<PathBuf>, Box<dyn Error>> {
     let ImageFolder { images, others } = ImageFolder::read(folder, recursive)?;

@@ -1,11 +1,16 @@
 //! How well a model retrieves, and what its experts did.
 
+use std::collections::BTreeMap;
+
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 
-use super::{CompactVocabulary, data::ImageTextSet};
+use super::{
+    CompactVocabulary,
+    data::{Caption, ImageTextSet},
+};
 use crate::{
-    clip::{Clip, RetrievalError, RetrievalMetrics, tokenizer::ClipTokenizer},
+    clip::{Clip, Recall, RetrievalError, RetrievalMetrics, tokenizer::ClipTokenizer},
     routing::Routing,
     stats::RoutingStats,
 };
@@ -18,6 +23,8 @@ const BATCH: usize = 256;
 pub struct Evaluation {
     /// Retrieval in both directions.
     pub retrieval: RetrievalMetrics,
+    /// Text to image by the language of the caption, where the set says it.
+    pub by_language: BTreeMap<String, Recall>,
     /// One per routed block; empty for a dense model.
     pub layers: Vec<LayerStats>,
     /// Captions that were cut to the context.
@@ -36,9 +43,20 @@ pub struct LayerStats {
 
 impl Evaluation {
     /// An evaluation of which only the ranks are left.
-    pub(super) fn from_ranks(text_ranks: Vec<usize>, image_ranks: Vec<usize>) -> Self {
-        Self { retrieval: RetrievalMetrics::from_ranks(text_ranks, image_ranks), layers: Vec::new(), truncated: 0 }
+    pub(super) fn from_ranks(set: &ImageTextSet, text_ranks: Vec<usize>, image_ranks: Vec<usize>) -> Self {
+        let by_language = by_language(set, &text_ranks);
+        Self { retrieval: RetrievalMetrics::from_ranks(text_ranks, image_ranks), by_language, layers: Vec::new(), truncated: 0 }
     }
+}
+
+fn by_language(set: &ImageTextSet, text_ranks: &[usize]) -> BTreeMap<String, Recall> {
+    let mut ranks: BTreeMap<&String, Vec<usize>> = BTreeMap::new();
+    for ((_, caption), rank) in set.queries().zip(text_ranks) {
+        if let Some(language) = &caption.language {
+            ranks.entry(language).or_default().push(*rank);
+        }
+    }
+    ranks.into_iter().map(|(language, ranks)| (language.clone(), Recall::from_ranks(&ranks))).collect()
 }
 
 /// Embeds every image and every caption of its concept, and ranks them. Equal captions are one: every image with a caption equal to the query
@@ -52,6 +70,7 @@ impl Evaluation {
 pub fn evaluate(
     model: &Clip,
     set: &ImageTextSet,
+    tokenizer: &ClipTokenizer,
     context_length: usize,
     vocabulary: Option<&CompactVocabulary>,
     device: &Device,
@@ -69,23 +88,16 @@ pub fn evaluate(
     });
     let images: Vec<Tensor<2>> = images.collect();
 
-    let captions: Vec<(usize, &String)> = set
-        .concept_of_image()
-        .iter()
-        .enumerate()
-        .flat_map(|(image, &concept)| set.concepts()[concept].captions.iter().map(move |caption| (image, caption)))
-        .collect();
+    let captions: Vec<(usize, &Caption)> = set.queries().collect();
     if images.is_empty() || captions.is_empty() {
         return Err(RetrievalError::Empty { images: set.len(), texts: captions.len() });
     }
-    let tokenizer = ClipTokenizer::new();
-    let all: Vec<&String> = captions.iter().map(|(_, caption)| *caption).collect();
+    let all: Vec<&String> = captions.iter().map(|(_, caption)| &caption.text).collect();
     let same_text = tokenizer.same_text(&all);
     let mut truncated = 0;
     let mut texts = Vec::new();
-    for batch in captions.chunks(BATCH) {
-        let batch: Vec<&String> = batch.iter().map(|(_, caption)| *caption).collect();
-        let mut tokens = tokenizer.tokenize(&batch, context_length);
+    for batch in all.chunks(BATCH) {
+        let mut tokens = tokenizer.tokenize(batch, context_length);
         truncated += tokens.truncated;
         if let Some(vocabulary) = vocabulary {
             vocabulary.compact_ids(&mut tokens.ids);
@@ -96,7 +108,8 @@ pub fn evaluate(
     }
     let image_of_text: Vec<usize> = captions.iter().map(|(image, _)| *image).collect();
     let retrieval = RetrievalMetrics::with_equal_texts(Tensor::cat(images, 0), Tensor::cat(texts, 0), &image_of_text, &same_text)?;
-    Ok(Evaluation { retrieval, layers: collector.finish(&model), truncated })
+    let by_language = by_language(set, &retrieval.text_ranks);
+    Ok(Evaluation { retrieval, by_language, layers: collector.finish(&model), truncated })
 }
 
 /// Routing statistics by tower and place among its routed blocks.

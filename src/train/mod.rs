@@ -14,7 +14,8 @@ mod vocabulary;
 pub use bootstrap::{PairedBootstrap, paired_bootstrap};
 pub use evaluate::{Evaluation, LayerStats, evaluate};
 pub use recipe::{
-    Arm, Checkpointing, KeptRun, Observer, OptimizerConfig, StepLosses, TrainConfig, TrainError, TrainInput, TrainedArm, train,
+    Arm, Checkpointing, KeptRun, Observer, OptimizerConfig, StepLosses, Tower, TrainConfig, TrainError, TrainInput, TrainedArm,
+    train,
 };
 pub use schedule::WarmupCosine;
 pub use state::OptimizerState;

@@ -18,6 +18,7 @@ use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Tensor};
 use checkpointing::{Progress, fingerprint_of, resume, save};
 use checks::{check_losses, check_model, check_preprocessing};
+use serde::{Deserialize, Serialize};
 
 use super::{
     CompactVocabulary, Evaluation, OptimizerState, WarmupCosine,
@@ -25,7 +26,7 @@ use super::{
     evaluate,
 };
 use crate::{
-    clip::{Clip, ClipAuxiliaryLossConfig, contrastive_loss},
+    clip::{Clip, ClipAuxiliaryLossConfig, contrastive_loss, tokenizer::ClipTokenizer},
     support::{
         error::ConfigError,
         finite::{check_finite, check_finite_module},
@@ -105,6 +106,25 @@ pub struct Arm {
     pub auxiliary: ClipAuxiliaryLossConfig,
     /// The optimiser's state at the start, from an arm of an earlier run on the same data; `None`: a new one.
     pub state: Option<OptimizerState>,
+    /// A tower that stays as it is, its layers as at inference; with the vision tower frozen, this is LiT
+    /// ([arXiv 2111.07991](https://arxiv.org/abs/2111.07991)).
+    pub frozen: Option<Tower>,
+}
+
+impl Arm {
+    /// An arm with the default auxiliary losses and a new optimiser, nothing frozen.
+    pub fn new(name: impl Into<String>, model: Clip, optimizer: OptimizerConfig) -> Self {
+        Self { name: name.into(), model, optimizer, auxiliary: ClipAuxiliaryLossConfig::new(), state: None, frozen: None }
+    }
+}
+
+/// One half of a CLIP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Tower {
+    /// The one for images.
+    Vision,
+    /// The one for texts.
+    Text,
 }
 
 /// One model at the end of a run.
@@ -188,7 +208,11 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
     let sizes = [("steps", config.steps), ("eval_every", config.eval_every), ("arms", arms.len()), ("checkpointing.every", every)];
     sizes.into_iter().try_for_each(|(field, value)| ConfigError::non_zero(field, value))?;
     let data = fingerprint_of(&[set, test], &arms);
-    let vocabulary = CompactVocabulary::of_sets(&[set, test]);
+    config.batch.validate()?;
+    let tokenizer = ClipTokenizer::with_vocab_size(config.batch.vocab_size);
+    let vocabulary = CompactVocabulary::of_sets(&[set, test], &tokenizer);
+    let setting = Setting { test, config, tokenizer, vocabulary, device };
+    let vocabulary = &setting.vocabulary;
     let mut runs = Vec::new();
     for arm in arms {
         arm.auxiliary.validate()?;
@@ -196,10 +220,10 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
         check_preprocessing(&arm, set)?;
         check_preprocessing(&arm, test)?;
         check_losses(&arm)?;
-        runs.push(Run::new(arm, &vocabulary, device)?);
+        runs.push(Run::new(arm, &setting)?);
     }
     let resumed = match checkpointing {
-        Some(checkpointing) => resume(checkpointing, config, data, &mut runs, device)?,
+        Some(checkpointing) => resume(checkpointing, &setting, data, &mut runs)?,
         None => None,
     };
     let first_step = match resumed {
@@ -209,7 +233,7 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
         }
         None => {
             for (index, run) in runs.iter_mut().enumerate() {
-                run.evaluate(index, 0, test, config, &vocabulary, device, observer)?;
+                run.evaluate(index, 0, &setting, observer)?;
             }
             0
         }
@@ -221,15 +245,15 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
         vocabulary.compact_ids(&mut batch.texts.ids);
         runs.iter_mut().for_each(|run| run.progress.truncated += batch.texts.truncated);
         let losses: Vec<Result<StepLosses, TrainError>> = thread::scope(|scope| {
-            let batch = &batch;
-            let step = |(run, pool): (_, &rayon::ThreadPool)| pool.install(|| Run::step(run, batch, step, config, device));
+            let (batch, setting) = (&batch, &setting);
+            let step = |(run, pool): (_, &rayon::ThreadPool)| pool.install(|| Run::step(run, batch, step, setting));
             let steps: Vec<_> = runs.iter_mut().zip(&pools).map(|arm| scope.spawn(move || step(arm))).collect();
             steps.into_iter().map(|step| step.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
         });
         for (index, (run, losses)) in runs.iter_mut().zip(losses).enumerate() {
             observer.on_step(index, step + 1, &losses?);
             if (step + 1) % config.eval_every == 0 || step + 1 == config.steps {
-                run.evaluate(index, step + 1, test, config, &vocabulary, device, observer)?;
+                run.evaluate(index, step + 1, &setting, observer)?;
             }
         }
         if let Some(checkpointing) = checkpointing
@@ -238,7 +262,7 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
             save(checkpointing, config, data, &runs, step + 1)?;
         }
     }
-    runs.into_iter().map(|run| run.finish(config.steps, &vocabulary)).collect()
+    runs.into_iter().map(|run| run.finish(&setting)).collect()
 }
 
 /// One pool of threads for each arm, which together have as many threads as there are cores. Models this small leave most of a shared
@@ -250,9 +274,24 @@ fn thread_pools(arms: usize) -> Vec<rayon::ThreadPool> {
 }
 
 /// The model with leaves on `device`, which may be one that checkpoints gradients.
-fn trainable(model: Clip, device: &Device) -> Clip {
+fn trainable(model: Clip, frozen: Option<Tower>, device: &Device) -> Clip {
     let device = device.clone().autodiff();
-    with_leaves_on(model.fork(&device.clone().inner()).train(), &device)
+    let mut model = with_leaves_on(model.fork(&device.clone().inner()).train(), &device);
+    match frozen {
+        None => {}
+        Some(Tower::Vision) => model.vision = model.vision.freeze(),
+        Some(Tower::Text) => model.text = model.text.freeze(),
+    }
+    model
+}
+
+/// What all arms and steps share.
+struct Setting<'a> {
+    test: &'a ImageTextSet,
+    config: &'a TrainConfig,
+    tokenizer: ClipTokenizer,
+    vocabulary: CompactVocabulary,
+    device: &'a Device,
 }
 
 /// One arm while it runs.
@@ -267,8 +306,8 @@ struct Run {
 }
 
 impl Run {
-    fn new(arm: Arm, vocabulary: &CompactVocabulary, device: &Device) -> Result<Self, TrainError> {
-        let model = trainable(vocabulary.compact(arm.model.clone()).valid(), device);
+    fn new(arm: Arm, setting: &Setting) -> Result<Self, TrainError> {
+        let model = trainable(setting.vocabulary.compact(arm.model.clone()).valid(), arm.frozen, setting.device);
         let mut optimizer = arm.optimizer.init();
         if let Some(state) = &arm.state {
             let [ids, _] = model.text.token_embedding.weight.dims();
@@ -285,9 +324,9 @@ impl Run {
         Ok(Self { arm, model, optimizer, progress: Progress::default(), history: Vec::new(), time: Duration::ZERO, timed_steps: 0 })
     }
 
-    fn step(&mut self, batch: &Batch, step: usize, config: &TrainConfig, device: &Device) -> Result<StepLosses, TrainError> {
+    fn step(&mut self, batch: &Batch, step: usize, setting: &Setting) -> Result<StepLosses, TrainError> {
         let start = Instant::now();
-        let device = device.clone().autodiff();
+        let device = setting.device.clone().autodiff();
         let output = self.model.forward(batch.images(&device), batch.tokens(&device));
         let contrastive = contrastive_loss(output.logits_per_image.clone());
         let routings = || output.image_routings.iter().chain(&output.text_routings);
@@ -297,7 +336,7 @@ impl Run {
             Some(auxiliary) => contrastive.clone() + auxiliary.clone(),
             None => contrastive.clone(),
         };
-        let learning_rate = self.arm.optimizer.schedule.at(step, config.steps);
+        let learning_rate = self.arm.optimizer.schedule.at(step, setting.config.steps);
         let scalar = |loss: &Tensor<1>| f64::from(loss.clone().detach().into_scalar::<f32>());
         let losses = StepLosses {
             contrastive: scalar(&contrastive),
@@ -327,20 +366,11 @@ impl Run {
         TrainError::NonFinite { arm: self.arm.name.clone(), step, source }
     }
 
-    #[allow(clippy::too_many_arguments)] // one call site, and a struct for it would be this list again
-    fn evaluate(
-        &mut self,
-        index: usize,
-        step: usize,
-        test: &ImageTextSet,
-        config: &TrainConfig,
-        vocabulary: &CompactVocabulary,
-        device: &Device,
-        observer: &mut dyn Observer,
-    ) -> Result<(), TrainError> {
+    fn evaluate(&mut self, index: usize, step: usize, setting: &Setting, observer: &mut dyn Observer) -> Result<(), TrainError> {
         let named = |source| TrainError::NonFinite { arm: self.arm.name.clone(), step, source };
         check_finite_module(&self.model).map_err(named)?;
-        let evaluation = evaluate(&self.model, test, config.batch.context_length, Some(vocabulary), device)?;
+        let Setting { test, config, tokenizer, vocabulary, device } = setting;
+        let evaluation = evaluate(&self.model, test, tokenizer, config.batch.context_length, Some(vocabulary), device)?;
         observer.on_evaluation(index, step, &evaluation);
         let ranks = (step, evaluation.retrieval.text_ranks.clone(), evaluation.retrieval.image_ranks.clone());
         self.progress.evaluations.push(ranks);
@@ -348,15 +378,15 @@ impl Run {
         Ok(())
     }
 
-    fn finish(self, steps: usize, vocabulary: &CompactVocabulary) -> Result<TrainedArm, TrainError> {
-        let last = self.progress.dropped.len().saturating_sub(steps.div_ceil(10));
+    fn finish(self, setting: &Setting) -> Result<TrainedArm, TrainError> {
+        let last = self.progress.dropped.len().saturating_sub(setting.config.steps.div_ceil(10));
         let tail = &self.progress.dropped[last..];
         let [ids, _] = self.model.text.token_embedding.weight.dims();
         Ok(TrainedArm {
             state: OptimizerState::new(&self.optimizer, ids),
             dropped: tail.iter().sum::<f64>() / tail.len().max(1) as f64,
             truncated: self.progress.truncated,
-            model: vocabulary.restore(self.model.valid(), &self.arm.model),
+            model: setting.vocabulary.restore(self.model.valid(), &self.arm.model),
             name: self.arm.name,
             history: self.history,
             time: self.time,

@@ -1,5 +1,7 @@
 //! Training on the part of the vocabulary that occurs.
 
+use std::iter;
+
 use burn::module::Param;
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 
@@ -29,9 +31,9 @@ impl CompactVocabulary {
     }
 
     /// The ids of all captions and tags of some sets.
-    pub fn of_sets(sets: &[&ImageTextSet]) -> Self {
-        let tokenizer = ClipTokenizer::new();
-        let texts = sets.iter().flat_map(|set| set.concepts()).flat_map(|concept| concept.captions.iter().chain(&concept.tags));
+    pub fn of_sets(sets: &[&ImageTextSet], tokenizer: &ClipTokenizer) -> Self {
+        let captions = sets.iter().flat_map(|set| set.concepts()).flat_map(|concept| &concept.captions);
+        let texts = captions.flat_map(|caption| iter::once(&caption.text).chain(&caption.tags));
         let mut ids: Vec<i32> = texts.flat_map(|text| tokenizer.encode(text)).collect();
         ids.extend(tokenizer.encode(","));
         ids.extend(tokenizer.pack::<[i32; 0]>(&[[]], 2).ids);

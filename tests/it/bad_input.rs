@@ -8,11 +8,12 @@ use burn_moe::{
         Clip, ClipAuxiliaryLossConfig, ClipConfig, EndOfText, TextConfig, VisionConfig,
         lists::{CaptionedImages, ListOptions},
         preprocess::ImagePreprocessor,
+        tokenizer::ClipTokenizer,
     },
     finite::{check_finite, check_finite_module},
     train::{
         Arm, OptimizerConfig, TrainConfig, TrainError, TrainInput, WarmupCosine,
-        data::{BatchConfig, Batches, Concept, EmojiPack, EmojiVendor, ImageTextSet, load_images},
+        data::{BatchConfig, Batches, Caption, Concept, EmojiPack, EmojiVendor, ImageTextSet, Language, load_images},
         evaluate, train,
     },
     transformer::EncoderConfig,
@@ -44,8 +45,8 @@ fn a_users_list_is_read_from_csv_and_json_lines() {
     let jsonl = load("list.jsonl", lines).unwrap();
     for (set, skipped) in [csv, jsonl] {
         assert_eq!((set.len(), set.image_size(), skipped), (2, 8, vec![]));
-        assert_eq!(set.concepts()[0].captions, ["a red thing", "red again"]);
-        assert_eq!(set.concepts()[1].captions, ["blue, square"]);
+        assert_eq!(set.concepts()[0].captions, ["a red thing", "red again"].map(Caption::new));
+        assert_eq!(set.concepts()[1].captions, [Caption::new("blue, square")]);
         assert_eq!((&set.image(0)[..3], &set.image(1)[..3]), (&[255u8, 0, 0][..], &[0u8, 0, 255][..]));
     }
 }
@@ -53,7 +54,10 @@ fn a_users_list_is_read_from_csv_and_json_lines() {
 #[test]
 fn images_that_cannot_be_read_are_skipped_and_named() {
     let (set, skipped) = load("list.csv", "path,caption\nno.png,no\nred.png,red\ngone.png,gone\nblue.png,blue\n").unwrap();
-    assert_eq!((set.len(), set.concepts()[0].captions[0].as_str(), set.concepts()[1].captions[0].as_str()), (2, "red", "blue"));
+    assert_eq!(
+        (set.len(), set.concepts()[0].captions[0].text.as_str(), set.concepts()[1].captions[0].text.as_str()),
+        (2, "red", "blue")
+    );
     assert!(skipped[0].starts_with("no.png is no readable image: ") && skipped[1].starts_with("gone.png: "), "{skipped:?}");
 }
 
@@ -81,11 +85,19 @@ fn a_missing_or_damaged_pack_is_named() {
     let folder = tempfile::tempdir().unwrap();
     assert!(EmojiPack::open(folder.path()).unwrap_err().to_string().contains("take it from the repository's `data/emoji`"));
     fs::write(folder.path().join("captions.jsonl"), "{}\n").unwrap();
-    assert!(EmojiPack::open(folder.path()).unwrap_err().to_string().contains("captions.jsonl, line 1: missing field `label`"));
+    assert!(EmojiPack::open(folder.path()).unwrap_err().to_string().contains("captions.jsonl, line 1: missing field `hexcode`"));
 
-    fs::copy(format!("{ROOT}/data/emoji/captions.jsonl"), folder.path().join("captions.jsonl")).unwrap();
+    for name in ["captions.jsonl", "captions-multilingual.jsonl"] {
+        fs::copy(format!("{ROOT}/data/emoji/{name}"), folder.path().join(name)).unwrap();
+    }
+    let others = folder.path().join("captions-multilingual.jsonl");
+    let text = fs::read_to_string(&others).unwrap();
+    fs::write(&others, text.split_once('\n').unwrap().1).unwrap();
+    let error = EmojiPack::open(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("captions-multilingual.jsonl, line 1: expected the captions of 1F600, found those of "), "{error}");
+    fs::write(&others, text).unwrap();
     let pack = EmojiPack::open(folder.path()).unwrap();
-    let error = || pack.load(&[EmojiVendor::Noto], true).unwrap_err().to_string();
+    let error = || pack.load(&[EmojiVendor::Noto], &[Language::En], true).unwrap_err().to_string();
     assert!(error().contains("noto.png is no readable image"));
     let sheet = fs::read(format!("{ROOT}/data/emoji/noto.png")).unwrap();
     fs::write(folder.path().join("noto.png"), &sheet[..sheet.len() / 2]).unwrap();
@@ -95,7 +107,7 @@ fn a_missing_or_damaged_pack_is_named() {
 }
 
 fn tiny_set(concepts: usize) -> ImageTextSet {
-    let concept = |i| Concept { captions: vec![format!("number {i}")], tags: Vec::new() };
+    let concept = |i| Concept { captions: vec![Caption::new(format!("number {i}"))] };
     ImageTextSet::new(8, vec![99; concepts * 192], (0..concepts).collect(), (0..concepts).map(concept).collect())
 }
 
@@ -113,16 +125,17 @@ fn batches_need_enough_concepts_and_possible_settings() {
     let four = BatchConfig::new().with_batch_size(4);
     assert!(error(four.with_tag_probability(1.5)).starts_with("`tag_probability` is 1.5"));
     assert!(error(four.with_context_length(2)).starts_with("`context_length` is 2"));
+    assert!(error(four.with_vocab_size(100)).starts_with("`vocab_size` is 100"));
     assert!(error(four.with_augment(four.augment.with_scale(f32::NAN))).starts_with("`scale` is NaN"));
 }
 
 #[test]
 fn long_captions_are_cut_and_counted() {
     let mut concepts = tiny_set(2).concepts().to_vec();
-    concepts[1].captions[0] = "one two three four five six seven eight nine".into();
+    concepts[1].captions[0].text = "one two three four five six seven eight nine".into();
     let set = ImageTextSet::new(8, vec![99; 2 * 192], vec![0, 1], concepts);
     let device = Device::default();
-    let evaluation = evaluate(&clip(&device), &set, 8, None, &device).unwrap();
+    let evaluation = evaluate(&clip(&device), &set, &ClipTokenizer::new(), 8, None, &device).unwrap();
     assert_eq!(evaluation.truncated, 1);
 }
 
@@ -136,6 +149,7 @@ fn a_number_that_is_none_stops_a_run_and_is_named() {
         optimizer: OptimizerConfig::new(WarmupCosine::new(1e-3)),
         auxiliary: ClipAuxiliaryLossConfig::new(),
         state: None,
+        frozen: None,
     };
     let config = TrainConfig::new(2).with_batch(BatchConfig::new().with_batch_size(4).with_context_length(8));
     let run = |arm| {

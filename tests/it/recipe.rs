@@ -11,8 +11,12 @@ use burn_moe::{
         tokenizer::ClipTokenizer,
     },
     train::{
-        Arm, Checkpointing, KeptRun, Observer, OptimizerConfig, StepLosses, TrainConfig, TrainInput, TrainedArm, WarmupCosine,
-        data::{AugmentConfig, Batch, BatchConfig, Batches, Concept, EmojiPack, EmojiVendor, ImageTextSet, load_images},
+        Arm, Checkpointing, KeptRun, Observer, OptimizerConfig, StepLosses, Tower, TrainConfig, TrainInput, TrainedArm,
+        WarmupCosine,
+        data::{
+            AugmentConfig, Batch, BatchConfig, Batches, Caption, Concept, EmojiPack, EmojiVendor, ImageTextSet, Language,
+            load_images,
+        },
         evaluate, train,
     },
     transformer::EncoderConfig,
@@ -46,8 +50,9 @@ fn colours() -> ImageTextSet {
             concept_of_image.push(concept);
         }
     }
-    let concepts =
-        names.iter().map(|name| Concept { captions: vec![name.to_string()], tags: vec!["colour".into(), "plain".into()] });
+    let concepts = names
+        .iter()
+        .map(|name| Concept { captions: vec![Caption { tags: vec!["colour".into(), "plain".into()], ..Caption::new(*name) }] });
     ImageTextSet::new(8, pixels, concept_of_image, concepts.collect())
 }
 
@@ -75,6 +80,7 @@ fn arms(device: &Device) -> Vec<Arm> {
         optimizer: OptimizerConfig::new(WarmupCosine::new(5e-3).with_warmup_steps(5)),
         auxiliary: ClipAuxiliaryLossConfig::new(),
         state: None,
+        frozen: None,
     };
     vec![arm("dense", dense), arm("sparse", sparse)]
 }
@@ -125,7 +131,7 @@ fn both_arms_learn_the_colours_from_the_same_batches() {
     assert!(sparse.layers.iter().all(|layer| (layer.stats.load.iter().sum::<f64>() - 1.0).abs() < 1e-9));
 
     // The embeddings of words that never occurred are where they were, and the model evaluates the same outside of the loop.
-    let again = evaluate(&trained[1].model, &first_shades(), 12, None, &device).unwrap();
+    let again = evaluate(&trained[1].model, &first_shades(), &ClipTokenizer::new(), 12, None, &device).unwrap();
     assert_eq!(again.retrieval, sparse.retrieval);
     let vocabulary = trained[1].model.text.token_embedding.weight.dims()[0];
     assert_eq!(vocabulary, ClipTokenizer::VOCAB_SIZE);
@@ -208,7 +214,7 @@ fn a_run_that_was_stopped_ends_where_it_would_have_ended() {
 fn equal_captions_never_stand_in_one_batch_and_are_right_answers_for_each_other() {
     // Image 0 and 1 share a caption but for capitals, 1 and 2 another one; the others have their own.
     let captions: [&[&str]; 6] = [&["a dog"], &["A  Dog", "a pet"], &["a pet"], &["a cat"], &["a bird"], &["a fish"]];
-    let concept = |captions: &&[&str]| Concept { captions: captions.iter().map(|c| c.to_string()).collect(), tags: Vec::new() };
+    let concept = |captions: &&[&str]| Concept { captions: captions.iter().map(|c| Caption::new(*c)).collect() };
     let concepts: Vec<Concept> = captions.iter().map(concept).collect();
     let pixels: Vec<u8> = (0..6u8).flat_map(|shade| vec![40 * shade; 8 * 8 * 3]).collect();
     let set = ImageTextSet::new(8, pixels, (0..6).collect(), concepts);
@@ -241,11 +247,59 @@ fn equal_captions_never_stand_in_one_batch_and_are_right_answers_for_each_other(
 
     // Whatever the model is, a text with two images can be no miss for the nearer one of them.
     let device = Device::default();
-    let evaluation = evaluate(&clip_config().init(&device), &set, 12, None, &device).unwrap();
+    let evaluation = evaluate(&clip_config().init(&device), &set, &ClipTokenizer::new(), 12, None, &device).unwrap();
     assert_eq!(evaluation.retrieval.text_ranks.len(), 7);
     // Captions 0 ("a dog") and 1 ("A  Dog") are one query with two right answers: they have one rank.
     assert_eq!(evaluation.retrieval.text_ranks[0], evaluation.retrieval.text_ranks[1]);
     assert_eq!(evaluation.retrieval.text_ranks[2], evaluation.retrieval.text_ranks[3]);
+}
+
+#[test]
+fn a_frozen_tower_stays_as_it_is() {
+    let device = Device::default();
+    let config = TrainConfig::new(3).with_batch(batches()).with_eval_every(3);
+    let sparse = arms(&device).remove(1);
+    let start = sparse.model.clone();
+    let arms = vec![Arm { frozen: Some(Tower::Vision), ..sparse.clone() }, Arm { frozen: Some(Tower::Text), ..sparse }];
+    let (set, test) = (colours(), first_shades());
+    let input =
+        TrainInput { arms, set: &set, test: &test, config: &config, checkpointing: None, device: &device, observer: &mut () };
+    let weights = |model: &Clip| [values(&model.vision.projection.weight.val()), values(&model.text.projection.weight.val())];
+    let [vision, text] = weights(&start);
+    let trained: Vec<[Vec<f32>; 2]> = train(input).unwrap().iter().map(|arm| weights(&arm.model)).collect();
+    assert!(trained[0][0] == vision && trained[0][1] != text, "the vision tower is frozen, and the text tower is not");
+    assert!(trained[1][0] != vision && trained[1][1] == text, "the text tower is frozen, and the vision tower is not");
+}
+
+#[test]
+fn a_smaller_vocabulary_is_trained_evaluated_and_divided_by_language() {
+    let device = Device::default();
+    let pack = EmojiPack::open(format!("{ROOT}/data/emoji")).unwrap();
+    let load =
+        |vendors: &[EmojiVendor]| pack.load(vendors, &[Language::En, Language::De], false).unwrap().select(|image| image < 40);
+    let (set, test) = (load(&[EmojiVendor::Noto]), load(&[EmojiVendor::Twemoji]));
+    let encoder = || EncoderConfig::new(16, 2, 1, 16);
+    let text = TextConfig::new(encoder()).with_context_length(24).with_vocab_size(600);
+    let model = ClipConfig::new(VisionConfig::new(encoder(), 32, 8), text, 16).init(&device);
+    let arm = Arm::new("small", model, OptimizerConfig::new(WarmupCosine::new(1e-3)));
+    let batch = BatchConfig::new().with_batch_size(8).with_vocab_size(600);
+    let run = |batch: BatchConfig| {
+        let config = TrainConfig::new(2).with_batch(batch).with_eval_every(2);
+        let arms = vec![arm.clone()];
+        train(TrainInput { arms, set: &set, test: &test, config: &config, checkpointing: None, device: &device, observer: &mut () })
+    };
+    let trained = run(batch).unwrap().remove(0);
+    let evaluation = &trained.history[1].1;
+    assert_eq!(evaluation.retrieval.text_ranks.len(), 80, "two captions for each of forty images");
+    let languages: Vec<&String> = evaluation.by_language.keys().collect();
+    assert_eq!(languages, ["de", "en"]);
+    let mean = evaluation.by_language.values().map(|recall| recall.r10).sum::<f64>() / 2.0;
+    assert!((mean - evaluation.retrieval.text_to_image.r10).abs() < 1e-12);
+    let tokenizer = ClipTokenizer::for_model(&trained.model.text).unwrap();
+    let again = evaluate(&trained.model, &test, &tokenizer, 24, None, &device).unwrap();
+    assert_eq!(again.retrieval, evaluation.retrieval);
+    let error = run(batch.with_vocab_size(49408)).unwrap_err().to_string();
+    assert_eq!(error, "small: `vocabulary` should be 49408, but is 600");
 }
 
 #[test]
@@ -288,7 +342,7 @@ fn a_sparse_arm_goes_on_with_the_state_of_the_dense_one() {
         assert!((sparse - dense).abs() < 0.15 * dense.max(0.2), "{:?}", losses.0);
     }
     // The vocabulary of other data: the state does not fit.
-    let words = |word: &str| Concept { captions: vec![word.to_string()], tags: Vec::new() };
+    let words = |word: &str| Concept { captions: vec![Caption::new(word)] };
     let few =
         ImageTextSet::new(8, vec![[9; 3]; 6 * 64].concat(), (0..6).collect(), ["a", "b", "c", "d", "e", "f"].map(words).to_vec());
     let error =
@@ -321,16 +375,21 @@ fn batches_follow_the_seed_and_hold_no_concept_twice() {
 #[test]
 fn the_emoji_pack_is_what_its_readme_says() {
     let pack = EmojiPack::open(format!("{ROOT}/data/emoji")).unwrap();
-    let training = pack.load(&EmojiVendor::TRAINING, true).unwrap();
-    let test = pack.load(&[EmojiVendor::Twemoji], false).unwrap();
+    let training = pack.load(&EmojiVendor::TRAINING, &[Language::En], true).unwrap();
+    let test = pack.load(&[EmojiVendor::Twemoji], &[Language::En], false).unwrap();
     assert_eq!((training.len(), test.len()), (6166, 1652));
-    let mut labels: Vec<&String> = test.concepts().iter().map(|c| &c.captions[0]).collect();
+    let mut labels: Vec<&String> = test.concepts().iter().map(|c| &c.captions[0].text).collect();
     labels.sort_unstable();
     labels.dedup();
     assert_eq!(labels.len(), test.concepts().len(), "labels are unique");
     let trained: std::collections::BTreeSet<usize> = training.concept_of_image().iter().copied().collect();
     assert!(test.concept_of_image().iter().all(|concept| trained.contains(concept)), "every test concept was drawn by others");
-    assert!(test.concepts().iter().all(|c| c.tags.is_empty() && c.captions.len() == 1));
+    assert!(test.concepts().iter().all(|c| c.captions.len() == 1 && c.captions[0].tags.is_empty()));
+    let languages = pack.load(&[EmojiVendor::Twemoji], &Language::ALL, true).unwrap();
+    let captions = &languages.concepts()[0].captions;
+    let texts: Vec<&str> = captions.iter().map(|caption| caption.text.as_str()).collect();
+    assert_eq!(texts[..2], ["grinning face", "grinsendes Gesicht"]);
+    assert_eq!((captions.len(), captions[1].language.as_deref(), captions[1].tags.is_empty()), (7, Some("de"), false));
     // No drawing of the test set is in the training set. (White squares aside, two vendors never draw alike to the byte.)
     let drawings: std::collections::HashSet<&[u8]> = (0..training.len()).map(|i| training.image(i)).collect();
     assert!((0..test.len()).all(|i| !drawings.contains(test.image(i))));
@@ -370,6 +429,7 @@ fn images_are_prepared_in_training_and_evaluation_as_the_model_says() {
             optimizer: OptimizerConfig::new(WarmupCosine::new(1e-2)),
             auxiliary: ClipAuxiliaryLossConfig::new(),
             state: None,
+            frozen: None,
         };
         let arm = train(TrainInput {
             arms: vec![arm],
@@ -388,7 +448,7 @@ fn images_are_prepared_in_training_and_evaluation_as_the_model_says() {
         let embedder = ImageEmbedder::new(&arm.model.vision, preprocessor, &device);
         let paths = (0..8).map(|index| folder.path().join(format!("{index}.png"))).collect();
         let images = embedder.images(paths, |_| ()).embeddings;
-        let captions: Vec<&String> = set.concepts().iter().map(|concept| &concept.captions[0]).collect();
+        let captions: Vec<&String> = set.concepts().iter().map(|concept| &concept.captions[0].text).collect();
         let texts = TextEmbedder::new(&arm.model.text, &device).unwrap().texts(&captions, |_| ()).embeddings;
         let own = RetrievalMetrics::new(images, texts, &[0, 1, 2, 3, 4, 5, 6, 7]).unwrap();
         let report = &arm.history.last().unwrap().1.retrieval;
@@ -409,6 +469,7 @@ fn images_prepared_in_another_way_than_the_model_expects_are_refused() {
         optimizer: OptimizerConfig::new(WarmupCosine::new(1e-2)),
         auxiliary: ClipAuxiliaryLossConfig::new(),
         state: None,
+        frozen: None,
     };
     let run = TrainConfig::new(2).with_batch(batches());
     let error = train(TrainInput {

@@ -10,7 +10,7 @@ use burn::config::Config;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use rand::{RngExt, SeedableRng, rngs::StdRng, seq::SliceRandom};
 
-use super::{AugmentConfig, DataError, ImageTextSet};
+use super::{AugmentConfig, Caption, DataError, ImageTextSet};
 use crate::clip::tokenizer::{ClipTokenizer, TokenizedTexts, first_of_equal};
 
 /// How batches are drawn.
@@ -22,6 +22,9 @@ pub struct BatchConfig {
     /// Most tokens of a caption. Default: 24
     #[config(default = 24)]
     pub context_length: usize,
+    /// Ids of the tokenizer; see [`ClipTokenizer::with_vocab_size`]. Default: 49408, all
+    #[config(default = 49408)]
+    pub vocab_size: usize,
     /// How often tags are added to a caption that has some. Default: 0.5
     #[config(default = 0.5)]
     pub tag_probability: f64,
@@ -34,6 +37,28 @@ pub struct BatchConfig {
 }
 
 impl BatchConfig {
+    /// Refuses settings out of range.
+    ///
+    /// # Errors
+    /// The first one, with its value.
+    pub fn validate(&self) -> Result<(), DataError> {
+        self.augment.validate()?;
+        if !(0.0..=1.0).contains(&self.tag_probability) {
+            let (value, reason) = (self.tag_probability, "a probability lies between 0 and 1");
+            return Err(DataError::OutOfRange { field: "tag_probability", value, reason });
+        }
+        let sizes = ClipTokenizer::SMALLEST_VOCAB_SIZE..=ClipTokenizer::VOCAB_SIZE;
+        if !sizes.contains(&self.vocab_size) {
+            let reason = "CLIP's tokenizer has 514 to 49408 ids";
+            return Err(DataError::OutOfRange { field: "vocab_size", value: self.vocab_size as f64, reason });
+        }
+        if self.context_length < 3 {
+            let reason = "a caption needs a start token, a word and an end token";
+            return Err(DataError::OutOfRange { field: "context_length", value: self.context_length as f64, reason });
+        }
+        Ok(())
+    }
+
     /// The largest batch that a set allows: concepts that have captions in common, directly or through others, count as one.
     pub fn largest_batch(&self, set: &ImageTextSet) -> usize {
         Drawer::new(set, *self, 0).groups()
@@ -78,15 +103,7 @@ impl Batches {
     /// # Errors
     /// When the set has fewer concepts with images than a batch needs, or a setting is out of range.
     pub fn new(set: &ImageTextSet, config: BatchConfig, seed: u64, first_step: usize) -> Result<Self, DataError> {
-        config.augment.validate()?;
-        if !(0.0..=1.0).contains(&config.tag_probability) {
-            let (value, reason) = (config.tag_probability, "a probability lies between 0 and 1");
-            return Err(DataError::OutOfRange { field: "tag_probability", value, reason });
-        }
-        if config.context_length < 3 {
-            let reason = "a caption needs a start token, a word and an end token";
-            return Err(DataError::OutOfRange { field: "context_length", value: config.context_length as f64, reason });
-        }
+        config.validate()?;
         let mut drawer = Drawer::new(set, config, seed);
         let concepts = drawer.groups();
         if config.batch_size == 0 || concepts < config.batch_size {
@@ -109,14 +126,19 @@ impl Iterator for Batches {
     }
 }
 
+struct EncodedCaption {
+    text: Vec<i32>,
+    tags: Vec<Vec<i32>>,
+}
+
 struct Drawer {
     set: ImageTextSet,
     config: BatchConfig,
     seed: u64,
     tokenizer: ClipTokenizer,
     comma: Vec<i32>,
-    captions: Vec<Vec<Vec<i32>>>,
-    tags: Vec<Vec<Vec<i32>>>,
+    /// Those of each concept.
+    captions: Vec<Vec<EncodedCaption>>,
     /// The images of each concept that has some.
     images_of_concept: Vec<Vec<usize>>,
     /// What each of these can say: numbers that are equal for equal captions.
@@ -127,16 +149,20 @@ struct Drawer {
 
 impl Drawer {
     fn new(set: &ImageTextSet, config: BatchConfig, seed: u64) -> Self {
-        let tokenizer = ClipTokenizer::new();
-        let encode = |texts: &Vec<String>| texts.iter().map(|text| tokenizer.encode(text)).collect();
-        let captions: Vec<Vec<Vec<i32>>> = set.concepts.iter().map(|concept| encode(&concept.captions)).collect();
+        let tokenizer = ClipTokenizer::with_vocab_size(config.vocab_size);
+        let encode = |caption: &Caption| EncodedCaption {
+            text: tokenizer.encode(&caption.text),
+            tags: caption.tags.iter().map(|tag| tokenizer.encode(tag)).collect(),
+        };
+        let captions: Vec<Vec<EncodedCaption>> =
+            set.concepts.iter().map(|concept| concept.captions.iter().map(encode).collect()).collect();
         let mut images_of_concept = vec![Vec::new(); set.concepts.len()];
         for (image, &concept) in set.concept_of_image.iter().enumerate() {
             images_of_concept[concept].push(image);
         }
         // What the model reads of a caption: start and end take two places.
         let room = config.context_length.saturating_sub(2);
-        let read: Vec<&[i32]> = captions.iter().flatten().map(|caption| &caption[..caption.len().min(room)]).collect();
+        let read: Vec<&[i32]> = captions.iter().flatten().map(|caption| &caption.text[..caption.text.len().min(room)]).collect();
         let mut numbers = first_of_equal(&read).into_iter();
         let captions_of_concept: Vec<Vec<usize>> =
             captions.iter().map(|captions| numbers.by_ref().take(captions.len()).collect()).collect();
@@ -150,7 +176,6 @@ impl Drawer {
             seed,
             comma: tokenizer.encode(","),
             captions,
-            tags: set.concepts.iter().map(|concept| encode(&concept.tags)).collect(),
             images_of_concept,
             captions_of_concept,
             round: (None, Vec::new()),
@@ -253,8 +278,8 @@ impl Drawer {
     /// A caption of the concept, sometimes with a few of its tags behind it.
     fn caption(&self, concept: usize, rng: &mut StdRng) -> Vec<i32> {
         let captions = &self.captions[concept];
-        let mut caption = captions[rng.random_range(0..captions.len())].clone();
-        let tags = &self.tags[concept];
+        let EncodedCaption { text, tags } = &captions[rng.random_range(0..captions.len())];
+        let mut caption = text.clone();
         let most = self.config.max_tags.min(tags.len());
         if most > 0 && rng.random_bool(self.config.tag_probability) {
             let count = rng.random_range(1..=most);

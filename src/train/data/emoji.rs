@@ -6,9 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 
-use super::{Concept, DataError, ImageTextSet};
+use super::{Caption, Concept, DataError, ImageTextSet};
 use crate::clip::preprocess::ImageError;
 
 /// Who drew the emoji.
@@ -45,18 +45,81 @@ impl EmojiVendor {
     }
 }
 
+/// A language of the pack's captions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Language {
+    /// English.
+    En,
+    /// German.
+    De,
+    /// French.
+    Fr,
+    /// Spanish.
+    Es,
+    /// Italian.
+    It,
+    /// Portuguese.
+    Pt,
+    /// Dutch.
+    Nl,
+}
+
+impl Language {
+    /// All of the pack.
+    pub const ALL: [Self; 7] = [Self::En, Self::De, Self::Fr, Self::Es, Self::It, Self::Pt, Self::Nl];
+
+    /// Code of two letters (ISO 639-1), which the pack uses.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::En => "en",
+            Self::De => "de",
+            Self::Fr => "fr",
+            Self::Es => "es",
+            Self::It => "it",
+            Self::Pt => "pt",
+            Self::Nl => "nl",
+        }
+    }
+}
+
 /// The pack's captions, and where its pictures are.
 #[derive(Debug, Clone)]
 pub struct EmojiPack {
     folder: PathBuf,
     rows: Vec<Row>,
+    /// For each row the captions in other languages than English, by code.
+    others: Vec<BTreeMap<String, Words>>,
+}
+
+/// A line of `captions.jsonl`.
+#[derive(Debug, Clone, Deserialize)]
+struct Row {
+    hexcode: String,
+    #[serde(flatten)]
+    english: Words,
+    tiles: BTreeMap<String, usize>,
+}
+
+/// A line of `captions-multilingual.jsonl`.
+#[derive(Debug, Clone, Deserialize)]
+struct OtherRow {
+    hexcode: String,
+    #[serde(flatten)]
+    languages: BTreeMap<String, Words>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
-struct Row {
+struct Words {
     label: String,
     tags: Vec<String>,
-    tiles: BTreeMap<String, usize>,
+}
+
+/// The lines of a file of JSON.
+fn lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, DataError> {
+    let text = fs::read_to_string(path).map_err(|source| DataError::Io { path: path.to_path_buf(), source })?;
+    let bad = |line, reason| DataError::Line { path: path.to_path_buf(), line, reason };
+    let rows = text.lines().zip(1..).map(|(text, line)| serde_json::from_str(text).map_err(|error| bad(line, error.to_string())));
+    rows.collect()
 }
 
 const TILE: usize = 32;
@@ -72,23 +135,25 @@ impl EmojiPack {
         if !path.is_file() {
             return Err(DataError::NoPack { path: folder });
         }
-        let text = fs::read_to_string(&path).map_err(|source| DataError::Io { path: path.clone(), source })?;
-        let rows = text.lines().enumerate().map(|(index, line)| {
-            serde_json::from_str(line).map_err(|error| DataError::Line {
-                path: path.clone(),
-                line: index as u64 + 1,
-                reason: error.to_string(),
-            })
-        });
-        Ok(Self { rows: rows.collect::<Result<_, _>>()?, folder })
+        let rows: Vec<Row> = lines(&path)?;
+        let path = folder.join("captions-multilingual.jsonl");
+        let others: Vec<OtherRow> = lines(&path)?;
+        for (line, row) in rows.iter().enumerate() {
+            let found = others.get(line).map_or("nothing", |other| &other.hexcode);
+            if found != row.hexcode {
+                let reason = format!("expected the captions of {}, found those of {found}", row.hexcode);
+                return Err(DataError::Line { path, line: line as u64 + 1, reason });
+            }
+        }
+        Ok(Self { rows, others: others.into_iter().map(|other| other.languages).collect(), folder })
     }
 
-    /// The images of some vendors. Concepts are those of the whole pack, so that sets can be compared by concept. With
-    /// `tags` off a concept has its English label only, as the test asks for.
+    /// The images of some vendors. Concepts are those of the whole pack, so that sets can be compared by concept. Each has its label in each of
+    /// `languages` for captions, in this order. Without `tags` there is nothing else, as the test asks for.
     ///
     /// # Errors
-    /// When a vendor's sheet is missing, damaged, or too small for its tiles.
-    pub fn load(&self, vendors: &[EmojiVendor], tags: bool) -> Result<ImageTextSet, DataError> {
+    /// When a vendor's sheet is missing, damaged, or too small for its tiles, or a caption is missing.
+    pub fn load(&self, vendors: &[EmojiVendor], languages: &[Language], tags: bool) -> Result<ImageTextSet, DataError> {
         let mut pixels = Vec::new();
         let mut concept_of_image = Vec::new();
         for vendor in vendors {
@@ -100,7 +165,7 @@ impl EmojiPack {
             for (concept, row) in self.rows.iter().enumerate() {
                 let Some(&tile) = row.tiles.get(vendor.name()) else { continue };
                 if tile >= tiles {
-                    return Err(bad(format!("tile {tile} of \"{}\" is outside its {tiles} tiles", row.label)));
+                    return Err(bad(format!("tile {tile} of \"{}\" is outside its {tiles} tiles", row.english.label)));
                 }
                 let (x, y) = (tile % columns * TILE, tile / columns * TILE);
                 for line in 0..TILE {
@@ -110,10 +175,19 @@ impl EmojiPack {
                 concept_of_image.push(concept);
             }
         }
-        let concepts = self
-            .rows
-            .iter()
-            .map(|row| Concept { captions: vec![row.label.clone()], tags: if tags { row.tags.clone() } else { Vec::new() } });
-        Ok(ImageTextSet::new(TILE, pixels, concept_of_image, concepts.collect()))
+        let concepts = self.rows.iter().zip(&self.others).enumerate().map(|(line, (row, others))| {
+            let caption = |language: &Language| {
+                let words = if *language == Language::En { Some(&row.english) } else { others.get(language.code()) };
+                let Words { label, tags: words } = words.ok_or_else(|| DataError::Line {
+                    path: self.folder.join("captions-multilingual.jsonl"),
+                    line: line as u64 + 1,
+                    reason: format!("{} has no caption in the language `{}`", row.hexcode, language.code()),
+                })?;
+                let tags = if tags { words.clone() } else { Vec::new() };
+                Ok(Caption { text: label.clone(), tags, language: Some(language.code().to_string()) })
+            };
+            Ok(Concept { captions: languages.iter().map(caption).collect::<Result<_, DataError>>()? })
+        });
+        Ok(ImageTextSet::new(TILE, pixels, concept_of_image, concepts.collect::<Result<_, DataError>>()?))
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Concept, DataError, ImageTextSet};
+use super::{Caption, Concept, DataError, ImageTextSet};
 use crate::clip::{
     lists::CaptionedImages,
     preprocess::{ImageError, ImagePreprocessor},
@@ -51,8 +51,8 @@ pub fn load_images(
         let none = DataError::NoImage { folder: folder.to_path_buf() };
         return Err(skipped.into_iter().next().map_or(none, DataError::Image));
     }
-    let mut concepts: Vec<Concept> = kept.iter().map(|_| Concept { captions: Vec::new(), tags: Vec::new() }).collect();
-    list.captions.into_iter().for_each(|(caption, image)| concepts[image].captions.push(caption));
+    let mut concepts: Vec<Concept> = kept.iter().map(|_| Concept { captions: Vec::new() }).collect();
+    list.captions.into_iter().for_each(|(caption, image)| concepts[image].captions.push(Caption::new(caption)));
     let set = ImageTextSet::new(preprocessor.image_size, pixels, (0..concepts.len()).collect(), concepts);
     Ok(LoadedImages { set: set.with_preprocessing(preprocessor.preprocessing), skipped })
 }

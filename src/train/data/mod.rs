@@ -9,7 +9,7 @@ mod set;
 
 pub use augment::AugmentConfig;
 pub use batch::{Batch, BatchConfig, Batches};
-pub use emoji::{EmojiPack, EmojiVendor};
+pub use emoji::{EmojiPack, EmojiVendor, Language};
 pub use error::DataError;
 pub use list::{LoadedImages, load_images};
-pub use set::{Concept, ImageTextSet};
+pub use set::{Caption, Concept, ImageTextSet};

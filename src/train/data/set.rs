@@ -7,10 +7,26 @@ use crate::clip::ImagePreprocessing;
 /// What an image can show. Two images of one concept are never in the same batch.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Concept {
-    /// Captions; at least one. Evaluation uses all of them, training one at a time.
-    pub captions: Vec<String>,
-    /// Words that training may add to a caption.
+    /// At least one. Evaluation uses all of them, training one at a time.
+    pub captions: Vec<Caption>,
+}
+
+/// A text that says what an image shows.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Caption {
+    /// The text.
+    pub text: String,
+    /// Words that training may add to it.
     pub tags: Vec<String>,
+    /// The language, by which an evaluation can be divided; `None`: not known.
+    pub language: Option<String>,
+}
+
+impl Caption {
+    /// A text in a language that is not known, without tags.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self { text: text.into(), tags: Vec::new(), language: None }
+    }
 }
 
 /// Square RGB images of one size with their concepts.
@@ -77,6 +93,13 @@ impl ImageTextSet {
     /// The concept of each image.
     pub fn concept_of_image(&self) -> &[usize] {
         &self.concept_of_image
+    }
+
+    /// Every image with every caption of its concept, in this order: what an evaluation asks for.
+    pub fn queries(&self) -> impl Iterator<Item = (usize, &Caption)> {
+        let captions =
+            |(image, &concept): (usize, &usize)| self.concepts[concept].captions.iter().map(move |caption| (image, caption));
+        self.concept_of_image.iter().enumerate().flat_map(captions)
     }
 
     /// Only the chosen images, with all concepts.

@@ -7,10 +7,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use burn::{module::Module, tensor::Device};
+use burn::module::Module;
 use serde::{Deserialize, Serialize};
 
-use super::{Arm, Run, TrainConfig, TrainError, trainable};
+use super::{Arm, Run, Setting, TrainConfig, TrainError, trainable};
 use crate::{
     clip::Clip,
     routing::router::Router,
@@ -81,8 +81,10 @@ struct Latest {
 /// Of all but the number of steps, which may grow.
 fn fingerprint(config: &TrainConfig, data: u64, runs: &[Run]) -> String {
     let config = TrainConfig { steps: 0, ..config.clone() };
-    let arms: Vec<_> =
-        runs.iter().map(|run| (&run.arm.name, &run.arm.optimizer, &run.arm.auxiliary, routing_of(&run.arm.model))).collect();
+    let arms: Vec<_> = runs
+        .iter()
+        .map(|Run { arm, .. }| (&arm.name, &arm.optimizer, &arm.auxiliary, arm.frozen, routing_of(&arm.model)))
+        .collect();
     serde_json::to_string(&(config, data, arms)).expect("configurations are JSON")
 }
 
@@ -151,12 +153,12 @@ pub(super) fn save(
 /// How far the run in the folder has come, if there is one; the runs are then as they were.
 pub(super) fn resume(
     checkpointing: &Checkpointing,
-    config: &TrainConfig,
+    setting: &Setting,
     data: u64,
     runs: &mut [Run],
-    device: &Device,
 ) -> Result<Option<KeptRun>, TrainError> {
     let Some(latest) = checkpointing.latest()? else { return Ok(None) };
+    let config = setting.config;
     let path = checkpointing.folder.join("latest.json");
     let bad = |reason: String| TrainError::Checkpoint { path: path.clone(), reason };
     if latest.fingerprint != fingerprint(config, data, runs) {
@@ -172,12 +174,12 @@ pub(super) fn resume(
     for (index, (run, progress)) in runs.iter_mut().zip(latest.progress).enumerate() {
         let [model, optimizer] = record_paths(&checkpointing.folder, latest.step, index);
         let loaded = run.model.valid().try_load_file(&model).map_err(|error| bad(error.to_string()))?;
-        run.model = trainable(loaded, device);
+        run.model = trainable(loaded, run.arm.frozen, setting.device);
         run.optimizer = run.arm.optimizer.init().load(&optimizer).map_err(|error| bad(error.to_string()))?;
         run.history = progress
             .evaluations
             .iter()
-            .map(|(step, text, image)| (*step, Evaluation::from_ranks(text.clone(), image.clone())))
+            .map(|(step, text, image)| (*step, Evaluation::from_ranks(setting.test, text.clone(), image.clone())))
             .collect();
         run.progress = progress;
     }

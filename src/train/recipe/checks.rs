@@ -2,7 +2,7 @@
 
 use super::{Arm, TrainConfig, TrainError};
 use crate::{
-    clip::{EndOfText, ImagePreprocessing, tokenizer::ClipTokenizer},
+    clip::{EndOfText, ImagePreprocessing, TokenizerKind},
     routing::router::RouterScore,
     train::data::ImageTextSet,
     transformer::FeedForward,
@@ -53,9 +53,16 @@ pub(super) fn check_model(arm: &Arm, set: &ImageTextSet, config: &TrainConfig) -
     let [vocabulary, _] = text.token_embedding.weight.dims();
     let pixels = 3 * set.image_size() * set.image_size();
     let needed = config.batch.context_length;
-    let end = EndOfText::Id(ClipTokenizer::END_OF_TEXT.into());
+    let ids = config.batch.vocab_size;
+    let end = EndOfText::Id(ids as i64 - 1);
     let checks = [
-        ("vocabulary", vocabulary == ClipTokenizer::VOCAB_SIZE, ClipTokenizer::VOCAB_SIZE.to_string(), vocabulary.to_string()),
+        ("vocabulary", vocabulary == ids, ids.to_string(), vocabulary.to_string()),
+        (
+            "tokenizer",
+            text.tokenizer == TokenizerKind::ClipBpe,
+            format!("{:?}", TokenizerKind::ClipBpe),
+            format!("{:?}", text.tokenizer),
+        ),
         ("context length", context >= needed, format!("at least {needed}"), context.to_string()),
         (
             "pixel values",

@@ -13,25 +13,26 @@ mod support;
 use std::{error::Error, path::PathBuf, process::ExitCode};
 
 use burn_moe::{
+    Capacity, TokenChoiceConfig,
     clip::{
         ClipConfig, TextConfig, VisionConfig,
         checkpoint::{ClipCheckpoint, Precision},
     },
     train::{
         Arm, Checkpointing, Evaluation, Observer, OptimizerConfig, StepLosses, TrainConfig, TrainInput, WarmupCosine,
-        data::{EmojiPack, EmojiVendor},
+        data::{AugmentConfig, EmojiPack, EmojiVendor},
         train,
     },
-    transformer::EncoderConfig,
+    transformer::{BlockSelection, EncoderConfig, RoutedLayerConfig, SparseEncoderConfig},
 };
-use clap::Parser;
+use clap::{ArgAction, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
 use support::{device_by_name, languages_by_code};
 
 #[derive(Parser)]
 #[command(
-    about = "Trains a dense CLIP from scratch on the emoji pack",
-    after_help = "Example: pretrain --hold-out noto-v1 --width 32 --heads 4 --steps 4000 --out out/mine"
+    about = "Trains a CLIP from scratch on the emoji pack",
+    after_help = "Example: pretrain --hold-out noto-v1 --text-width 64 --vision-width 64 --steps 4000 --out out/mine"
 )]
 struct Args {
     /// Where the checkpoint goes
@@ -59,44 +60,53 @@ struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Languages of the captions, such as en,de
-    #[arg(long, value_delimiter = ',', default_value = "en,de,fr,es,it,pt,nl")]
+    #[arg(long, value_delimiter = ',', default_value = "en")]
     languages: Vec<String>,
-    /// Add emojibase's tags to half of the captions
-    #[arg(long)]
+    /// Whether emojibase's tags are added to half of the captions
+    #[arg(long, default_value_t = true, action = ArgAction::Set)]
     tags: bool,
-    /// Ids of CLIP's tokenizer, cut to its first merges
-    #[arg(long, default_value_t = 1024)]
+    /// Ids of CLIP's tokenizer; with fewer than 49408, it is cut to its first merges
+    #[arg(long, default_value_t = 49408)]
     vocab_size: usize,
     /// Most tokens of a caption
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 24)]
     context_length: usize,
     /// Pairs in a batch
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 256)]
     batch_size: usize,
     /// Width of the vision tower
-    #[arg(long, default_value_t = 48)]
+    #[arg(long, default_value_t = 24)]
     vision_width: usize,
     /// Width of the text tower
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 24)]
     text_width: usize,
     /// Width of an attention head of both towers
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 8)]
     head_width: usize,
     /// Hidden width of the feed-forward networks, over the width of their tower
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 1)]
     mlp_ratio: usize,
+    /// Experts of each sparse block, for a sparse model from scratch; without it the model is dense
+    #[arg(long)]
+    experts: Option<usize>,
+    /// Which blocks of a sparse model are sparse: every N-th
+    #[arg(long, default_value_t = 1, requires = "experts")]
+    every: usize,
     /// Side of a patch in pixels
     #[arg(long, default_value_t = 8)]
     patch_size: usize,
     /// Blocks of the vision tower
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 3)]
     vision_layers: usize,
     /// Blocks of the text tower
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 2)]
     text_layers: usize,
     /// Width of the shared embedding space
     #[arg(long, default_value_t = 64)]
     embed_dim: usize,
+    /// How strongly images are changed in training, over the default strength
+    #[arg(long, default_value_t = 1.0)]
+    augment: f32,
     /// Steps between evaluations
     #[arg(long, default_value_t = 800)]
     eval_every: usize,
@@ -140,9 +150,12 @@ fn run() -> Result<(), Box<dyn Error>> {
     describe(&start.config);
 
     let optimizer = OptimizerConfig::new(WarmupCosine::new(args.learning_rate)).with_weight_decay(args.weight_decay);
-    let arm = Arm::new("dense", start.model, optimizer);
+    let arm = Arm::new("model", start.model, optimizer);
     let mut run = TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed);
     let text = &start.config.text;
+    let AugmentConfig { shift, scale, rotation, colour } = run.batch.augment;
+    let [shift, scale, rotation, colour] = [shift, scale, rotation, colour].map(|strength| strength * args.augment);
+    run.batch.augment = AugmentConfig { shift, scale, rotation, colour };
     run.batch =
         run.batch.with_batch_size(args.batch_size).with_context_length(text.context_length).with_vocab_size(text.vocab_size);
     let checkpointing = Checkpointing { folder: args.run, every: args.eval_every };
@@ -160,13 +173,26 @@ fn run() -> Result<(), Box<dyn Error>> {
     })?;
     let trained = trained.into_iter().next().expect("one arm was trained");
     println!("{:.1} ms a step", 1e3 * trained.time.as_secs_f64() / trained.timed_steps.max(1) as f64);
-    ClipCheckpoint { config: start.config, model: trained.model }.save_open_clip(&args.out, Precision::F16)?;
+    let checkpoint = ClipCheckpoint { config: start.config, model: trained.model };
+    if checkpoint.config.is_sparse() {
+        checkpoint.save_sparse(&args.out, Precision::F16)?;
+    } else {
+        checkpoint.save_open_clip(&args.out, Precision::F16)?;
+    }
     println!("written to {}", args.out.display());
     Ok(())
 }
 
 fn config(args: &Args, image_size: usize) -> ClipConfig {
-    let encoder = |width, layers| EncoderConfig::new(width, width / args.head_width, layers, args.mlp_ratio * width);
+    let tokens = TokenChoiceConfig::new().with_training_capacity(Capacity::Dropless);
+    let sparse = args.experts.map(|experts| {
+        let layer = RoutedLayerConfig::new().with_assignment(tokens.into());
+        let blocks = BlockSelection::EveryNth(args.every);
+        SparseEncoderConfig::new().with_blocks(blocks).with_num_experts(experts).with_layer(layer.into())
+    });
+    let encoder = |width, layers| {
+        EncoderConfig::new(width, width / args.head_width, layers, args.mlp_ratio * width).with_sparse(sparse.clone())
+    };
     let vision = VisionConfig::new(encoder(args.vision_width, args.vision_layers), image_size, args.patch_size);
     let text = TextConfig::new(encoder(args.text_width, args.text_layers))
         .with_vocab_size(args.vocab_size)
@@ -174,7 +200,7 @@ fn config(args: &Args, image_size: usize) -> ClipConfig {
     ClipConfig::new(vision, text, args.embed_dim)
 }
 
-/// Says how the parameters are divided.
+/// Says how the parameters are divided; of experts, all count.
 fn describe(config: &ClipConfig) {
     let blocks = |encoder: &EncoderConfig, tokens| encoder.cost(tokens).params_total;
     let transformers = blocks(&config.vision.encoder, 1) + blocks(&config.text.encoder, 1);

@@ -63,10 +63,10 @@ impl Data {
         };
         let vendors: Vec<_> = EmojiVendor::TRAINING.into_iter().filter(|vendor| *vendor != test).collect();
         let languages = languages_by_code(&args.languages)?;
-        let load = |vendors: &[EmojiVendor]| {
-            Ok::<_, DataError>(pack.load(vendors, &languages, false)?.with_preprocessing(vision.preprocessing))
+        let load = |vendors: &[EmojiVendor], tags| {
+            Ok::<_, DataError>(pack.load(vendors, &languages, tags)?.with_preprocessing(vision.preprocessing))
         };
-        Ok(Self { set: load(&vendors)?, test: load(&[test])?, skipped: Vec::new() })
+        Ok(Self { set: load(&vendors, args.tags)?, test: load(&[test], false)?, skipped: Vec::new() })
     }
 }
 

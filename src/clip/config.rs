@@ -79,7 +79,7 @@ impl ClipConfig {
         Some(config.activation(activation))
     }
 
-    /// The small model that comes with this repository: 32-pixel images, CLIP's own vocabulary.
+    /// A small model for trials and tests: 32-pixel images, CLIP's own vocabulary.
     pub fn tiny() -> Self {
         let vision = VisionConfig::new(EncoderConfig::new(32, 2, 4, 128), 32, 8);
         let text = TextConfig::new(EncoderConfig::new(32, 2, 2, 128)).with_context_length(24);

@@ -388,8 +388,8 @@ fn the_emoji_pack_is_what_its_readme_says() {
     let languages = pack.load(&[EmojiVendor::Twemoji], &Language::ALL, true).unwrap();
     let captions = &languages.concepts()[0].captions;
     let texts: Vec<&str> = captions.iter().map(|caption| caption.text.as_str()).collect();
-    assert_eq!(texts[..2], ["grinning face", "grinsendes Gesicht"]);
-    assert_eq!((captions.len(), captions[1].language.as_deref(), captions[1].tags.is_empty()), (7, Some("de"), false));
+    assert_eq!((texts[0], texts[2]), ("grinning face", "grinsendes Gesicht"));
+    assert_eq!((captions.len(), captions[2].language.as_deref(), captions[2].tags.is_empty()), (16, Some("de"), false));
     // No drawing of the test set is in the training set. (White squares aside, two vendors never draw alike to the byte.)
     let drawings: std::collections::HashSet<&[u8]> = (0..training.len()).map(|i| training.image(i)).collect();
     assert!((0..test.len()).all(|i| !drawings.contains(test.image(i))));

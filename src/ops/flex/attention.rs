@@ -15,6 +15,9 @@ const ROWS: usize = 64;
 
 type Lanes = [f32; LANES];
 
+/// Sums that are made at the same time, so that none waits for the one before it.
+const CHAINS: usize = 4;
+
 /// `[R, D]` three times, to `[R, D]`.
 pub(super) fn forward(query: &[f32], key: &[f32], value: &[f32], shape: &AttentionShape) -> Buffer {
     let mut out = Buffer::new(query.len());
@@ -205,11 +208,9 @@ impl Head {
     #[inline(always)]
     fn products(&self, a: &[Lanes], columns: &[Lanes], count: usize, out: &mut [Lanes]) {
         for (block, out) in out[..count.div_ceil(LANES)].iter_mut().enumerate() {
-            let mut sum = [0.0; LANES];
-            for (column, a) in a.as_flattened()[..self.head_width].iter().enumerate() {
-                add(&mut sum, *a, &columns[column * self.column + block]);
-            }
-            *out = sum;
+            let row = |column: usize| &columns[column * self.column + block];
+            let sums = sums(&a.as_flattened()[..self.head_width], row);
+            *out = total(&sums);
         }
     }
 
@@ -252,11 +253,9 @@ impl Head {
     #[inline(always)]
     fn weighted_sum(&self, weights: &[Lanes], rows: &[Lanes], count: usize, out: &mut [Lanes]) {
         for (block, out) in out.iter_mut().enumerate() {
-            let mut sum = [0.0; LANES];
-            for (row, weight) in weights.as_flattened()[..count].iter().enumerate() {
-                add(&mut sum, *weight, &rows[row * self.row + block]);
-            }
-            *out = sum;
+            let row = |row: usize| &rows[row * self.row + block];
+            let sums = sums(&weights.as_flattened()[..count], row);
+            *out = total(&sums);
         }
     }
 
@@ -322,4 +321,31 @@ fn add(sum: &mut Lanes, a: f32, b: &Lanes) {
     for (sum, b) in sum.iter_mut().zip(b) {
         *sum = a.mul_add(*b, *sum);
     }
+}
+
+/// `Σ_i factors[i] · row(i)`, in parts.
+#[inline(always)]
+fn sums<'a>(factors: &[f32], row: impl Fn(usize) -> &'a Lanes) -> [Lanes; CHAINS] {
+    let mut sums = [[0.0; LANES]; CHAINS];
+    let (groups, rest) = factors.as_chunks::<CHAINS>();
+    for (group, factors) in groups.iter().enumerate() {
+        for chain in 0..CHAINS {
+            add(&mut sums[chain], factors[chain], row(group * CHAINS + chain));
+        }
+    }
+    for (place, factor) in rest.iter().enumerate() {
+        add(&mut sums[0], *factor, row(groups.len() * CHAINS + place));
+    }
+    sums
+}
+
+#[inline(always)]
+fn total(sums: &[Lanes; CHAINS]) -> Lanes {
+    let mut total = sums[0];
+    for sums in &sums[1..] {
+        for (total, sum) in total.iter_mut().zip(sums) {
+            *total += sum;
+        }
+    }
+    total
 }

@@ -50,34 +50,78 @@ impl EmojiVendor {
 pub enum Language {
     /// English.
     En,
+    /// Danish.
+    Da,
     /// German.
     De,
-    /// French.
-    Fr,
     /// Spanish.
     Es,
+    /// Estonian.
+    Et,
+    /// Finnish.
+    Fi,
+    /// French.
+    Fr,
+    /// Hungarian.
+    Hu,
     /// Italian.
     It,
-    /// Portuguese.
-    Pt,
+    /// Lithuanian.
+    Lt,
+    /// Malay.
+    Ms,
+    /// Norwegian (Bokmål).
+    Nb,
     /// Dutch.
     Nl,
+    /// Polish.
+    Pl,
+    /// Portuguese.
+    Pt,
+    /// Swedish.
+    Sv,
 }
 
 impl Language {
     /// All of the pack.
-    pub const ALL: [Self; 7] = [Self::En, Self::De, Self::Fr, Self::Es, Self::It, Self::Pt, Self::Nl];
+    pub const ALL: [Self; 16] = [
+        Self::En,
+        Self::Da,
+        Self::De,
+        Self::Es,
+        Self::Et,
+        Self::Fi,
+        Self::Fr,
+        Self::Hu,
+        Self::It,
+        Self::Lt,
+        Self::Ms,
+        Self::Nb,
+        Self::Nl,
+        Self::Pl,
+        Self::Pt,
+        Self::Sv,
+    ];
 
     /// Code of two letters (ISO 639-1), which the pack uses.
     pub fn code(&self) -> &'static str {
         match self {
             Self::En => "en",
+            Self::Da => "da",
             Self::De => "de",
-            Self::Fr => "fr",
             Self::Es => "es",
+            Self::Et => "et",
+            Self::Fi => "fi",
+            Self::Fr => "fr",
+            Self::Hu => "hu",
             Self::It => "it",
-            Self::Pt => "pt",
+            Self::Lt => "lt",
+            Self::Ms => "ms",
+            Self::Nb => "nb",
             Self::Nl => "nl",
+            Self::Pl => "pl",
+            Self::Pt => "pt",
+            Self::Sv => "sv",
         }
     }
 }

@@ -180,14 +180,15 @@ impl Name {
     }
 }
 
-/// For each expert the five words, seen at least 30 times, of which it is the first choice most often.
+/// For each expert up to five words, seen at least 30 times, of which it is the first choice most often, and more often than it is on average.
 fn own_words(counts: &BTreeMap<String, Vec<usize>>) -> Vec<Vec<String>> {
     let experts = counts.values().next().map_or(0, Vec::len);
     let own = |expert: usize| {
         let share = |row: &Vec<usize>| row[expert] as f64 / row.iter().sum::<usize>() as f64;
+        let all: Vec<usize> = (0..experts).map(|expert| counts.values().map(|row| row[expert]).sum()).collect();
         let mut words: Vec<(&String, f64, usize)> = counts
             .iter()
-            .filter(|(_, row)| row.iter().sum::<usize>() >= 30)
+            .filter(|(word, row)| row.iter().sum::<usize>() >= 30 && !word.starts_with('<') && share(row) > share(&all))
             .map(|(word, row)| (word, share(row), row[expert]))
             .collect();
         words.sort_by(|a, b| b.1.total_cmp(&a.1).then(b.2.cmp(&a.2)));

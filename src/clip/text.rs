@@ -42,7 +42,7 @@ pub struct TextConfig {
     /// The transformer.
     pub encoder: EncoderConfig,
     /// Number of token ids. Default: 49408, CLIP's own
-    #[config(default = 49408)]
+    #[config(default = "CLIP_VOCAB_SIZE")]
     pub vocab_size: usize,
     /// What makes the token ids. Default: `ClipBpe`
     #[config(default = "TokenizerKind::ClipBpe")]

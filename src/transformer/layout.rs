@@ -21,6 +21,7 @@ pub(super) struct Layout {
 }
 
 /// What a token looks at in its sample.
+#[allow(clippy::large_enum_variant)] // one for each pass through an encoder
 pub(super) enum Looks {
     /// Everything.
     AtAll,

@@ -20,10 +20,9 @@ pub const VENDORS: [&str; 6] = ["noto", "noto-v1", "fxemoji", "fluent-emoji-flat
 pub const TEST_VENDOR: &str = "twemoji";
 /// The vendor that writes its names in one word.
 const ONE_WORD_VENDOR: &str = "fxemoji";
-/// The other languages of the pack: those of emojibase that are written in Latin letters, which few ids of CLIP's tokenizer spell, without regional
-/// variants and without Vietnamese, whose letters with two signs they do not.
-pub const LANGUAGES: [&str; 15] =
-    ["da", "de", "es", "et", "fi", "fr", "hu", "it", "lt", "ms", "nb", "nl", "pl", "pt", "sv"];
+/// The other languages of the pack: emojibase's in Latin letters, whose words take few tokens of CLIP's tokenizer. Regional variants and Vietnamese
+/// are left out.
+pub const LANGUAGES: [&str; 15] = ["da", "de", "es", "et", "fi", "fr", "hu", "it", "lt", "ms", "nb", "nl", "pl", "pt", "sv"];
 /// The most that the pack may weigh.
 const SIZE_LIMIT: u64 = 12 * 1024 * 1024;
 

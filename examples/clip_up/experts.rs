@@ -202,7 +202,9 @@ pub(crate) fn draw(path: &Path, known: &[Known], test: &ImageTextSet) -> Result<
     let tells = |known: &Known| known.counts("language").map_or(0.0, information);
     let text = known.iter().filter(|known| known.path.starts_with("text")).max_by(|a, b| tells(a).total_cmp(&tells(b)));
     let vision = known.iter().rfind(|known| known.path.starts_with("vision"));
-    picture::write(path, (1240, 660), |root| {
+    // The rows of the table, and the lines of words below it.
+    let rows = text.map_or(0, |known| known.properties.iter().map(|(_, counts)| counts.len() as u32 + 1).sum());
+    picture::write(path, (1240, (160 + 22 * rows).max(560)), |root| {
         let (left, right) = root.split_horizontally(700);
         if let Some(text) = text {
             draw_text(&left, text)?;
@@ -255,15 +257,15 @@ fn draw_text(area: &Area, known: &Known) -> Result<(), Box<dyn Error>> {
 fn draw_patches(area: &Area, known: &Known, test: &ImageTextSet) -> Result<(), Box<dyn Error>> {
     let block = picture::block_name(&known.path);
     let area = area.titled(&format!("First expert of each patch, {block}"), picture::TITLE)?;
-    let (across, scale) = (4, 4);
+    let (across, shown) = (4, 128);
     let side = test.image_size() as i32;
     for (place, (image, experts)) in known.patches.iter().enumerate() {
         let place = place as i32;
-        let (left, top) = (12 + place % across * (side * scale + 6), 8 + place / across * (side * scale + 8));
+        let (left, top) = (12 + place % across * (shown + 6), 8 + place / across * (shown + 8));
         let patches = (experts.len() as f64).sqrt().round() as i32;
         let pixels = test.image(*image);
-        for (y, x) in (0..side * scale).flat_map(|y| (0..side * scale).map(move |x| (y, x))) {
-            let (column, row) = (x / scale, y / scale);
+        for (y, x) in (0..shown).flat_map(|y| (0..shown).map(move |x| (y, x))) {
+            let (column, row) = (x * side / shown, y * side / shown);
             let rgb = &pixels[(row * side + column) as usize * 3..][..3];
             let expert = experts[(row * patches / side * patches + column * patches / side) as usize];
             let tint = expert.map_or(WHITE, |expert| PALETTE[expert % PALETTE.len()]);
@@ -272,7 +274,7 @@ fn draw_patches(area: &Area, known: &Known, test: &ImageTextSet) -> Result<(), B
             area.draw_pixel((left + x, top + y), &color)?;
         }
     }
-    let top = 8 + known.patches.len().div_ceil(across as usize) as i32 * (side * scale + 8) + 8;
+    let top = 8 + known.patches.len().div_ceil(across as usize) as i32 * (shown + 8) + 8;
     let experts = known.patches.iter().flat_map(|(_, experts)| experts).flatten().max().map_or(0, |most| most + 1);
     for expert in 0..experts {
         let x = 12 + expert as i32 * 64;

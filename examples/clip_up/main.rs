@@ -285,10 +285,10 @@ fn run() -> Result<(), Box<dyn Error>> {
             "test": args.test,
         },
     });
-    let continued = ClipCheckpoint { config: dense.config, model: dense_continued.model.clone() };
-    continued.save_open_clip(args.out.join("dense"), Precision::F32)?;
-    let checkpoint = ClipCheckpoint { config: sparse_config, model: sparse.model.clone() };
-    checkpoint.save_sparse(args.out.join("sparse"), Precision::F32)?;
+    for (name, config, arm) in [("sparse", sparse_config, sparse), ("dense", dense.config, dense_continued)] {
+        // This crate's own layout has a place for every setting of either.
+        ClipCheckpoint { config, model: arm.model.clone() }.save_sparse(args.out.join(name), Precision::F32)?;
+    }
     support::write_atomic(args.out.join("report.json"), serde_json::to_string_pretty(&report)?.as_bytes())?;
     picture::draw(&args.out.join("clip_up.png"), &test, &trained, args.steps)?;
     experts::draw(&args.out.join("experts.png"), &known, &test)?;

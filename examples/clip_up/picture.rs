@@ -65,14 +65,14 @@ pub(crate) fn draw(path: &Path, test: &ImageTextSet, arms: &[TrainedArm], steps:
     write(path, (1240, 640), |root| {
         let (left, right) = root.split_horizontally(620);
         let languages = gain_by_language(test, &arms[0], &arms[1]);
+        draw_recall(&left, test, arms, steps)?;
         if languages.len() > 1 {
-            let (top, bottom) = left.split_vertically(380);
-            draw_recall(&top, test, arms, steps)?;
-            draw_languages(&bottom, &languages)?;
+            let (top, bottom) = right.split_vertically(280);
+            draw_load(&top, last(&arms[1]), 240)?;
+            draw_languages(&bottom, &languages)
         } else {
-            draw_recall(&left, test, arms, steps)?;
+            draw_load(&right, last(&arms[1]), 560)
         }
-        draw_load(&right, last(&arms[1]))
     })
 }
 
@@ -128,7 +128,7 @@ fn draw_languages(area: &Area, languages: &[(String, burn_moe::train::PairedBoot
     let lowest = languages.iter().map(|(_, gain)| gain.low).fold(0.0, f64::min);
     let (left, width) = (70.0, 440.0);
     let x = |value: f64| (left + (value - lowest) / (scale - lowest) * width) as i32;
-    let height = 200 / languages.len() as i32;
+    let height = (310 / languages.len() as i32).min(40);
     area.draw(&PathElement::new([(x(0.0), 4), (x(0.0), 8 + height * languages.len() as i32)], BLACK))?;
     for (row, (language, gain)) in languages.iter().enumerate() {
         let middle = 8 + row as i32 * height + height / 2;
@@ -140,12 +140,12 @@ fn draw_languages(area: &Area, languages: &[(String, burn_moe::train::PairedBoot
     Ok(())
 }
 
-/// One row of squares per sparse layer, one square per expert.
-fn draw_load(area: &Area, evaluation: &Evaluation) -> Result<(), Box<dyn Error>> {
+/// One row of squares per sparse layer, one square per expert, in so many pixels.
+fn draw_load(area: &Area, evaluation: &Evaluation, height: i32) -> Result<(), Box<dyn Error>> {
     let area = area.titled("Load per expert, % of a layer's rows (test set)", TITLE)?;
     let (layers, experts) = (evaluation.layers.len() as i32, evaluation.layers.first().map_or(0, |l| l.stats.load.len()));
     let (left, top) = (130, 12);
-    let (width, height) = (470 / experts.max(1) as i32, (560 / layers.max(1)).min(60));
+    let (width, height) = (470 / experts.max(1) as i32, (height / layers.max(1)).min(60));
     for (row, layer) in evaluation.layers.iter().enumerate() {
         let y = top + row as i32 * height;
         area.draw(&Text::new(block_name(&layer.path), (10, y + height / 2 - 8), label()))?;

@@ -87,7 +87,7 @@ struct Args {
     #[arg(long, default_value_t = 1)]
     mlp_ratio: usize,
     /// Experts of each sparse block, for a sparse model from scratch; without it the model is dense
-    #[arg(long)]
+    #[arg(long, conflicts_with = "init")]
     experts: Option<usize>,
     /// Which blocks of a sparse model are sparse: every N-th
     #[arg(long, default_value_t = 1, requires = "experts")]

@@ -106,7 +106,9 @@ impl Gallery {
             }
             None => {
                 let pack = EmojiPack::open(concat!(env!("CARGO_MANIFEST_DIR"), "/data/emoji"))?;
-                Ok(Self::Emoji(pack.load(&[EmojiVendor::Twemoji], &[Language::En], false)?))
+                let emoji = pack.load(&[EmojiVendor::Twemoji], &[Language::En], false)?;
+                println!("no --images: among {} emoji drawn by Twemoji, named in English", emoji.len());
+                Ok(Self::Emoji(emoji))
             }
         }
     }

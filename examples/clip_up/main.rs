@@ -88,13 +88,13 @@ struct Args {
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-tiny"))]
     dense: PathBuf,
     /// A training vendor to test on instead of Twemoji; for tuning, with a `--dense` that has not seen it either
-    #[arg(long)]
+    #[arg(long, conflicts_with = "list")]
     hold_out: Option<String>,
     /// Languages of the emoji's captions, such as en,de
-    #[arg(long, value_delimiter = ',', default_value = "en")]
+    #[arg(long, value_delimiter = ',', default_value = "en", conflicts_with = "list")]
     languages: Vec<String>,
     /// Whether the emoji's tags are added to half of the captions in training
-    #[arg(long, default_value_t = true, action = ArgAction::Set)]
+    #[arg(long, default_value_t = true, action = ArgAction::Set, conflicts_with = "list")]
     tags: bool,
     /// Which blocks become sparse: every N-th. CLIP-UP has 2; a model of few blocks gains more with 1 (docs/experiments.md)
     #[arg(long, default_value_t = 1)]

@@ -43,7 +43,11 @@ pub(crate) fn last(arm: &TrainedArm) -> &Evaluation {
 
 /// Recall after each number of steps, with intervals over images.
 pub(crate) fn history(test: &ImageTextSet, arm: &TrainedArm) -> Value {
-    let row = |(step, e): &(usize, Evaluation)| json!({ "step": step, "t2i_r1": interval(test, e), "i2t_r1": e.retrieval.image_to_text.r1, "t2i_r1_by_language": r1_by_language(e) });
+    let row = |(step, e): &(usize, Evaluation)| {
+        let PairedBootstrap { difference: r1, low, high } = interval(test, e);
+        let (i2t_r1, by_language) = (e.retrieval.image_to_text.r1, r1_by_language(e));
+        json!({ "step": step, "t2i_r1": r1, "t2i_r1_interval": [low, high], "i2t_r1": i2t_r1, "t2i_r1_by_language": by_language })
+    };
     arm.history.iter().map(row).collect()
 }
 

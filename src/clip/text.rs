@@ -27,6 +27,10 @@ pub enum EndOfText {
 /// Ids of CLIP's own vocabulary, with the start and end tokens.
 pub(crate) const CLIP_VOCAB_SIZE: usize = 49408;
 
+/// Ids without any merge: each byte inside and at the end of a word, and the start and end tokens.
+#[cfg(any(feature = "preprocess", feature = "store"))]
+pub(crate) const SMALLEST_CLIP_VOCAB_SIZE: usize = 514;
+
 /// What made the token ids of the texts that a tower was trained on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TokenizerKind {

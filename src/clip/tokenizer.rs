@@ -15,7 +15,10 @@ use std::collections::HashMap;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use instant_clip_tokenizer::{Token, Tokenizer};
 
-use super::{EndOfText, TextTower, TokenizerKind, text::CLIP_VOCAB_SIZE};
+use super::{
+    EndOfText, TextTower, TokenizerKind,
+    text::{CLIP_VOCAB_SIZE, SMALLEST_CLIP_VOCAB_SIZE},
+};
 
 /// CLIP's own tokenizer with open_clip's treatment of long texts. The vocabulary comes with it.
 ///
@@ -37,7 +40,7 @@ impl std::fmt::Debug for ClipTokenizer {
 pub enum TokenizerMismatch {
     /// The model's token ids are not those of the tokenizer.
     #[error(
-        "the model's vocabulary of {model} tokens is not that of CLIP's tokenizer, which has {}: this model was trained with another tokenizer",
+        "the model's {model} token ids are not known to be those of CLIP's tokenizer ({} ids, or its first merges): this model was trained with another tokenizer",
         ClipTokenizer::VOCAB_SIZE
     )]
     Vocabulary {
@@ -77,7 +80,7 @@ impl ClipTokenizer {
     /// Ids of the whole vocabulary, with the start and end tokens.
     pub const VOCAB_SIZE: usize = CLIP_VOCAB_SIZE;
     /// Ids without any merge: each byte inside and at the end of a word, and the start and end tokens.
-    pub const SMALLEST_VOCAB_SIZE: usize = 514;
+    pub const SMALLEST_VOCAB_SIZE: usize = SMALLEST_CLIP_VOCAB_SIZE;
 
     /// The whole vocabulary. It takes a moment to unpack: keep it.
     pub fn new() -> Self {

@@ -13,7 +13,8 @@ use super::{
 use crate::{
     clip::{
         ClipConfig, EndOfText, IMAGE_MEAN, IMAGE_STD, ImagePreprocessing, Interpolation, ResizeMode, TextConfig, TokenizerKind,
-        VisionConfig, text::CLIP_VOCAB_SIZE,
+        VisionConfig,
+        text::{CLIP_VOCAB_SIZE, SMALLEST_CLIP_VOCAB_SIZE},
     },
     layer::experts::Activation,
     transformer::EncoderConfig,
@@ -216,7 +217,7 @@ fn read(text: &str) -> Result<Described> {
 
 /// Whether a checkpoint needs a file of merges: open_clip has those of CLIP's whole vocabulary itself.
 pub(super) fn has_merges(text: &TextConfig) -> bool {
-    text.tokenizer == TokenizerKind::ClipBpe && text.vocab_size != CLIP_VOCAB_SIZE
+    text.tokenizer == TokenizerKind::ClipBpe && (SMALLEST_CLIP_VOCAB_SIZE..CLIP_VOCAB_SIZE).contains(&text.vocab_size)
 }
 
 pub(super) fn to_text(config: &ClipConfig) -> std::result::Result<String, CheckpointError> {
@@ -227,6 +228,10 @@ pub(super) fn to_text(config: &ClipConfig) -> std::result::Result<String, Checkp
         (!matches!(vision.encoder.activation, Activation::Gelu | Activation::QuickGelu), "this activation"),
         (text.end_of_text != EndOfText::HighestId, "an end-of-text id"),
         (text.hides_its_tokenizer(), "another tokenizer than CLIP's with as many ids"),
+        (
+            cfg!(not(feature = "preprocess")) && has_merges(text),
+            "a cut vocabulary of CLIP's tokenizer, unless the feature `preprocess` is enabled",
+        ),
         (vision.channels != 3, "other than 3 colour channels"),
         (
             vision.preprocessing.resize_to.is_some_and(|side| side != vision.image_size),

@@ -315,11 +315,11 @@ impl Head {
     }
 }
 
-/// `sum += a · b`
+/// `sum += a · b`. Where processors have no instruction for both at once, asking for it would be a call.
 #[inline(always)]
 fn add(sum: &mut Lanes, a: f32, b: &Lanes) {
     for (sum, b) in sum.iter_mut().zip(b) {
-        *sum = a.mul_add(*b, *sum);
+        *sum = if cfg!(any(target_arch = "x86_64", target_arch = "aarch64")) { a.mul_add(*b, *sum) } else { *sum + a * b };
     }
 }
 

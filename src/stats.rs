@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::Tensor;
 
-use crate::routing::{Routing, entropy};
+use crate::routing::{BatchTotals, Routing, entropy};
 
 /// Figures of one layer on one batch, on the host.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
@@ -85,7 +85,7 @@ fn peak(shares: &[f64]) -> f64 {
 /// Counts the requested choices of each expert over micro-batches, threads and devices, to update a balancing bias once per batch. Clones share
 /// the counts, so that a model can hold a counter as a `#[module(skip)]` field and count in a step that borrows the model.
 #[derive(Debug, Clone, Default)]
-pub struct LoadCounter(Arc<Mutex<Vec<Vec<usize>>>>);
+pub struct LoadCounter(Arc<Mutex<BatchTotals>>);
 
 impl LoadCounter {
     /// Counts the routings of one micro-batch, one per layer.
@@ -93,21 +93,13 @@ impl LoadCounter {
     /// # Panics
     /// When there are not as many layers, or experts in one of them, as before.
     pub fn add(&self, routings: &[Routing]) {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if counts.is_empty() {
-            *counts = routings.iter().map(|routing| vec![0; routing.plan.num_experts()]).collect();
-        }
-        let fits = counts.iter().map(Vec::len).eq(routings.iter().map(|routing| routing.plan.num_experts()));
-        assert!(fits, "routings of {} layers do not fit a count of {} layers, or have other experts", routings.len(), counts.len());
-        for (counts, routing) in counts.iter_mut().zip(routings) {
-            counts.iter_mut().zip(routing.plan.requested()).for_each(|(count, requested)| *count += requested);
-        }
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).add(routings);
     }
 
     /// What was counted since the last call, `[layers][E]`, for [`Router::update_balancing_bias`](crate::Router::update_balancing_bias); empty
     /// when nothing was.
     pub fn take(&self) -> Vec<Vec<usize>> {
-        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner)).requested
     }
 }
 

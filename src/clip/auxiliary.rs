@@ -5,7 +5,7 @@ use burn::tensor::Tensor;
 
 use crate::{
     loss::{AuxiliaryLoss, AuxiliaryLossConfig, AuxiliaryLossOutput},
-    routing::Routing,
+    routing::{BatchTotals, Routing},
     support::error::{ConfigError, expect_valid},
 };
 
@@ -54,6 +54,15 @@ impl ClipAuxiliaryLossConfig {
         self.text.validate()
     }
 
+    /// Refuses losses that cannot be computed by micro-batches; see [`AuxiliaryLossConfig::validate_micro_batches`].
+    ///
+    /// # Errors
+    /// The first such loss that has a weight.
+    pub fn validate_micro_batches(&self) -> Result<(), ConfigError> {
+        self.image.validate_micro_batches()?;
+        self.text.validate_micro_batches()
+    }
+
     /// The loss with these weights.
     ///
     /// # Panics
@@ -79,5 +88,28 @@ impl ClipAuxiliaryLoss {
             (None, None) => return None,
         };
         Some(ClipAuxiliaryLossOutput { total, image, text })
+    }
+
+    /// The part of a batch's loss that one of its micro-batches brings in, `[1]`; `None` for a dense model. The totals are of the image and the
+    /// text routings of all micro-batches; see [`AuxiliaryLoss::forward_micro_batch`].
+    ///
+    /// # Panics
+    /// As [`AuxiliaryLoss::forward_micro_batch`].
+    pub fn forward_micro_batch(
+        &self,
+        image_routings: &[Routing],
+        text_routings: &[Routing],
+        [image_totals, text_totals]: [&BatchTotals; 2],
+    ) -> Option<Tensor<1>> {
+        let layers = image_routings.len() + text_routings.len();
+        let tower = |loss: &AuxiliaryLoss, routings: &[Routing], totals: &BatchTotals| {
+            let share = routings.len() as f64 / layers as f64;
+            (!routings.is_empty()).then(|| loss.forward_micro_batch(routings, totals) * share)
+        };
+        let (image, text) = (tower(&self.image, image_routings, image_totals), tower(&self.text, text_routings, text_totals));
+        match (image, text) {
+            (Some(image), Some(text)) => Some(image + text),
+            (one, other) => one.or(other),
+        }
     }
 }

@@ -19,6 +19,24 @@ pub fn contrastive_loss(logits_per_image: Tensor<2>) -> Tensor<1> {
     (towards(logits_per_image.clone()) + towards(logits_per_image.transpose())) / 2.0
 }
 
+/// The part of a batch's [`contrastive_loss`] that belongs to some of its rows: summed over all rows, it is the loss. Each row is compared with
+/// the whole batch, so that the matrix of logits need not be there at once.
+///
+/// # Shapes
+/// - image_logits, text_logits: `[N, B]`, of images `first` to `first + N` with all texts, and of the texts there with all images
+/// - output: `[1]`
+///
+/// # Panics
+/// When the shapes differ, or rows are outside of the batch.
+pub fn contrastive_loss_of_rows(image_logits: Tensor<2>, text_logits: Tensor<2>, first: usize) -> Tensor<1> {
+    let [rows, batch] = image_logits.dims();
+    assert_eq!(image_logits.dims(), text_logits.dims(), "the logits of images and of texts are of other shapes");
+    assert!(first + rows <= batch, "rows {first} to {} are outside of a batch of {batch}", first + rows);
+    let right = Tensor::<1, Int>::arange(first as i64..(first + rows) as i64, &image_logits.device()).unsqueeze_dim::<2>(1);
+    let towards = |logits: Tensor<2>| log_softmax(logits, 1).gather(1, right.clone()).sum().neg();
+    (towards(image_logits) + towards(text_logits)) / (2 * batch) as f64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -28,6 +46,19 @@ mod tests {
     fn equal_logits_cost_the_logarithm_of_the_batch() {
         let loss = contrastive_loss(Tensor::ones([5, 5], &Device::default())).into_scalar::<f32>();
         assert!((loss - 5f32.ln()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn rows_sum_to_the_loss_of_the_batch() {
+        let device = Device::default();
+        let logits = Tensor::<2>::from_data([[3.0, 1.0, -1.0], [2.0, 0.0, 0.5], [0.1, 4.0, 1.0]], &device);
+        let whole = contrastive_loss(logits.clone()).into_scalar::<f32>();
+        let rows = |tensor: &Tensor<2>, first, end| tensor.clone().slice([first..end]);
+        let texts = logits.clone().transpose();
+        let parts = [(0, 2), (2, 3)].map(|(first, end)| {
+            contrastive_loss_of_rows(rows(&logits, first, end), rows(&texts, first, end), first).into_scalar::<f32>()
+        });
+        assert!((parts.iter().sum::<f32>() - whole).abs() < 1e-6);
     }
 
     #[test]

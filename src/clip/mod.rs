@@ -27,7 +27,7 @@ pub use config::{ClipConfig, SparseClipConfig};
 #[cfg(feature = "preprocess")]
 pub use embed::{ImageEmbedder, ImageEmbeddings, PromptError, TextEmbedder, TextEmbeddings};
 pub use image::{IMAGE_MEAN, IMAGE_STD, ImagePreprocessing, Interpolation, ResizeMode};
-pub use loss::contrastive_loss;
+pub use loss::{contrastive_loss, contrastive_loss_of_rows};
 pub use memory::ClipMemory;
 pub use model::{Clip, ClipOutput, MAX_LOGIT_SCALE, normalize};
 pub use retrieval::{Recall, RetrievalError, RetrievalMetrics};

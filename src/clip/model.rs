@@ -5,7 +5,7 @@ use burn::tensor::{Device, Int, Tensor};
 
 use super::{ClipConfig, TextOutput, TextTower, VisionOutput, VisionTower};
 use crate::{
-    routing::Routing,
+    routing::{BatchTotals, Routing},
     support::{error::expect_valid, param::with_value},
 };
 
@@ -95,6 +95,16 @@ impl Clip {
     pub fn update_balancing_bias(mut self, image_routings: &[Routing], text_routings: &[Routing]) -> Self {
         self.vision.encoder = self.vision.encoder.update_balancing_bias(image_routings);
         self.text.encoder = self.text.encoder.update_balancing_bias(text_routings);
+        self
+    }
+
+    /// The same by what the micro-batches of one training step routed together, images and texts.
+    ///
+    /// # Panics
+    /// When the totals are not of as many layers as there are routed blocks.
+    pub fn update_balancing_bias_by(mut self, [image_totals, text_totals]: [&BatchTotals; 2]) -> Self {
+        self.vision.encoder = self.vision.encoder.update_balancing_bias_by(image_totals);
+        self.text.encoder = self.text.encoder.update_balancing_bias_by(text_totals);
         self
     }
 

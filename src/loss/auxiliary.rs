@@ -104,6 +104,10 @@ impl AuxiliaryLossConfig {
 }
 
 impl AuxiliaryLoss {
+    pub(super) fn config(&self) -> &AuxiliaryLossConfig {
+        &self.config
+    }
+
     /// The losses of the layers of one forward pass.
     ///
     /// # Panics

@@ -10,7 +10,11 @@ use crate::routing::Routing;
 /// probability of `e` over valid tokens. 1 at perfect balance, `E` when every choice and all probability is on one expert
 /// (`K = 1`). Zero, with a zero gradient, when no token is valid. Output: `[1]`.
 pub fn load_balancing_loss(routing: &Routing) -> Tensor<1> {
-    let share = routing.plan.requested_share(&routing.router.probs.device());
+    with_share(routing, routing.plan.requested_share(&routing.router.probs.device()))
+}
+
+/// The same with the shares `f [1, E]` of a batch that the routing is a part of.
+pub(super) fn with_share(routing: &Routing, share: Tensor<2>) -> Tensor<1> {
     let mean_probs = routing.mean_over_valid(routing.router.probs.clone());
     (share * mean_probs).sum() * routing.plan.num_experts() as f64
 }

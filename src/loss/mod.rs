@@ -5,6 +5,7 @@ mod entropy;
 mod importance;
 mod load;
 mod load_balancing;
+mod micro_batches;
 mod router_z;
 
 use burn::tensor::Tensor;

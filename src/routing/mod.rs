@@ -8,6 +8,7 @@ mod mask;
 mod phase;
 mod plan;
 pub(crate) mod router;
+mod totals;
 
 pub use assignment::AssignmentInput;
 pub use dispatch::Dispatcher;
@@ -17,6 +18,7 @@ pub use mask::TokenMask;
 pub use phase::Phase;
 pub use plan::DispatchPlan;
 pub use router::RouterOutput;
+pub use totals::BatchTotals;
 
 use burn::tensor::{Bool, DType, Tensor};
 

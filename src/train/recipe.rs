@@ -3,6 +3,7 @@
 mod checkpointing;
 mod checks;
 mod error;
+mod step;
 
 pub use checkpointing::{Checkpointing, KeptRun};
 pub use error::TrainError;
@@ -14,10 +15,10 @@ use std::{
 
 use burn::config::Config;
 use burn::module::{Module, ParamGroup};
-use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
-use burn::tensor::{Device, Tensor};
+use burn::optim::{AdamWConfig, ModuleOptimizer};
+use burn::tensor::Device;
 use checkpointing::{Progress, fingerprint_of, resume, save};
-use checks::{check_losses, check_model, check_preprocessing};
+use checks::{check_losses, check_micro_batches, check_model, check_preprocessing};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -26,12 +27,8 @@ use super::{
     evaluate,
 };
 use crate::{
-    clip::{Clip, ClipAuxiliaryLossConfig, contrastive_loss, tokenizer::ClipTokenizer},
-    support::{
-        error::ConfigError,
-        finite::{check_finite, check_finite_module},
-        param::with_leaves_on,
-    },
+    clip::{Clip, ClipAuxiliaryLossConfig, tokenizer::ClipTokenizer},
+    support::{error::ConfigError, finite::check_finite_module, param::with_leaves_on},
 };
 
 /// AdamW and its learning rate. Biases, norms, embeddings, the logit scale and routers are not decayed.
@@ -85,6 +82,11 @@ pub struct TrainConfig {
     /// How batches are drawn. Default: [`BatchConfig::new`]
     #[config(default = "BatchConfig::new()")]
     pub batch: BatchConfig,
+    /// Pairs that are computed at a time, so that memory does not grow with the batch; `None`: all of it. The loss and its gradients are those of
+    /// the batch at once: embeddings are computed twice, the second time with gradients (GradCache,
+    /// [arXiv 2101.06983](https://arxiv.org/abs/2101.06983)). Where slots are limited, a capacity holds for each micro-batch. Default: `None`
+    #[config(default = "None")]
+    pub micro_batch: Option<usize>,
     /// Steps between evaluations; there is always one at the end. Default: 250
     #[config(default = 250)]
     pub eval_every: usize,
@@ -207,6 +209,7 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
     let every = checkpointing.map_or(1, |checkpointing| checkpointing.every);
     let sizes = [("steps", config.steps), ("eval_every", config.eval_every), ("arms", arms.len()), ("checkpointing.every", every)];
     sizes.into_iter().try_for_each(|(field, value)| ConfigError::non_zero(field, value))?;
+    check_micro_batches(&arms, config.micro_batch)?;
     let data = fingerprint_of(&[set, test], &arms);
     config.batch.validate()?;
     let tokenizer = ClipTokenizer::with_vocab_size(config.batch.vocab_size);
@@ -327,43 +330,19 @@ impl Run {
     fn step(&mut self, batch: &Batch, step: usize, setting: &Setting) -> Result<StepLosses, TrainError> {
         let start = Instant::now();
         let device = setting.device.clone().autodiff();
-        let output = self.model.forward(batch.images(&device), batch.tokens(&device));
-        let contrastive = contrastive_loss(output.logits_per_image.clone());
-        let routings = || output.image_routings.iter().chain(&output.text_routings);
-        let dropped = routings().fold(0.0, |sum, routing| sum + routing.plan.dropped()) / routings().count().max(1) as f64;
-        let auxiliary = self.arm.auxiliary.init().forward(&output.image_routings, &output.text_routings).map(|losses| losses.total);
-        let total = match &auxiliary {
-            Some(auxiliary) => contrastive.clone() + auxiliary.clone(),
-            None => contrastive.clone(),
-        };
+        let auxiliary = self.arm.auxiliary.init();
+        let seed = setting.config.seed.wrapping_add((step as u64) << 32);
+        let found = step::gradients(&self.model, batch, &auxiliary, setting.config.micro_batch, seed, &device);
+        let found = found.map_err(|source| TrainError::NonFinite { arm: self.arm.name.clone(), step: step + 1, source })?;
         let learning_rate = self.arm.optimizer.schedule.at(step, setting.config.steps);
-        let scalar = |loss: &Tensor<1>| f64::from(loss.clone().detach().into_scalar::<f32>());
-        let losses = StepLosses {
-            contrastive: scalar(&contrastive),
-            auxiliary: auxiliary.as_ref().map_or(0.0, scalar),
-            dropped,
-            learning_rate,
-        };
-        if !(losses.contrastive + losses.auxiliary).is_finite() {
-            return Err(self.non_finite(step + 1, &output.image_embeds, &output.text_embeds, &total));
-        }
-        let gradients = GradientsParams::from_grads(total.backward(), &self.model);
-        let model = self.optimizer.step(learning_rate, self.model.clone(), gradients).clamp_logit_scale();
-        self.model = model.update_balancing_bias(&output.image_routings, &output.text_routings);
-        self.progress.dropped.push(dropped);
+        let losses =
+            StepLosses { contrastive: found.contrastive, auxiliary: found.auxiliary, dropped: found.dropped, learning_rate };
+        let model = self.optimizer.step(learning_rate, self.model.clone(), found.gradients).clamp_logit_scale();
+        self.model = model.update_balancing_bias_by(found.totals.each_ref());
+        self.progress.dropped.push(losses.dropped);
         self.time += start.elapsed();
         self.timed_steps += 1;
         Ok(losses)
-    }
-
-    /// The first bad tensor in the order in which they were computed.
-    fn non_finite(&self, step: usize, images: &Tensor<2>, texts: &Tensor<2>, loss: &Tensor<1>) -> TrainError {
-        let first = check_finite_module(&self.model)
-            .and_then(|()| check_finite("image embeddings", images))
-            .and_then(|()| check_finite("text embeddings", texts))
-            .and_then(|()| check_finite("loss", loss));
-        let source = first.expect_err("the loss is not finite");
-        TrainError::NonFinite { arm: self.arm.name.clone(), step, source }
     }
 
     fn evaluate(&mut self, index: usize, step: usize, setting: &Setting, observer: &mut dyn Observer) -> Result<(), TrainError> {

@@ -16,7 +16,7 @@ use crate::{
         moe::MoeFeedForwardConfig,
         soft_moe::SoftMoeFeedForwardConfig,
     },
-    routing::Routing,
+    routing::{BatchTotals, Routing},
     support::{
         cost::Cost,
         error::{ConfigError, expect_valid},
@@ -218,13 +218,23 @@ impl Encoder {
     ///
     /// # Panics
     /// When there is not one routing per routed block.
-    pub fn update_balancing_bias(mut self, routings: &[Routing]) -> Self {
-        let routed_blocks = self.routed_blocks().count();
-        assert_eq!(routings.len(), routed_blocks, "{} routings do not fit {routed_blocks} routed blocks", routings.len());
-        let mut routings = routings.iter();
+    pub fn update_balancing_bias(self, routings: &[Routing]) -> Self {
+        let mut totals = BatchTotals::default();
+        totals.add(routings);
+        self.update_balancing_bias_by(&totals)
+    }
+
+    /// The same by what the micro-batches of one training step routed together.
+    ///
+    /// # Panics
+    /// When the totals are not of as many layers as there are routed blocks.
+    pub fn update_balancing_bias_by(mut self, totals: &BatchTotals) -> Self {
+        let (layers, routed_blocks) = (totals.requested.len(), self.routed_blocks().count());
+        assert_eq!(layers, routed_blocks, "routings of {layers} layers do not fit {routed_blocks} routed blocks");
+        let mut loads = totals.requested.iter();
         for block in &mut self.blocks {
             if let FeedForward::Moe(moe) = &mut block.feed_forward {
-                *moe = moe.clone().update_balancing_bias(routings.next().expect("they were counted"));
+                moe.router = moe.router.clone().update_balancing_bias(loads.next().expect("they were counted"));
             }
         }
         self

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
+    ops::Range,
     sync::mpsc,
     thread,
 };
@@ -79,6 +80,27 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// Pairs, `B`.
+    pub fn len(&self) -> usize {
+        self.concepts.len()
+    }
+
+    /// Whether there is no pair.
+    pub fn is_empty(&self) -> bool {
+        self.concepts.is_empty()
+    }
+
+    /// Some of the pairs.
+    ///
+    /// # Panics
+    /// When there are not so many.
+    pub fn slice(&self, range: Range<usize>) -> Self {
+        let of = |size: usize| range.start * size..range.end * size;
+        let texts = TokenizedTexts { ids: self.texts.ids[of(self.texts.len)].to_vec(), len: self.texts.len, truncated: 0 };
+        let pixels = self.pixels[of(3 * self.image_size * self.image_size)].to_vec();
+        Self { pixels, image_size: self.image_size, texts, concepts: self.concepts[range].to_vec() }
+    }
+
     /// `[B, 3, image_size, image_size]`
     pub fn images(&self, device: &Device) -> Tensor<4> {
         let shape = [self.concepts.len(), 3, self.image_size, self.image_size];

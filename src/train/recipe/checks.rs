@@ -1,12 +1,31 @@
 //! Refusing models, losses and data that do not fit each other.
 
-use super::{Arm, TrainConfig, TrainError};
+use super::{Arm, TrainConfig, TrainError, step::is_noisy};
 use crate::{
     clip::{EndOfText, ImagePreprocessing, TokenizerKind},
     routing::router::RouterScore,
+    support::error::ConfigError,
     train::data::ImageTextSet,
     transformer::FeedForward,
 };
+
+/// Refuses what cannot be computed by micro-batches.
+pub(super) fn check_micro_batches(arms: &[Arm], micro_batch: Option<usize>) -> Result<(), TrainError> {
+    let Some(size) = micro_batch else { return Ok(()) };
+    ConfigError::non_zero("micro_batch", size)?;
+    for arm in arms {
+        arm.auxiliary.validate_micro_batches()?;
+        if arms.len() > 1 && is_noisy(&arm.model) {
+            return Err(TrainError::Model {
+                arm: arm.name.clone(),
+                what: "router noise or jitter with micro-batches",
+                expected: "0 where several arms are trained, which would draw each other's numbers".into(),
+                found: "another".into(),
+            });
+        }
+    }
+    Ok(())
+}
 
 /// Refuses loss weights that the routers of a model have no use for.
 pub(super) fn check_losses(arm: &Arm) -> Result<(), TrainError> {

@@ -1,0 +1,57 @@
+//! Losses of a batch whose micro-batches are computed one after the other.
+
+use burn::tensor::Tensor;
+
+use super::{AuxiliaryLoss, AuxiliaryLossConfig, load_balancing, local_entropy_loss, router_z_loss};
+use crate::{
+    routing::{BatchTotals, Routing},
+    support::error::ConfigError,
+};
+
+impl AuxiliaryLossConfig {
+    /// Refuses losses that are not a sum over tokens once the totals of the batch are known.
+    ///
+    /// # Errors
+    /// The first such loss that has a weight.
+    pub fn validate_micro_batches(&self) -> Result<(), ConfigError> {
+        let nonlinear = [("importance", self.importance), ("load", self.load), ("global_entropy", self.global_entropy)];
+        match nonlinear.into_iter().find(|(_, weight)| *weight > 0.0) {
+            None => Ok(()),
+            Some((field, value)) => {
+                let reason = "this loss needs the whole batch at once: set its weight to 0, or train without micro-batches";
+                Err(ConfigError::OutOfRange { field, value, reason })
+            }
+        }
+    }
+}
+
+impl AuxiliaryLoss {
+    /// The part of a batch's losses that one of its micro-batches brings in, `[1]`: summed over micro-batches, it is what
+    /// [`forward`](Self::forward) returns for the batch in one piece, and so are the gradients. `totals` must have counted all of them
+    /// before, which takes another pass.
+    ///
+    /// # Panics
+    /// As [`forward`](Self::forward), and for a loss that
+    /// [`validate_micro_batches`](AuxiliaryLossConfig::validate_micro_batches) refuses.
+    #[track_caller]
+    pub fn forward_micro_batch(&self, routings: &[Routing], totals: &BatchTotals) -> Tensor<1> {
+        let config = self.config();
+        crate::support::error::expect_valid(config.validate_micro_batches());
+        assert_eq!(routings.len(), totals.tokens.len(), "the totals are of another number of layers than the routings");
+        assert!(!routings.is_empty(), "auxiliary losses need the routing of at least one layer, got none");
+        let device = routings[0].router.probs.device();
+        let mut total = Tensor::zeros([1], &device);
+        for (layer, routing) in routings.iter().enumerate() {
+            let part = routing.num_valid() as f64 / totals.tokens[layer].max(1) as f64 / routings.len() as f64;
+            let mut add = |weight: f64, loss: &dyn Fn() -> Tensor<1>| {
+                if weight > 0.0 {
+                    total = total.clone() + loss() * (weight * part);
+                }
+            };
+            add(config.load_balancing, &|| load_balancing::with_share(routing, totals.share(layer, &device)));
+            add(config.router_z, &|| router_z_loss(routing));
+            add(config.local_entropy, &|| local_entropy_loss(routing));
+        }
+        total.cast(routings[0].token_dtype)
+    }
+}

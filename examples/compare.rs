@@ -248,7 +248,7 @@ struct Base {
     device: Device,
 }
 
-/// The sizes of the model in `data/clip-tiny`.
+/// A very small model with CLIP's whole vocabulary: that of `tests/data/clip-tiny`.
 fn dense_config() -> ClipConfig {
     let vision = VisionConfig::new(EncoderConfig::new(24, 3, 3, 24), 32, 8);
     ClipConfig::new(vision, TextConfig::new(EncoderConfig::new(24, 3, 2, 24)).with_context_length(24), 64)

@@ -1,7 +1,7 @@
-//! Trains a dense CLIP from scratch on the emoji pack: this is how the checkpoint in `data/clip-tiny` was made.
+//! Trains a dense CLIP from scratch on the emoji pack: this is how the checkpoint in `data/clip-emoji` was made.
 //!
 //! ```sh
-//! cargo run --release --example pretrain -- --out out/clip-tiny
+//! cargo run --release --example pretrain -- --out out/clip-emoji
 //! ```
 //!
 //! A run that was stopped goes on from its last checkpoint when it is started again. `--hold-out noto-v1` keeps one vendor out of
@@ -32,11 +32,11 @@ use support::{device_by_name, languages_by_code};
 #[derive(Parser)]
 #[command(
     about = "Trains a CLIP from scratch on the emoji pack",
-    after_help = "Example: pretrain --hold-out noto-v1 --text-width 64 --vision-width 64 --steps 4000 --out out/mine"
+    after_help = "Example: pretrain --hold-out noto-v1 --text-width 96 --vision-width 128 --steps 10000 --out out/mine"
 )]
 struct Args {
     /// Where the checkpoint goes
-    #[arg(long, default_value = "out/clip-tiny")]
+    #[arg(long, default_value = "out/clip-emoji")]
     out: PathBuf,
     /// Where the run is kept, so that it goes on where it was stopped, or for more steps; each run needs a folder of its own
     #[arg(long, default_value = "out/pretrain")]
@@ -48,10 +48,10 @@ struct Args {
     #[arg(long)]
     hold_out: Option<String>,
     /// Optimiser steps, in all
-    #[arg(long, default_value_t = 8000)]
+    #[arg(long, default_value_t = 20_000)]
     steps: usize,
     /// The highest learning rate
-    #[arg(long, default_value_t = 6e-3)]
+    #[arg(long, default_value_t = 1e-3)]
     learning_rate: f64,
     /// Weight decay, times the learning rate at each step
     #[arg(long, default_value_t = 0.05)]
@@ -60,31 +60,34 @@ struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Languages of the captions, such as en,de
-    #[arg(long, value_delimiter = ',', default_value = "en")]
+    #[arg(long, value_delimiter = ',', default_value = "all")]
     languages: Vec<String>,
     /// Whether emojibase's tags are added to half of the captions
-    #[arg(long, default_value_t = true, action = ArgAction::Set)]
+    #[arg(long, default_value_t = false, action = ArgAction::Set)]
     tags: bool,
-    /// Ids of CLIP's tokenizer; with fewer than 49408, it is cut to its first merges
-    #[arg(long, default_value_t = 49408)]
+    /// Ids of CLIP's tokenizer, which is cut to its first merges; 49408 is the whole one
+    #[arg(long, default_value_t = 1024)]
     vocab_size: usize,
     /// Most tokens of a caption
-    #[arg(long, default_value_t = 24)]
+    #[arg(long, default_value_t = 32)]
     context_length: usize,
     /// Pairs in a batch
     #[arg(long, default_value_t = 256)]
     batch_size: usize,
+    /// Pairs that are computed at a time, for batches that do not fit in memory; the whole batch unless given
+    #[arg(long)]
+    micro_batch: Option<usize>,
     /// Width of the vision tower
-    #[arg(long, default_value_t = 24)]
+    #[arg(long, default_value_t = 112)]
     vision_width: usize,
     /// Width of the text tower
-    #[arg(long, default_value_t = 24)]
+    #[arg(long, default_value_t = 48)]
     text_width: usize,
     /// Width of an attention head of both towers
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 16)]
     head_width: usize,
     /// Hidden width of the feed-forward networks, over the width of their tower
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 4)]
     mlp_ratio: usize,
     /// Experts of each sparse block, for a sparse model from scratch; without it the model is dense
     #[arg(long, conflicts_with = "init")]
@@ -93,10 +96,10 @@ struct Args {
     #[arg(long, default_value_t = 1, requires = "experts")]
     every: usize,
     /// Side of a patch in pixels
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 16)]
     patch_size: usize,
     /// Blocks of the vision tower
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 2)]
     vision_layers: usize,
     /// Blocks of the text tower
     #[arg(long, default_value_t = 2)]
@@ -108,7 +111,7 @@ struct Args {
     #[arg(long, default_value_t = 1.0)]
     augment: f32,
     /// Steps between evaluations
-    #[arg(long, default_value_t = 800)]
+    #[arg(long, default_value_t = 1250)]
     eval_every: usize,
     /// Only cpu has been tried
     #[arg(long, default_value = "cpu")]
@@ -151,7 +154,8 @@ fn run() -> Result<(), Box<dyn Error>> {
 
     let optimizer = OptimizerConfig::new(WarmupCosine::new(args.learning_rate)).with_weight_decay(args.weight_decay);
     let arm = Arm::new("model", start.model, optimizer);
-    let mut run = TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed);
+    let mut run =
+        TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed).with_micro_batch(args.micro_batch);
     let text = &start.config.text;
     let AugmentConfig { shift, scale, rotation, colour } = run.batch.augment;
     let [shift, scale, rotation, colour] = [shift, scale, rotation, colour].map(|strength| strength * args.augment);

@@ -2,10 +2,10 @@
 //!
 //! ```sh
 //! cargo run --release --example retrieve -- --model path/to/checkpoint --images photos "a dog on a beach"
-//! cargo run --release --example retrieve -- --model out/clip_up/sparse --beside out/clip_up/dense "eisbär"
+//! cargo run --release --example retrieve -- --model out/clip_up/sparse --beside out/clip_up/dense "regenschirm"
 //! ```
 //!
-//! The second one takes the two models that the main job (`clip_up`) trained, a query in any of their seven languages, and the drawings that
+//! The second one takes the two models that the main job (`clip_up`) trained, a query in any of their languages, and the drawings that
 //! neither has seen. Writes `--out`, an HTML page; photos are shown where they are, emoji are in the page.
 
 mod support;

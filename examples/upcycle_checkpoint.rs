@@ -35,7 +35,7 @@ use support::{ListArgs, Stored, device_by_name, report_skipped, write_atomic};
 )]
 struct Args {
     /// Folder of the dense checkpoint
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-tiny"))]
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-emoji"))]
     dense: PathBuf,
     /// Folder of the sparse one
     #[arg(long, default_value = "out/upcycled")]

@@ -4,8 +4,8 @@
 //! cargo run --release --example clip_up
 //! ```
 //!
-//! It takes the small CLIP of this repository (`data/clip-tiny`) and the emoji pack (`data/emoji`): five vendors' drawings to train on, Twemoji's
-//! to test on, with captions in up to 16 languages. Everything is written into `--out`: both checkpoints, `report.json`, and the pictures
+//! It takes the small CLIP of this repository (`data/clip-emoji`) and the emoji pack (`data/emoji`): five vendors' drawings to train on, Twemoji's
+//! to test on, with labels in 16 languages. Everything is written into `--out`: both checkpoints, `report.json`, and the pictures
 //! `clip_up.png` and `experts.png`.
 //! With `--list pairs.csv` it takes your own images: a list of any kind that `CaptionedImages::read` knows. `--test` names another list to test
 //! on; without it every tenth image is held out. Images are prepared as the dense checkpoint says.
@@ -41,6 +41,9 @@ use support::{ListArgs, device_by_name};
 
 /// Parameters of models that take the learning rates of this repository's.
 const SMALL: u64 = 5_000_000;
+/// Highest learning rates of the dense and the sparse model for those, each its best of three on noto-v1; and for others.
+const SMALL_RATES: [f64; 2] = [1e-3, 5e-4];
+const RATES: [f64; 2] = [1e-5, 1e-5];
 
 #[derive(Parser)]
 #[command(
@@ -85,16 +88,16 @@ struct Args {
     #[arg(long, requires = "list")]
     image_size: Option<usize>,
     /// The dense checkpoint (Hugging Face or open_clip)
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-tiny"))]
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-emoji"))]
     dense: PathBuf,
     /// A training vendor to test on instead of Twemoji; for tuning, with a `--dense` that has not seen it either
     #[arg(long, conflicts_with = "list")]
     hold_out: Option<String>,
     /// Languages of the emoji's captions, such as en,de
-    #[arg(long, value_delimiter = ',', default_value = "en", conflicts_with = "list")]
+    #[arg(long, value_delimiter = ',', default_value = "all", conflicts_with = "list")]
     languages: Vec<String>,
     /// Whether the emoji's tags are added to half of the captions in training
-    #[arg(long, default_value_t = true, action = ArgAction::Set, conflicts_with = "list")]
+    #[arg(long, default_value_t = false, action = ArgAction::Set, conflicts_with = "list")]
     tags: bool,
     /// Which blocks become sparse: every N-th. CLIP-UP has 2; a model of few blocks gains more with 1 (docs/experiments.md)
     #[arg(long, default_value_t = 1)]
@@ -111,10 +114,10 @@ struct Args {
     /// Experts of each sparse block
     #[arg(long, default_value_t = 8)]
     experts: usize,
-    /// Highest learning rate of the dense model; without it 8e-3 for a model as small as this repository's, and 1e-5 for others
+    /// Highest learning rate of the dense model; without it 1e-3 for a model as small as this repository's, and 1e-5 for others
     #[arg(long)]
     dense_lr: Option<f64>,
-    /// Highest learning rate of the sparse model; without it as for the dense one
+    /// Highest learning rate of the sparse model; without it 5e-4 for a model as small as this repository's, and 1e-5 for others
     #[arg(long)]
     sparse_lr: Option<f64>,
     /// Weight decay, times the learning rate at each step
@@ -123,6 +126,9 @@ struct Args {
     /// Pairs in a batch, no caption twice; without it 256, or as many as half of the images or the different captions allow
     #[arg(long)]
     batch_size: Option<usize>,
+    /// Pairs that are computed at a time, for batches that do not fit in memory; the whole batch unless given
+    #[arg(long)]
+    micro_batch: Option<usize>,
     /// Steps between evaluations
     #[arg(long, default_value_t = 500)]
     eval_every: usize,
@@ -187,7 +193,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     fs::create_dir_all(&args.out)?;
 
     let dense = ClipCheckpoint::load_with_image_size(&args.dense, args.image_size, &device).map_err(|error| {
-        format!("{error}\n(the published package holds no data: `data/clip-tiny` is in the repository, and `--example pretrain` makes one)")
+        format!("{error}\n(the published package holds no data: `data/clip-emoji` is in the repository, and `--example pretrain` makes one)")
     })?;
     let tokenizer = ClipTokenizer::for_model(&dense.model.text)?;
     let Data { set, test, skipped } = Data::read(&args, &dense.config.vision)?;
@@ -204,13 +210,14 @@ fn run() -> Result<(), Box<dyn Error>> {
     println!("{}", upcycled.report);
 
     let is_small = dense.config.cost().params_total < SMALL;
-    let rate = if is_small { 8e-3 } else { 1e-5 };
-    let (dense_lr, sparse_lr) = (args.dense_lr.unwrap_or(rate), args.sparse_lr.unwrap_or(rate));
+    let [dense_rate, sparse_rate] = if is_small { SMALL_RATES } else { RATES };
+    let (dense_lr, sparse_lr) = (args.dense_lr.unwrap_or(dense_rate), args.sparse_lr.unwrap_or(sparse_rate));
     let optimizer = |rate| OptimizerConfig::new(WarmupCosine::new(rate)).with_weight_decay(args.weight_decay);
     let frozen = args.freeze.map(|tower| if tower == Frozen::Image { Tower::Vision } else { Tower::Text });
     let arm = |name: &str, model: &Clip, rate| Arm { frozen, ..Arm::new(name, model.clone(), optimizer(rate)) };
     let arms = vec![arm("dense_continued", &dense.model, dense_lr), arm("sparse", &upcycled.model, sparse_lr)];
-    let mut config = TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed);
+    let mut config =
+        TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed).with_micro_batch(args.micro_batch);
     config.batch = config.batch.with_context_length(context_length).with_vocab_size(tokenizer.vocab_size());
     let most = (set.len() / 2).min(config.batch.largest_batch(&set));
     let batch_size = args.batch_size.unwrap_or(most.clamp(1, config.batch.batch_size));

@@ -17,7 +17,7 @@ use super::device_by_name;
 #[derive(Args)]
 pub(crate) struct ModelArgs {
     /// Folder of the checkpoint: Hugging Face, open_clip or sparse
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-tiny"))]
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-emoji"))]
     pub(crate) model: PathBuf,
     /// Side of the images in pixels, if it should be another than the checkpoint's: its position embeddings are then interpolated
     #[arg(long)]

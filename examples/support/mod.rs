@@ -24,7 +24,7 @@ pub(crate) fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> io::Result<(
     fs::write(&aside, bytes).and_then(|()| fs::rename(&aside, path)).inspect_err(|_| drop(fs::remove_file(&aside)))
 }
 
-/// The emoji pack's languages of these codes.
+/// The emoji pack's languages of these codes; the code `all` names every one.
 #[cfg(feature = "train")]
 pub(crate) fn languages_by_code(codes: &[String]) -> Result<Vec<burn_moe::train::data::Language>, Box<dyn Error>> {
     use burn_moe::train::data::Language;
@@ -32,9 +32,13 @@ pub(crate) fn languages_by_code(codes: &[String]) -> Result<Vec<burn_moe::train:
     let named = |code: &String| {
         let found = Language::ALL.into_iter().find(|language| language.code() == code);
         found.ok_or_else(|| {
-            format!("`{code}` is no language of the emoji pack: it has {}", Language::ALL.map(|l| l.code()).join(", ")).into()
+            format!("`{code}` is no language of the emoji pack: it has {}, or all", Language::ALL.map(|l| l.code()).join(", "))
+                .into()
         })
     };
+    if codes == ["all"] {
+        return Ok(Language::ALL.to_vec());
+    }
     codes.iter().map(named).collect()
 }
 

@@ -53,7 +53,7 @@ mod tests {
         let device = Device::default();
         let logits = Tensor::<2>::from_data([[3.0, 1.0, -1.0], [2.0, 0.0, 0.5], [0.1, 4.0, 1.0]], &device);
         let whole = contrastive_loss(logits.clone()).into_scalar::<f32>();
-        let rows = |tensor: &Tensor<2>, first, end| tensor.clone().slice([first..end]);
+        let rows = |tensor: &Tensor<2>, first: usize, end: usize| tensor.clone().narrow(0, first, end - first);
         let texts = logits.clone().transpose();
         let parts = [(0, 2), (2, 3)].map(|(first, end)| {
             contrastive_loss_of_rows(rows(&logits, first, end), rows(&texts, first, end), first).into_scalar::<f32>()

@@ -258,7 +258,7 @@ fn images_of_other_kinds_are_prepared_as_open_clip_does() {
 fn transformers_computes_the_same_from_our_export() {
     let device = Device::default();
     let folder = tempfile::tempdir().unwrap();
-    let tiny = ClipCheckpoint::load(Path::new(ROOT).join("data/clip-tiny"), &device).unwrap();
+    let tiny = ClipCheckpoint::load(Path::new(ROOT).join("tests/data/clip-tiny"), &device).unwrap();
     tiny.save_hugging_face(folder.path(), Precision::F32).unwrap();
     let mut files: Vec<String> =
         fs::read_dir(&folder).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap()).collect();

@@ -292,7 +292,6 @@ mod tests {
             let found = gradients(&model, &batch, &losses, Some(size), 0, &device()).unwrap();
             let worst = difference(&expected, &values(&model, &found));
             assert!(worst < 1e-5, "{size} at a time: {worst}");
-            println!("{size} at a time: {worst:.1e}");
             assert!((found.contrastive / whole.contrastive - 1.0).abs() < 1e-6, "{size} at a time");
             assert!((found.auxiliary / whole.auxiliary - 1.0).abs() < 1e-6, "{size} at a time");
             assert_eq!(found.totals, whole.totals);

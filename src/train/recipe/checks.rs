@@ -20,7 +20,7 @@ pub(super) fn check_micro_batches(arms: &[Arm], micro_batch: Option<usize>) -> R
                 arm: arm.name.clone(),
                 what: "router noise or jitter with micro-batches",
                 expected: "0 where several arms are trained, which would draw each other's numbers".into(),
-                found: "another".into(),
+                found: "above 0".into(),
             });
         }
     }

@@ -126,7 +126,8 @@ struct Args {
     /// Pairs in a batch, no caption twice; without it 256, or as many as half of the images or the different captions allow
     #[arg(long)]
     batch_size: Option<usize>,
-    /// Pairs that are computed at a time, for batches that do not fit in memory; the whole batch unless given
+    /// Pairs that are computed at a time, for batches that do not fit in memory; the whole batch unless given. A --capacity then
+    /// holds for each micro-batch
     #[arg(long)]
     micro_batch: Option<usize>,
     /// Steps between evaluations

@@ -84,7 +84,8 @@ pub struct TrainConfig {
     pub batch: BatchConfig,
     /// Pairs that are computed at a time, so that memory does not grow with the batch; `None`: all of it. The loss and its gradients are those of
     /// the batch at once: embeddings are computed twice, the second time with gradients (GradCache,
-    /// [arXiv 2101.06983](https://arxiv.org/abs/2101.06983)). Where slots are limited, a capacity holds for each micro-batch. Default: `None`
+    /// [arXiv 2101.06983](https://arxiv.org/abs/2101.06983)). Where slots are limited, a capacity holds for each micro-batch, and with expert choice an expert
+    /// chooses among the tokens of one. Default: `None`
     #[config(default = "None")]
     pub micro_batch: Option<usize>,
     /// Steps between evaluations; there is always one at the end. Default: 250

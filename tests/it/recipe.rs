@@ -2,7 +2,7 @@
 
 use burn::tensor::Device;
 use burn_moe::{
-    UpcycleFromDense, UpcycleOptions,
+    AuxiliaryLossConfig, Capacity, RouterOptions, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{
         Clip, ClipAuxiliaryLossConfig, ClipConfig, ImageEmbedder, ImagePreprocessing, Interpolation, ResizeMode, RetrievalMetrics,
         SparseClipConfig, TextConfig, TextEmbedder, VisionConfig,
@@ -19,7 +19,7 @@ use burn_moe::{
         },
         evaluate, train,
     },
-    transformer::EncoderConfig,
+    transformer::{EncoderConfig, FeedForward, RoutedLayerConfig, SparseEncoderConfig},
 };
 
 use super::support::{ROOT, values};
@@ -269,6 +269,52 @@ fn a_frozen_tower_stays_as_it_is() {
     let trained: Vec<[Vec<f32>; 2]> = train(input).unwrap().iter().map(|arm| weights(&arm.model)).collect();
     assert!(trained[0][0] == vision && trained[0][1] != text, "the vision tower is frozen, and the text tower is not");
     assert!(trained[1][0] != vision && trained[1][1] == text, "the text tower is frozen, and the vision tower is not");
+}
+
+#[test]
+fn micro_batches_train_the_same_models() {
+    let device = Device::default();
+    let (set, test) = (colours(), first_shades());
+    let sparse = |router: RouterOptions| {
+        let tokens = TokenChoiceConfig::new().with_training_capacity(Capacity::Dropless);
+        let layer = RoutedLayerConfig::new().with_router(router).with_assignment(tokens.into());
+        let encoder = SparseEncoderConfig::new().with_layer(layer.into());
+        let config = SparseClipConfig::new().with_vision(Some(encoder.clone())).with_text(Some(encoder));
+        clip_config().sparse(config).init(&device)
+    };
+    let arm = |model| Arm::new("sparse", model, OptimizerConfig::new(WarmupCosine::new(1e-3)));
+    let run = |arms: Vec<Arm>, micro_batch| {
+        let config = TrainConfig::new(4).with_batch(batches()).with_eval_every(4).with_micro_batch(micro_batch);
+        let mut losses = Losses::default();
+        let (set, test) = (&set, &test);
+        train(TrainInput { arms, set, test, config: &config, checkpointing: None, device: &device, observer: &mut losses })
+            .map(|trained| (trained, losses.0))
+    };
+    let balanced = arm(sparse(RouterOptions::new().with_balancing_rate(Some(0.01))));
+    let arms = vec![balanced.clone(), Arm { frozen: Some(Tower::Vision), ..balanced }];
+    let (whole, expected) = run(arms.clone(), None).unwrap();
+    // 4 leaves a last one of two pairs.
+    let (parts, found) = run(arms, Some(4)).unwrap();
+    for (expected, found) in expected.iter().flatten().zip(found.iter().flatten()) {
+        assert!((expected - found).abs() < 1e-3 * expected, "{expected} {found}");
+    }
+    let bias = |arm: &TrainedArm| match &arm.model.text.encoder.blocks[1].feed_forward {
+        FeedForward::Moe(moe) => values(&moe.router.balancing_bias.as_ref().unwrap().val()),
+        _ => panic!("the block is sparse"),
+    };
+    for (whole, parts) in whole.iter().zip(&parts) {
+        assert!(bias(whole).iter().any(|bias| *bias != 0.0));
+        assert_eq!(bias(whole), bias(parts));
+    }
+
+    let refused = |arms, micro_batch| run(arms, Some(micro_batch)).map(|_| ()).unwrap_err().to_string();
+    let noisy = arm(sparse(RouterOptions::new().with_noise(0.1)));
+    let error = "sparse: `router noise or jitter with micro-batches` should be 0 where several arms are trained, which would draw each other's \
+                 numbers, but is above 0";
+    assert_eq!(refused(vec![noisy.clone(), noisy.clone()], 4), error);
+    assert!(refused(vec![noisy.clone()], 0).contains("`micro_batch`"));
+    let importance = ClipAuxiliaryLossConfig::both(AuxiliaryLossConfig::new().with_importance(0.1));
+    assert!(refused(vec![Arm { auxiliary: importance, ..noisy }], 4).starts_with("`importance` is 0.1"));
 }
 
 #[test]

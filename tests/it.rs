@@ -13,6 +13,7 @@ mod it {
     mod outcome;
     mod published;
     mod recipe;
+    mod streams;
     mod structure;
     mod support;
     mod upcycle;

@@ -9,6 +9,7 @@ mod evaluate;
 mod recipe;
 mod schedule;
 mod state;
+pub mod stream;
 mod vocabulary;
 
 pub use bootstrap::{PairedBootstrap, paired_bootstrap};

@@ -1,30 +1,29 @@
 //! CLIP's image preprocessing, as open_clip does it at inference.
 
 mod content;
+mod crop;
+mod decode;
 mod pixels;
+
+pub use crop::{CropBox, RandomCropConfig};
 
 use std::{
     fs,
-    io::Cursor,
     path::{Path, PathBuf},
     sync::mpsc,
     thread,
 };
 
 use burn::tensor::{Device, Tensor, TensorData};
+use decode::{MOST_BYTES, MOST_PIXELS, decode};
 use fast_image_resize::{FilterType, ResizeAlg};
-use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, metadata::Orientation as Turn};
 use pixels::Pixels;
 use rayon::prelude::*;
 
 use super::{ImagePreprocessing, Interpolation, ResizeMode, VisionConfig};
 
-/// The most pixels that an image may have.
-const MOST_PIXELS: u64 = 64_000_000;
 /// The most pixels of a resized image, in parts of the square of its shorter side: beyond that, only the middle is resized.
 const LONGEST_SHAPE: usize = 64;
-/// The most memory that a decoder may take; its image may then be copied once, to other colours or turned.
-const MOST_BYTES: u64 = 256 << 20;
 
 /// What happens to the orientation that a camera writes into an image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -144,6 +143,22 @@ impl ImagePreprocessor {
         self.decode_named(bytes, Path::new(""))
     }
 
+    /// Reads a part of an image from memory and resizes it to a square, whatever its proportions: a sample for training. `crop` gets width and
+    /// height, after any turn, and says which part.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    ///
+    /// # Panics
+    /// When the part does not lie within the image.
+    pub fn decode_cropped(&self, bytes: &[u8], crop: impl FnOnce(u32, u32) -> CropBox) -> Result<Square, ImageError> {
+        let path = Path::new("");
+        let pixels = decode(bytes, path, self.orientation, |width, height| Ok(CropBox::whole(width, height)), crop)?;
+        pixels
+            .resized(self.image_size, self.image_size, self.filter())
+            .map_err(|reason| ImageError::Decode { path: path.to_path_buf(), reason })
+    }
+
     /// Reads many images, on all threads; one result each, in order.
     pub fn open_all<P: AsRef<Path> + Sync>(&self, paths: &[P]) -> Vec<Result<Square, ImageError>> {
         paths.par_iter().map(|path| self.open(path)).collect()
@@ -182,53 +197,24 @@ impl ImagePreprocessor {
         Tensor::from_data(TensorData::new(values, [images.len(), 3, self.image_size, self.image_size]), device)
     }
 
-    /// Decodes; a decoder that panics on a file has found it damaged.
     fn decode_named(&self, bytes: &[u8], path: &Path) -> Result<Square, ImageError> {
-        let decode = std::panic::AssertUnwindSafe(|| self.decode_or_panic(bytes, path));
-        std::panic::catch_unwind(decode)
-            .unwrap_or_else(|_| Err(ImageError::Decode { path: path.to_path_buf(), reason: "its decoder stopped on it".into() }))
-    }
-
-    fn decode_or_panic(&self, bytes: &[u8], path: &Path) -> Result<Square, ImageError> {
-        let bad = |reason: String| ImageError::Decode { path: path.to_path_buf(), reason };
-        let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|error| bad(error.to_string()))?;
-        if reader.format() == Some(ImageFormat::Jpeg) && !content::jpeg_has_an_end(bytes) {
-            return Err(bad("a JPEG that is cut off before its end".into()));
-        }
-        let mut limits = Limits::default();
-        limits.max_alloc = Some(MOST_BYTES);
-        reader.limits(limits.clone());
-        let is_tiff = reader.format() == Some(ImageFormat::Tiff);
-        let mut decoder = reader.into_decoder().map_err(|error| bad(error.to_string()))?;
-        let (width, height) = decoder.dimensions();
-        let middle = self.middle_of(width, height);
-        let (_, _, kept_width, kept_height) = middle;
-        // The resized image counts too: a long and thin one becomes larger.
-        let [across, down] = self.resized_size(kept_width as usize, kept_height as usize).map(|side| side as u64);
-        let largest =
-            [u64::from(width) * u64::from(height), across.saturating_mul(kept_height.into()), across.saturating_mul(down)];
-        if largest.into_iter().any(|pixels| pixels > MOST_PIXELS) {
-            return Err(ImageError::TooLarge { path: path.to_path_buf(), width, height });
-        }
-        limits.reserve(decoder.total_bytes()).map_err(|error| bad(error.to_string()))?;
-        let turn = match self.orientation {
-            // Pillow turns TIFFs as it opens them, whoever asks.
-            Orientation::AsStored if !is_tiff => Turn::NoTransforms,
-            _ => decoder.orientation().unwrap_or(Turn::NoTransforms),
+        let kept = |width, height| {
+            let middle = self.middle_of(width, height);
+            // The resized image counts too: a long and thin one becomes larger.
+            let [across, down] = self.resized_size(middle.width as usize, middle.height as usize).map(|side| side as u64);
+            let largest = across.saturating_mul(middle.height.into()).max(across.saturating_mul(down));
+            if largest > MOST_PIXELS {
+                return Err(ImageError::TooLarge { path: path.to_path_buf(), width, height });
+            }
+            Ok(middle)
         };
-        let is_one_bit = decoder.original_color_type() == image::ExtendedColorType::L1;
-        let mut image = DynamicImage::from_decoder(decoder).map_err(|error| bad(error.to_string()))?;
-        if (kept_width, kept_height) != (width, height) {
-            let (left, top, ..) = middle;
-            image = image.crop_imm(left, top, kept_width, kept_height);
-        }
-        image.apply_orientation(turn);
-        self.square(Pixels::of(image, is_one_bit || content::has_palette(bytes), bytes)).map_err(bad)
+        let pixels = decode(bytes, path, self.orientation, kept, CropBox::whole)?;
+        self.square(pixels).map_err(|reason| ImageError::Decode { path: path.to_path_buf(), reason })
     }
 
-    /// Left, top, width and height of what is decoded and then resized: all of an image, unless it is so thin that the whole would become too
-    /// large when resized. Then it is the middle, four times as long as wide, of which the crop takes a part.
-    fn middle_of(&self, width: u32, height: u32) -> (u32, u32, u32, u32) {
+    /// What is decoded and then resized: all of an image, unless it is so thin that the whole would become too large when resized. Then it is the
+    /// middle, four times as long as wide, of which the crop takes a part.
+    fn middle_of(&self, width: u32, height: u32) -> CropBox {
         let [across, down] = self.resized_size(width as usize, height as usize);
         let fits = across.max(down) <= LONGEST_SHAPE * across.min(down);
         let length = |long: u32, short: u32| {
@@ -237,13 +223,13 @@ impl ImagePreprocessor {
             (kept + (long - kept.min(long)) % 2).min(long)
         };
         if fits || self.preprocessing.resize_mode == ResizeMode::Squash {
-            (0, 0, width, height)
+            CropBox::whole(width, height)
         } else if width > height {
             let kept = length(width, height);
-            ((width - kept) / 2, 0, kept, height)
+            CropBox { left: (width - kept) / 2, top: 0, width: kept, height }
         } else {
             let kept = length(height, width);
-            (0, (height - kept) / 2, width, kept)
+            CropBox { left: 0, top: (height - kept) / 2, width, height: kept }
         }
     }
 
@@ -267,9 +253,6 @@ impl ImagePreprocessor {
     /// Resizes, and takes the middle; sizes and offsets as torchvision rounds them.
     fn square(&self, pixels: Pixels) -> Result<Square, String> {
         let (width, height) = pixels.dims();
-        if width == 0 || height == 0 {
-            return Err("it has no pixels".into());
-        }
         let size = self.image_size;
         let [new_width, new_height] = self.resized_size(width, height);
         let rgb = pixels.resized(new_width, new_height, self.filter())?;
@@ -287,7 +270,11 @@ fn half_to_even(number: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Cursor;
+
     use super::*;
+
+    use image::ImageFormat;
 
     #[test]
     fn halves_are_rounded_as_python_rounds() {
@@ -333,8 +320,8 @@ mod tests {
                 image::Rgb([(at * 37 % 251) as u8, (at * 11 % 241) as u8, (at * 5 % 239) as u8])
             });
             let preprocessor = ImagePreprocessor::new(24);
-            let (_, _, kept_width, kept_height) = preprocessor.middle_of(width, height);
-            assert!(kept_width * kept_height < width * height, "the middle is cut out");
+            let middle = preprocessor.middle_of(width, height);
+            assert!(middle.width * middle.height < width * height, "the middle is cut out");
             let mut png = Cursor::new(Vec::new());
             image.write_to(&mut png, ImageFormat::Png).unwrap();
             let cut = preprocessor.decode(png.get_ref()).unwrap();

@@ -8,11 +8,14 @@ use std::{
 };
 
 use burn::config::Config;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use rand::{RngExt, SeedableRng, rngs::StdRng, seq::SliceRandom};
 
 use super::{AugmentConfig, Caption, DataError, ImageTextSet};
-use crate::clip::tokenizer::{ClipTokenizer, TokenizedTexts, first_of_equal};
+use crate::clip::{
+    ImagePreprocessing,
+    tokenizer::{ClipTokenizer, TokenizedTexts, first_of_equal},
+};
 
 /// How batches are drawn.
 #[derive(Config, Debug, Copy, PartialEq)]
@@ -48,16 +51,7 @@ impl BatchConfig {
             let (value, reason) = (self.tag_probability, "a probability lies between 0 and 1");
             return Err(DataError::OutOfRange { field: "tag_probability", value, reason });
         }
-        let sizes = ClipTokenizer::SMALLEST_VOCAB_SIZE..=ClipTokenizer::VOCAB_SIZE;
-        if !sizes.contains(&self.vocab_size) {
-            let reason = "CLIP's tokenizer has 514 to 49408 ids";
-            return Err(DataError::OutOfRange { field: "vocab_size", value: self.vocab_size as f64, reason });
-        }
-        if self.context_length < 3 {
-            let reason = "a caption needs a start token, a word and an end token";
-            return Err(DataError::OutOfRange { field: "context_length", value: self.context_length as f64, reason });
-        }
-        Ok(())
+        check_tokens(self.vocab_size, self.context_length)
     }
 
     /// The largest batch that a set allows: concepts that have captions in common, directly or through others, count as one.
@@ -66,11 +60,37 @@ impl BatchConfig {
     }
 }
 
-/// One batch, on the host.
+/// Refuses what no caption can be tokenized with.
+pub(in crate::train) fn check_tokens(vocab_size: usize, context_length: usize) -> Result<(), DataError> {
+    let refuse = |field, value: usize, reason| Err(DataError::OutOfRange { field, value: value as f64, reason });
+    if !(ClipTokenizer::SMALLEST_VOCAB_SIZE..=ClipTokenizer::VOCAB_SIZE).contains(&vocab_size) {
+        return refuse("vocab_size", vocab_size, "CLIP's tokenizer has 514 to 49408 ids");
+    }
+    if context_length < 3 {
+        return refuse("context_length", context_length, "a caption needs a start token, a word and an end token");
+    }
+    Ok(())
+}
+
+/// The images of a batch.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Pixels {
+    /// `[B, 3, image_size, image_size]`
+    Normalized(Vec<f32>),
+    /// `[B, image_size, image_size, 3]`, to be normalised on the device: a quarter of the memory.
+    Bytes {
+        /// RGB, row by row.
+        values: Vec<u8>,
+        /// Mean and standard deviation of the channels.
+        preprocessing: ImagePreprocessing,
+    },
+}
+
+/// One batch, or a piece of one, on the host.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Batch {
-    /// `[B, 3, image_size, image_size]`, normalised.
-    pub pixels: Vec<f32>,
+    /// The images.
+    pub pixels: Pixels,
     /// Side of the images.
     pub image_size: usize,
     /// `[B, N]`
@@ -97,14 +117,29 @@ impl Batch {
     pub fn slice(&self, range: Range<usize>) -> Self {
         let of = |size: usize| range.start * size..range.end * size;
         let texts = TokenizedTexts { ids: self.texts.ids[of(self.texts.len)].to_vec(), len: self.texts.len, truncated: 0 };
-        let pixels = self.pixels[of(3 * self.image_size * self.image_size)].to_vec();
+        let values = of(3 * self.image_size * self.image_size);
+        let pixels = match &self.pixels {
+            Pixels::Normalized(pixels) => Pixels::Normalized(pixels[values].to_vec()),
+            Pixels::Bytes { values: bytes, preprocessing } => {
+                Pixels::Bytes { values: bytes[values].to_vec(), preprocessing: *preprocessing }
+            }
+        };
         Self { pixels, image_size: self.image_size, texts, concepts: self.concepts[range].to_vec() }
     }
 
     /// `[B, 3, image_size, image_size]`
     pub fn images(&self, device: &Device) -> Tensor<4> {
-        let shape = [self.concepts.len(), 3, self.image_size, self.image_size];
-        Tensor::from_data(TensorData::new(self.pixels.clone(), shape), device)
+        let (pairs, side) = (self.len(), self.image_size);
+        match &self.pixels {
+            Pixels::Normalized(pixels) => Tensor::from_data(TensorData::new(pixels.clone(), [pairs, 3, side, side]), device),
+            Pixels::Bytes { values, preprocessing: ImagePreprocessing { mean, std, .. } } => {
+                let bytes = TensorData::new(values.clone(), [pairs, side, side, 3]);
+                let bytes = Tensor::<4, Int>::from_data(bytes, (device, DType::U8)).permute([0, 3, 1, 2]);
+                let by_channel = |values: [f32; 3]| Tensor::<1>::from_floats(values, device).reshape([1, 3, 1, 1]);
+                let offset = by_channel(std::array::from_fn(|channel| mean[channel] / std[channel]));
+                bytes.float() * by_channel(std.map(|std| 1.0 / (255.0 * std))) - offset
+            }
+        }
     }
 
     /// `[B, N]`
@@ -134,7 +169,7 @@ impl Batches {
         let (sender, receiver) = mpsc::sync_channel(2);
         thread::spawn(move || {
             // Ends when the receiver is gone.
-            (first_step..).map(move |step| drawer.draw(step)).try_for_each(|batch| sender.send(batch))
+            (first_step..).map(move |step| drawer.draw(step)).try_for_each(|batch| sender.send(batch).ok())
         });
         Ok(Self { receiver })
     }
@@ -294,7 +329,7 @@ impl Drawer {
             concepts.push(concept);
         }
         let texts = self.tokenizer.pack(&texts, self.config.context_length);
-        Batch { pixels, image_size: side, texts, concepts }
+        Batch { pixels: Pixels::Normalized(pixels), image_size: side, texts, concepts }
     }
 
     /// A caption of the concept, sometimes with a few of its tags behind it.

@@ -57,6 +57,52 @@ pub enum DataError {
         /// Concepts in the set.
         concepts: usize,
     },
+    /// A tar file, or an archive that is read from a pipe, that cannot be read.
+    #[error("{}: {reason}", path.display())]
+    Shard {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A source has nothing to train on.
+    #[error("the data holds no sample: shards need images (jpg, png, webp, …) with captions (txt or json) of the same name")]
+    NoSample,
+    /// None of the samples of a whole batch can be used.
+    #[error("none of the {samples} samples of a batch can be used; the last one: {last}")]
+    NoGoodSample {
+        /// Samples of the batch, on this rank.
+        samples: usize,
+        /// Why the last one cannot.
+        last: crate::train::stream::SampleError,
+    },
+    /// An archive that can be read only once is over, and more samples are needed.
+    #[error(
+        "{name} ended after {samples} samples, and more are needed: train on fewer, or name tar files, which can be read again"
+    )]
+    StreamEnded {
+        /// What stands for it.
+        name: String,
+        /// Samples that it held.
+        samples: usize,
+    },
+    /// An archive that only one process can read, and several ranks that need it.
+    #[error("{name} can only be read by one rank, and there are {ranks}: name tar files, which all of them can read")]
+    NotShared {
+        /// What stands for it.
+        name: String,
+        /// Ranks that share a batch.
+        ranks: usize,
+    },
+    /// The threads that read samples are gone.
+    #[error("reading the data has stopped: {reason}")]
+    Stopped {
+        /// Why.
+        reason: String,
+    },
+    /// A setting cannot be used.
+    #[error(transparent)]
+    Config(#[from] crate::support::error::ConfigError),
     /// A number outside its range.
     #[error("`{field}` is {value}: {reason}")]
     OutOfRange {

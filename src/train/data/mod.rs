@@ -8,7 +8,8 @@ mod list;
 mod set;
 
 pub use augment::AugmentConfig;
-pub use batch::{Batch, BatchConfig, Batches};
+pub(super) use batch::check_tokens;
+pub use batch::{Batch, BatchConfig, Batches, Pixels};
 pub use emoji::{EmojiPack, EmojiVendor, Language};
 pub use error::DataError;
 pub use list::{LoadedImages, load_images};

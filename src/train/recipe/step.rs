@@ -216,6 +216,7 @@ mod tests {
     use crate::{
         AuxiliaryLossConfig, Capacity, RouterOptions, TokenChoiceConfig,
         clip::{ClipAuxiliaryLossConfig, ClipConfig, SparseClipConfig, tokenizer::TokenizedTexts},
+        train::data::Pixels,
         transformer::{BlockSelection, RoutedLayerConfig, SparseEncoderConfig},
     };
 
@@ -246,7 +247,7 @@ mod tests {
             ids
         };
         let texts = TokenizedTexts { ids: (0..pairs).flat_map(text).collect(), len: 8, truncated: 0 };
-        Batch { pixels, image_size: side, texts, concepts: (0..pairs).collect() }
+        Batch { pixels: Pixels::Normalized(pixels), image_size: side, texts, concepts: (0..pairs).collect() }
     }
 
     /// All gradients in the order of the parameters.

@@ -1,0 +1,53 @@
+//! Samples that are files of their own.
+
+use std::{fs, path::PathBuf};
+
+use super::{Sample, SampleError, SampleId, Samples};
+use crate::{clip::lists::CaptionedImages, train::data::DataError};
+
+/// The images of a list, each read from its file when it is needed. They are shuffled altogether.
+#[derive(Debug)]
+pub struct ListedImages {
+    folder: PathBuf,
+    list: CaptionedImages,
+    /// Where the captions of each image begin, and where the last ones end.
+    captions: Vec<usize>,
+}
+
+impl ListedImages {
+    /// The images of a list, whose paths are relative to `folder`.
+    pub fn new(list: CaptionedImages, folder: impl Into<PathBuf>) -> Self {
+        let count = list.images.len();
+        let captions = (0..=count).map(|image| list.captions.partition_point(|(_, of)| *of < image)).collect();
+        Self { folder: folder.into(), list, captions }
+    }
+}
+
+impl Samples for ListedImages {
+    /// Each image is one, so that all of them are shuffled.
+    fn shards(&self) -> usize {
+        self.list.images.len()
+    }
+
+    fn has(&self, id: SampleId) -> Result<bool, DataError> {
+        Ok(id.place == 0)
+    }
+
+    fn read(&self, id: SampleId) -> Result<Sample, SampleError> {
+        let path = self.folder.join(&self.list.images[id.shard]);
+        let image =
+            fs::read(&path).map_err(|error| SampleError { sample: path.display().to_string(), reason: error.to_string() })?;
+        let captions = &self.list.captions[self.captions[id.shard]..self.captions[id.shard + 1]];
+        Ok(Sample {
+            name: path.display().to_string(),
+            image,
+            captions: captions.iter().map(|(caption, _)| caption.clone()).collect(),
+        })
+    }
+
+    fn fingerprint(&self) -> String {
+        let CaptionedImages { images, captions } = &self.list;
+        let letters: usize = captions.iter().map(|(caption, _)| caption.len()).sum();
+        format!("{} images, {} captions of {letters} bytes, {}", images.len(), captions.len(), self.folder.display())
+    }
+}

@@ -1,0 +1,64 @@
+//! Where samples come from.
+
+use crate::train::data::DataError;
+
+/// The place of a sample in a source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SampleId {
+    /// The shard, from 0.
+    pub shard: usize,
+    /// The place in the shard, from 0.
+    pub place: usize,
+}
+
+/// An image with its captions, as they are stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// Its name, for errors.
+    pub name: String,
+    /// The bytes of an image file.
+    pub image: Vec<u8>,
+    /// At least one; training takes one of them at random.
+    pub captions: Vec<String>,
+}
+
+/// A sample that cannot be used. Training goes on without it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{sample}: {reason}")]
+pub struct SampleError {
+    /// Which one.
+    pub sample: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// A source of samples. A shard is read from its beginning to its end; the order of shards, and that of samples that are close to each other, is
+/// shuffled. Implement it for a store of your own.
+pub trait Samples: Send + Sync {
+    /// Number of shards.
+    fn shards(&self) -> usize;
+
+    /// Whether a shard has a sample at this place. Asked for one place after the other, from 0 until the first `false`; a second time in the next
+    /// epoch.
+    ///
+    /// # Errors
+    /// When the shard cannot be read, which ends the training.
+    fn has(&self, id: SampleId) -> Result<bool, DataError>;
+
+    /// Reads a sample; called by several threads, once in an epoch for each.
+    ///
+    /// # Errors
+    /// When it cannot be used.
+    fn read(&self, id: SampleId) -> Result<Sample, SampleError>;
+
+    /// Called instead of [`read`](Self::read) for a sample that another rank reads, or that was used before the run was resumed.
+    fn pass(&self, _id: SampleId) {}
+
+    /// Whether no other process can read the same samples; `false` unless it says otherwise.
+    fn is_for_one_rank(&self) -> bool {
+        false
+    }
+
+    /// What makes this source another one than others: names and sizes of its files. A run is not resumed on another source.
+    fn fingerprint(&self) -> String;
+}

@@ -1,0 +1,340 @@
+//! Tar shards as webdataset reads them: members that follow each other and have the same name up to the first dot are one sample.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    fs::File,
+    io::{self, Read, Seek, SeekFrom},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
+    thread,
+};
+
+use super::{Sample, SampleError, SampleId, Samples};
+use crate::train::data::DataError;
+
+/// Endings of images.
+const IMAGES: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"];
+/// Samples whose places in their shards are kept in memory.
+const KEPT_PLACES: usize = 1 << 19;
+/// Samples of a stream that are read ahead.
+const AHEAD: usize = 16;
+/// The largest member that is read.
+const LARGEST: u64 = 256 << 20;
+
+/// Tar files on a disk. Members of a sample are its image (jpg, png, webp, …) and its caption: a `.txt`, or else `caption` or `text` of a
+/// `.json`; others are passed over.
+///
+/// Only headers are read before a sample is needed, so that memory does not grow with the shards.
+#[derive(Debug)]
+pub struct TarShards {
+    paths: Vec<PathBuf>,
+    sizes: Vec<u64>,
+    places: Mutex<Places>,
+}
+
+/// A tar archive that is read once, from its beginning to its end, as from a pipe. Only one rank can read it, and there is no second epoch.
+#[derive(Debug)]
+pub struct TarStream {
+    name: String,
+    state: Mutex<StreamState>,
+}
+
+/// What a member of a sample is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Image,
+    Text,
+    Json,
+}
+
+/// The members of a sample: where they are, or what they hold.
+#[derive(Clone, Debug)]
+struct Members<M> {
+    key: String,
+    image: Option<M>,
+    text: Option<M>,
+    json: Option<M>,
+}
+
+/// First byte and length of a member.
+#[derive(Clone, Copy, Debug)]
+struct Extent {
+    start: u64,
+    len: u64,
+}
+
+/// What is known of where samples are.
+#[derive(Debug, Default)]
+struct Places {
+    shards: HashMap<usize, Arc<Vec<Members<Extent>>>>,
+    /// The shard that was read longest ago first.
+    read: VecDeque<usize>,
+}
+
+#[derive(Debug)]
+struct StreamState {
+    receiver: mpsc::Receiver<Result<Members<Vec<u8>>, io::Error>>,
+    /// Samples that came so far.
+    came: usize,
+    has_ended: bool,
+    waiting: HashMap<usize, Members<Vec<u8>>>,
+}
+
+impl<M> Members<M> {
+    fn new(key: String) -> Self {
+        Self { key, image: None, text: None, json: None }
+    }
+
+    fn put(&mut self, kind: Kind, member: M) {
+        let place = match kind {
+            Kind::Image => &mut self.image,
+            Kind::Text => &mut self.text,
+            Kind::Json => &mut self.json,
+        };
+        *place = Some(member);
+    }
+
+    /// The sample, whose members `read` turns into bytes.
+    fn sample(self, mut read: impl FnMut(M) -> Result<Vec<u8>, String>) -> Result<Sample, String> {
+        let image = self.image.ok_or("it has no image")?;
+        let bytes = match (self.text, self.json) {
+            (Some(text), _) => read(text)?,
+            (None, Some(json)) => caption_in(&read(json)?)?.into_bytes(),
+            (None, None) => return Err("it has no caption: neither .txt nor .json".into()),
+        };
+        let caption = String::from_utf8(bytes).map_err(|_| "its caption is no UTF-8")?;
+        if caption.trim().is_empty() {
+            return Err("its caption is empty".into());
+        }
+        Ok(Sample { name: self.key, image: read(image)?, captions: vec![caption] })
+    }
+}
+
+/// The caption in a JSON object, as img2dataset writes it.
+fn caption_in(json: &[u8]) -> Result<String, String> {
+    let object: serde_json::Value = serde_json::from_slice(json).map_err(|error| format!("its .json cannot be read: {error}"))?;
+    let caption = ["caption", "text"].iter().find_map(|field| object.get(field)?.as_str());
+    caption.map(str::to_string).ok_or_else(|| "its .json has neither `caption` nor `text`".into())
+}
+
+/// The name of a sample, and what its member is; `None` for members that do not matter.
+fn member_of(path: &Path) -> Option<(String, Kind)> {
+    let name = path.file_name()?.to_str()?;
+    let (stem, ending) = name.split_once('.')?;
+    let ending = ending.to_lowercase();
+    let kind = match ending.as_str() {
+        "txt" => Kind::Text,
+        "json" => Kind::Json,
+        image if IMAGES.contains(&image) => Kind::Image,
+        _ => return None,
+    };
+    // Also what a file manager leaves behind.
+    let is_hidden = stem.is_empty();
+    (!is_hidden).then(|| (path.with_file_name(stem).to_string_lossy().into_owned(), kind))
+}
+
+/// Groups members as they come.
+struct Groups<M>(Option<Members<M>>);
+
+impl<M> Groups<M> {
+    /// The sample before, if this member begins another one.
+    fn put(&mut self, key: String, kind: Kind, member: M) -> Option<Members<M>> {
+        let ended = self.0.take_if(|open| open.key != key);
+        self.0.get_or_insert_with(|| Members::new(key)).put(kind, member);
+        ended
+    }
+}
+
+impl TarShards {
+    /// Tar files that must be there; what they hold is read later.
+    ///
+    /// # Errors
+    /// When one of them is not there, or is compressed.
+    pub fn open(paths: Vec<PathBuf>) -> Result<Self, DataError> {
+        let mut sizes = Vec::with_capacity(paths.len());
+        for path in &paths {
+            let io = |source| DataError::Io { path: path.clone(), source };
+            let mut file = File::open(path).map_err(io)?;
+            let mut start = [0; 2];
+            let is_packed = file.read(&mut start).map_err(io)? == 2 && start == [0x1f, 0x8b];
+            if is_packed {
+                let reason = "a shard that gzip has packed cannot be read at any place: unpack it".into();
+                return Err(DataError::Shard { path: path.clone(), reason });
+            }
+            sizes.push(file.metadata().map_err(io)?.len());
+        }
+        Ok(Self { paths, sizes, places: Mutex::default() })
+    }
+
+    /// Where the samples of a shard are.
+    fn places(&self, shard: usize) -> Result<Arc<Vec<Members<Extent>>>, DataError> {
+        let known = lock(&self.places).shards.get(&shard).cloned();
+        if let Some(found) = known {
+            return Ok(found);
+        }
+        let bad = |error: io::Error| DataError::Shard { path: self.paths[shard].clone(), reason: error.to_string() };
+        let found = Arc::new(scan(&self.paths[shard], self.sizes[shard]).map_err(bad)?);
+        let mut places = lock(&self.places);
+        if places.shards.insert(shard, found.clone()).is_none() {
+            places.read.push_back(shard);
+        }
+        let mut kept: usize = places.shards.values().map(|samples| samples.len()).sum();
+        while kept > KEPT_PLACES
+            && places.read.len() > 1
+            && let Some(oldest) = places.read.pop_front()
+        {
+            kept -= places.shards.remove(&oldest).map_or(0, |samples| samples.len());
+        }
+        Ok(found)
+    }
+}
+
+/// Reads the headers of a tar file.
+fn scan(path: &Path, size: u64) -> io::Result<Vec<Members<Extent>>> {
+    let mut archive = tar::Archive::new(io::BufReader::with_capacity(1 << 13, File::open(path)?));
+    let (mut samples, mut groups) = (Vec::new(), Groups(None));
+    for entry in archive.entries_with_seek()? {
+        let entry = entry?;
+        if !entry.header().entry_type().is_file() {
+            continue;
+        }
+        let extent = Extent { start: entry.raw_file_position(), len: entry.size() };
+        if extent.start.checked_add(extent.len).is_none_or(|end| end > size) {
+            return Err(io::Error::other(format!("it is cut off within {}", entry.path()?.display())));
+        }
+        if let Some((key, kind)) = member_of(&entry.path()?) {
+            samples.extend(groups.put(key, kind, extent));
+        }
+    }
+    samples.extend(groups.0);
+    Ok(samples)
+}
+
+impl Samples for TarShards {
+    fn shards(&self) -> usize {
+        self.paths.len()
+    }
+
+    fn has(&self, id: SampleId) -> Result<bool, DataError> {
+        Ok(id.place < self.places(id.shard)?.len())
+    }
+
+    fn read(&self, id: SampleId) -> Result<Sample, SampleError> {
+        let path = &self.paths[id.shard];
+        let places = self.places(id.shard);
+        let places = places.map_err(|error| SampleError { sample: path.display().to_string(), reason: error.to_string() })?;
+        let mut members = places[id.place].clone();
+        members.key = format!("{}, {}", path.display(), members.key);
+        let sample = members.key.clone();
+        let read = |extent: Extent| {
+            let mut bytes = vec![0; length(extent.len)?];
+            let mut file = File::open(path).map_err(|error| error.to_string())?;
+            let found = file.seek(SeekFrom::Start(extent.start)).and_then(|_| file.read_exact(&mut bytes));
+            found.map(|()| bytes).map_err(|error| error.to_string())
+        };
+        members.sample(read).map_err(|reason| SampleError { sample, reason })
+    }
+
+    fn fingerprint(&self) -> String {
+        let total: u64 = self.sizes.iter().sum();
+        let name = |path: Option<&PathBuf>| path.map_or(String::new(), |path| path.display().to_string());
+        format!("{} shards of {total} bytes, {} to {}", self.paths.len(), name(self.paths.first()), name(self.paths.last()))
+    }
+}
+
+fn length(len: u64) -> Result<usize, String> {
+    if len > LARGEST { Err(format!("a member of {len} bytes is not read")) } else { Ok(len as usize) }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl TarStream {
+    /// Reads `archive` on a thread of its own; `name` stands for it in errors.
+    pub fn new(name: impl Into<String>, archive: impl Read + Send + 'static) -> Self {
+        let (sender, receiver) = mpsc::sync_channel(AHEAD);
+        thread::spawn(move || {
+            if let Err(error) = send_all(archive, &sender) {
+                // Nobody listens any more: nothing is left to do.
+                let _ = sender.send(Err(error));
+            }
+        });
+        let state = StreamState { receiver, came: 0, has_ended: false, waiting: HashMap::new() };
+        Self { name: name.into(), state: Mutex::new(state) }
+    }
+}
+
+fn send_all(archive: impl Read, sender: &mpsc::SyncSender<io::Result<Members<Vec<u8>>>>) -> io::Result<()> {
+    let mut archive = tar::Archive::new(archive);
+    let mut groups = Groups(None);
+    for entry in archive.entries()? {
+        let mut entry = entry?;
+        let member = member_of(&entry.path()?);
+        if let Some((key, kind)) = member.filter(|_| entry.header().entry_type().is_file()) {
+            let len = length(entry.size()).map_err(io::Error::other)?;
+            let mut bytes = Vec::with_capacity(len);
+            entry.read_to_end(&mut bytes)?;
+            if bytes.len() < len {
+                return Err(io::Error::other("it ends within a member"));
+            }
+            if let Some(sample) = groups.put(key, kind, bytes)
+                && sender.send(Ok(sample)).is_err()
+            {
+                return Ok(());
+            }
+        }
+    }
+    if let Some(sample) = groups.0 {
+        let _ = sender.send(Ok(sample));
+    }
+    Ok(())
+}
+
+impl Samples for TarStream {
+    fn shards(&self) -> usize {
+        1
+    }
+
+    fn has(&self, id: SampleId) -> Result<bool, DataError> {
+        let mut state = lock(&self.state);
+        if state.has_ended && id.place == 0 {
+            return Err(DataError::StreamEnded { name: self.name.clone(), samples: state.came });
+        }
+        while !state.has_ended && state.came <= id.place {
+            match state.receiver.recv() {
+                Ok(Ok(sample)) => {
+                    let place = state.came;
+                    state.waiting.insert(place, sample);
+                    state.came += 1;
+                }
+                Ok(Err(error)) => {
+                    return Err(DataError::Shard { path: self.name.clone().into(), reason: error.to_string() });
+                }
+                Err(_) => state.has_ended = true,
+            }
+        }
+        Ok(id.place < state.came)
+    }
+
+    fn read(&self, id: SampleId) -> Result<Sample, SampleError> {
+        let members = lock(&self.state).waiting.remove(&id.place);
+        let members = members.expect("a sample of a stream is read once");
+        let mut members = members;
+        members.key = format!("{}, {}", self.name, members.key);
+        let sample = members.key.clone();
+        members.sample(Ok).map_err(|reason| SampleError { sample, reason })
+    }
+
+    fn pass(&self, id: SampleId) {
+        lock(&self.state).waiting.remove(&id.place);
+    }
+
+    fn is_for_one_rank(&self) -> bool {
+        true
+    }
+
+    fn fingerprint(&self) -> String {
+        self.name.clone()
+    }
+}

@@ -29,9 +29,10 @@ use burn_moe::{
         checkpoint::Precision, tokenizer::ClipTokenizer,
     },
     train::{
-        Arm, Checkpointing, Evaluation, Observer, OptimizerConfig, OptimizerState, StepLosses, TrainConfig, TrainInput,
+        Arm, Checkpointing, Evaluation, Observer, OptimizerConfig, OptimizerState, StepReport, TrainConfig, TrainData, TrainInput,
         WarmupCosine,
-        data::{EmojiPack, EmojiVendor, ImageTextSet, Language},
+        data::{BatchConfig, EmojiPack, EmojiVendor, ImageTextSet, Language},
+        ranks::Solo,
         train,
     },
     transformer::{BlockSelection, EncoderConfig, Padding, Protection, RoutedLayerConfig, SparseEncoderConfig, SparseLayer},
@@ -272,14 +273,15 @@ fn dense_model(
         frozen: None,
     };
     let run = TrainConfig::new(args.dense_steps).with_eval_every(800);
-    let checkpointing = Checkpointing { folder: args.out.join("dense-run"), every: 400 };
+    let checkpointing = Checkpointing::new(args.out.join("dense-run"), 400);
     let mut progress = Progress::new(&["dense".to_string()], args.dense_steps)?;
     let trained = train(TrainInput {
         arms: vec![arm],
-        set,
+        data: TrainData::Set { set, batch: BatchConfig::new() },
         test: validation,
         config: &run,
         checkpointing: Some(&checkpointing),
+        ranks: &Solo,
         device,
         observer: &mut progress,
     })?;
@@ -323,14 +325,15 @@ fn run(args: &Args, base: &Base, recipes: &[&Recipe], seed: u64) -> Result<(), B
     let names: Vec<String> = arms.iter().map(|arm| arm.name.clone()).collect();
     let config = TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(seed);
     let folder = args.out.join(format!("run-{}-{seed}", names.join("+")));
-    let checkpointing = Checkpointing { folder: folder.clone(), every: 250 };
+    let checkpointing = Checkpointing::new(&folder, 250);
     let mut progress = Progress::new(&names, args.steps)?;
     let trained = train(TrainInput {
         arms,
-        set: &base.set,
+        data: TrainData::Set { set: &base.set, batch: BatchConfig::new() },
         test: &base.validation,
         config: &config,
         checkpointing: Some(&checkpointing),
+        ranks: &Solo,
         device: &base.device,
         observer: &mut progress,
     })?;
@@ -447,7 +450,7 @@ impl Progress {
 }
 
 impl Observer for Progress {
-    fn on_step(&mut self, arm: usize, step: usize, losses: &StepLosses) {
+    fn on_step(&mut self, arm: usize, step: usize, losses: &StepReport) {
         self.bar.set_position(step as u64);
         if step <= EARLY {
             self.early[arm].push(losses.contrastive);

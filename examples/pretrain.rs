@@ -19,8 +19,9 @@ use burn_moe::{
         checkpoint::{ClipCheckpoint, Precision},
     },
     train::{
-        Arm, Checkpointing, Evaluation, Observer, OptimizerConfig, StepLosses, TrainConfig, TrainInput, WarmupCosine,
-        data::{AugmentConfig, EmojiPack, EmojiVendor},
+        Arm, Checkpointing, Evaluation, Observer, OptimizerConfig, StepReport, TrainConfig, TrainData, TrainInput, WarmupCosine,
+        data::{AugmentConfig, BatchConfig, EmojiPack, EmojiVendor},
+        ranks::Solo,
         train,
     },
     transformer::{BlockSelection, EncoderConfig, RoutedLayerConfig, SparseEncoderConfig},
@@ -154,24 +155,26 @@ fn run() -> Result<(), Box<dyn Error>> {
 
     let optimizer = OptimizerConfig::new(WarmupCosine::new(args.learning_rate)).with_weight_decay(args.weight_decay);
     let arm = Arm::new("model", start.model, optimizer);
-    let mut run =
-        TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed).with_micro_batch(args.micro_batch);
+    let run = TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed).with_micro_batch(args.micro_batch);
     let text = &start.config.text;
-    let AugmentConfig { shift, scale, rotation, colour } = run.batch.augment;
+    let AugmentConfig { shift, scale, rotation, colour } = AugmentConfig::new();
     let [shift, scale, rotation, colour] = [shift, scale, rotation, colour].map(|strength| strength * args.augment);
-    run.batch.augment = AugmentConfig { shift, scale, rotation, colour };
-    run.batch =
-        run.batch.with_batch_size(args.batch_size).with_context_length(text.context_length).with_vocab_size(text.vocab_size);
-    let checkpointing = Checkpointing { folder: args.run, every: args.eval_every };
+    let batch = BatchConfig::new()
+        .with_augment(AugmentConfig { shift, scale, rotation, colour })
+        .with_batch_size(args.batch_size)
+        .with_context_length(text.context_length)
+        .with_vocab_size(text.vocab_size);
+    let checkpointing = Checkpointing::new(args.run, args.eval_every);
     let bar = ProgressBar::new(args.steps as u64)
         .with_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed} of {duration} {msg}")?);
     let mut progress = Progress { bar };
     let trained = train(TrainInput {
         arms: vec![arm],
-        set: &set,
+        data: TrainData::Set { set: &set, batch },
         test: &validation,
         config: &run,
         checkpointing: Some(&checkpointing),
+        ranks: &Solo,
         device: &device,
         observer: &mut progress,
     })?;
@@ -223,7 +226,7 @@ struct Progress {
 }
 
 impl Observer for Progress {
-    fn on_step(&mut self, _: usize, step: usize, losses: &StepLosses) {
+    fn on_step(&mut self, _: usize, step: usize, losses: &StepReport) {
         self.bar.set_position(step as u64);
         self.bar.set_message(format!("loss {:.3}", losses.contrastive));
     }

@@ -27,8 +27,8 @@ use burn_moe::{
         tokenizer::ClipTokenizer,
     },
     train::{
-        Arm, Checkpointing, Evaluation, KeptRun, Observer, OptimizerConfig, StepLosses, Tower, TrainConfig, TrainInput,
-        WarmupCosine, train,
+        Arm, Checkpointing, Evaluation, KeptRun, Observer, OptimizerConfig, StepReport, Tower, TrainConfig, TrainData, TrainInput,
+        WarmupCosine, data::BatchConfig, ranks::Solo, train,
     },
     transformer::{BlockSelection, RoutedLayerConfig, SparseEncoderConfig},
     upcycle::Probe,
@@ -217,14 +217,14 @@ fn run() -> Result<(), Box<dyn Error>> {
     let frozen = args.freeze.map(|tower| if tower == Frozen::Image { Tower::Vision } else { Tower::Text });
     let arm = |name: &str, model: &Clip, rate| Arm { frozen, ..Arm::new(name, model.clone(), optimizer(rate)) };
     let arms = vec![arm("dense_continued", &dense.model, dense_lr), arm("sparse", &upcycled.model, sparse_lr)];
-    let mut config =
+    let config =
         TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed).with_micro_batch(args.micro_batch);
-    config.batch = config.batch.with_context_length(context_length).with_vocab_size(tokenizer.vocab_size());
-    let most = (set.len() / 2).min(config.batch.largest_batch(&set));
-    let batch_size = args.batch_size.unwrap_or(most.clamp(1, config.batch.batch_size));
+    let batch = BatchConfig::new().with_context_length(context_length).with_vocab_size(tokenizer.vocab_size());
+    let most = (set.len() / 2).min(batch.largest_batch(&set));
+    let batch_size = args.batch_size.unwrap_or(most.clamp(1, batch.batch_size));
     println!("batches of {batch_size}, highest learning rate {dense_lr} (dense) and {sparse_lr} (sparse)");
-    config.batch = config.batch.with_batch_size(batch_size);
-    let checkpointing = Checkpointing { folder: args.out.join("checkpoints"), every: args.eval_every };
+    let batch = batch.with_batch_size(batch_size);
+    let checkpointing = Checkpointing::new(args.out.join("checkpoints"), args.eval_every);
     check_kept_run(&args, checkpointing.kept_run()?)?;
     if !args.resume && checkpointing.folder.is_dir() {
         fs::remove_dir_all(&checkpointing.folder)?;
@@ -232,10 +232,11 @@ fn run() -> Result<(), Box<dyn Error>> {
     let mut progress = Progress::new(&arms, args.steps);
     let trained = train(TrainInput {
         arms,
-        set: &set,
+        data: TrainData::Set { set: &set, batch },
         test: &test,
         config: &config,
         checkpointing: Some(&checkpointing),
+        ranks: &Solo,
         device: &training,
         observer: &mut progress,
     })?;
@@ -283,6 +284,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         "seed": args.seed,
         "config": {
             "train": config,
+            "batch": batch,
             "optimizer": { "dense_continued": optimizer(dense_lr), "sparse": optimizer(sparse_lr) },
             "auxiliary": ClipAuxiliaryLossConfig::new(),
             "frozen": frozen,
@@ -353,7 +355,7 @@ impl Progress {
 }
 
 impl Observer for Progress {
-    fn on_step(&mut self, arm: usize, step: usize, losses: &StepLosses) {
+    fn on_step(&mut self, arm: usize, step: usize, losses: &StepReport) {
         self.bars[arm].set_position(step as u64);
         self.bars[arm].set_message(format!("loss {:.3}", losses.contrastive));
     }

@@ -5,4 +5,6 @@ pub(crate) mod error;
 #[cfg(feature = "store")]
 pub(crate) mod files;
 pub mod finite;
+#[cfg(feature = "train")]
+pub(crate) mod hash;
 pub(crate) mod param;

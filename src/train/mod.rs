@@ -6,6 +6,8 @@
 mod bootstrap;
 pub mod data;
 mod evaluate;
+mod optimizer;
+pub mod ranks;
 mod recipe;
 mod schedule;
 mod state;
@@ -14,9 +16,10 @@ mod vocabulary;
 
 pub use bootstrap::{PairedBootstrap, paired_bootstrap};
 pub use evaluate::{Evaluation, LayerStats, evaluate};
+pub use optimizer::{OptimizerConfig, RateFactors};
 pub use recipe::{
-    Arm, Checkpointing, KeptRun, Observer, OptimizerConfig, StepLosses, Tower, TrainConfig, TrainError, TrainInput, TrainedArm,
-    train,
+    Arm, Checkpointing, KeptRun, LayerLoad, Observer, StepReport, Tower, TrainConfig, TrainData, TrainError, TrainInput,
+    TrainPrecision, TrainedArm, train,
 };
 pub use schedule::WarmupCosine;
 pub use state::OptimizerState;

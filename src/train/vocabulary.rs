@@ -30,6 +30,11 @@ impl CompactVocabulary {
         Self { ids }
     }
 
+    /// All ids, for captions that are not known beforehand.
+    pub fn whole(vocab_size: usize) -> Self {
+        Self { ids: (0..vocab_size as i32).collect() }
+    }
+
     /// The ids of all captions and tags of some sets.
     pub fn of_sets(sets: &[&ImageTextSet], tokenizer: &ClipTokenizer) -> Self {
         let captions = sets.iter().flat_map(|set| set.concepts()).flat_map(|concept| &concept.captions);

@@ -213,6 +213,15 @@ impl Encoder {
             .map(|(index, _)| index)
     }
 
+    /// Experts of each routed block.
+    #[cfg(feature = "train")]
+    pub(crate) fn experts_of_routed_blocks(&self) -> impl Iterator<Item = usize> {
+        self.blocks.iter().filter_map(|block| match &block.feed_forward {
+            FeedForward::Moe(moe) => Some(moe.router.weight.dims()[1]),
+            FeedForward::Dense(_) | FeedForward::SoftMoe(_) => None,
+        })
+    }
+
     /// Moves the balancing biases of all routed blocks by what one training step routed; see
     /// [`RouterOptions::balancing_rate`](crate::RouterOptions::balancing_rate). Without such biases the encoder stays as it is.
     ///

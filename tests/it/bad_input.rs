@@ -12,9 +12,11 @@ use burn_moe::{
     },
     finite::{check_finite, check_finite_module},
     train::{
-        Arm, OptimizerConfig, TrainConfig, TrainError, TrainInput, WarmupCosine,
+        Arm, OptimizerConfig, TrainConfig, TrainData, TrainError, TrainInput, WarmupCosine,
         data::{BatchConfig, Batches, Caption, Concept, EmojiPack, EmojiVendor, ImageTextSet, Language, load_images},
-        evaluate, train,
+        evaluate,
+        ranks::Solo,
+        train,
     },
     transformer::EncoderConfig,
 };
@@ -151,14 +153,16 @@ fn a_number_that_is_none_stops_a_run_and_is_named() {
         state: None,
         frozen: None,
     };
-    let config = TrainConfig::new(2).with_batch(BatchConfig::new().with_batch_size(4).with_context_length(8));
+    let config = TrainConfig::new(2);
+    let batch = BatchConfig::new().with_batch_size(4).with_context_length(8);
     let run = |arm| {
         train(TrainInput {
             arms: vec![arm],
-            set: &tiny_set(4),
+            data: TrainData::Set { set: &tiny_set(4), batch },
             test: &tiny_set(4),
             config: &config,
             checkpointing: None,
+            ranks: &Solo,
             device: &device,
             observer: &mut (),
         })

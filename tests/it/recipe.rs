@@ -11,13 +11,15 @@ use burn_moe::{
         tokenizer::ClipTokenizer,
     },
     train::{
-        Arm, Checkpointing, KeptRun, Observer, OptimizerConfig, StepLosses, Tower, TrainConfig, TrainInput, TrainedArm,
+        Arm, Checkpointing, KeptRun, Observer, OptimizerConfig, StepReport, Tower, TrainConfig, TrainData, TrainInput, TrainedArm,
         WarmupCosine,
         data::{
             AugmentConfig, Batch, BatchConfig, Batches, Caption, Concept, EmojiPack, EmojiVendor, ImageTextSet, Language,
             load_images,
         },
-        evaluate, train,
+        evaluate,
+        ranks::Solo,
+        train,
     },
     transformer::{EncoderConfig, FeedForward, RoutedLayerConfig, SparseEncoderConfig},
 };
@@ -93,7 +95,7 @@ fn recall(arm: &TrainedArm) -> f64 {
 struct Losses(Vec<Vec<f64>>);
 
 impl Observer for Losses {
-    fn on_step(&mut self, arm: usize, _: usize, losses: &StepLosses) {
+    fn on_step(&mut self, arm: usize, _: usize, losses: &StepReport) {
         self.0.resize(self.0.len().max(arm + 1), Vec::new());
         self.0[arm].push(losses.contrastive);
     }
@@ -102,14 +104,15 @@ impl Observer for Losses {
 #[test]
 fn both_arms_learn_the_colours_from_the_same_batches() {
     let device = Device::default();
-    let config = TrainConfig::new(120).with_batch(batches()).with_eval_every(60);
+    let config = TrainConfig::new(120).with_eval_every(60);
     let mut losses = Losses::default();
     let trained = train(TrainInput {
         arms: arms(&device),
-        set: &colours(),
+        data: TrainData::Set { set: &colours(), batch: batches() },
         test: &first_shades(),
         config: &config,
         checkpointing: None,
+        ranks: &Solo,
         device: &device,
         observer: &mut losses,
     })
@@ -141,16 +144,17 @@ fn both_arms_learn_the_colours_from_the_same_batches() {
 fn a_run_that_was_stopped_ends_where_it_would_have_ended() {
     let device = Device::default();
     let folder = tempfile::tempdir().unwrap();
-    let config = TrainConfig::new(12).with_batch(batches()).with_eval_every(4);
+    let config = TrainConfig::new(12).with_eval_every(4);
     // Made once: tests that run beside this one draw from the same random numbers.
     let arms = arms(&device);
     let run = |checkpointing: Option<&Checkpointing>, observer: &mut dyn Observer| {
         train(TrainInput {
             arms: arms.clone(),
-            set: &colours(),
+            data: TrainData::Set { set: &colours(), batch: batches() },
             test: &first_shades(),
             config: &config,
             checkpointing,
+            ranks: &Solo,
             device: &device,
             observer,
         })
@@ -159,11 +163,11 @@ fn a_run_that_was_stopped_ends_where_it_would_have_ended() {
 
     struct Stop;
     impl Observer for Stop {
-        fn on_step(&mut self, _: usize, step: usize, _: &StepLosses) {
+        fn on_step(&mut self, _: usize, step: usize, _: &StepReport) {
             assert!(step < 9, "stopped");
         }
     }
-    let checkpointing = Checkpointing { folder: folder.path().join("run"), every: 4 };
+    let checkpointing = Checkpointing::new(folder.path().join("run"), 4);
     let stopped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(Some(&checkpointing), &mut Stop)));
     assert!(stopped.is_err());
     let resumed = run(Some(&checkpointing), &mut ()).unwrap();
@@ -177,10 +181,11 @@ fn a_run_that_was_stopped_ends_where_it_would_have_ended() {
     let with = |config: &TrainConfig, observer: &mut dyn Observer| {
         train(TrainInput {
             arms: arms.clone(),
-            set: &colours(),
+            data: TrainData::Set { set: &colours(), batch: batches() },
             test: &first_shades(),
             config,
             checkpointing: Some(&checkpointing),
+            ranks: &Solo,
             device: &device,
             observer,
         })
@@ -196,7 +201,7 @@ fn a_run_that_was_stopped_ends_where_it_would_have_ended() {
         fn on_resume(&mut self, kept: KeptRun) {
             self.0.push(kept);
         }
-        fn on_step(&mut self, _: usize, _: usize, losses: &StepLosses) {
+        fn on_step(&mut self, _: usize, _: usize, losses: &StepReport) {
             self.1.push(losses.learning_rate);
         }
     }
@@ -257,13 +262,22 @@ fn equal_captions_never_stand_in_one_batch_and_are_right_answers_for_each_other(
 #[test]
 fn a_frozen_tower_stays_as_it_is() {
     let device = Device::default();
-    let config = TrainConfig::new(3).with_batch(batches()).with_eval_every(3);
+    let config = TrainConfig::new(3).with_eval_every(3);
     let sparse = arms(&device).remove(1);
     let start = sparse.model.clone();
     let arms = vec![Arm { frozen: Some(Tower::Vision), ..sparse.clone() }, Arm { frozen: Some(Tower::Text), ..sparse }];
     let (set, test) = (colours(), first_shades());
-    let input =
-        TrainInput { arms, set: &set, test: &test, config: &config, checkpointing: None, device: &device, observer: &mut () };
+    let data = TrainData::Set { set: &set, batch: batches() };
+    let input = TrainInput {
+        arms,
+        data,
+        test: &test,
+        config: &config,
+        checkpointing: None,
+        ranks: &Solo,
+        device: &device,
+        observer: &mut (),
+    };
     let weights = |model: &Clip| [values(&model.vision.projection.weight.val()), values(&model.text.projection.weight.val())];
     let [vision, text] = weights(&start);
     let trained: Vec<[Vec<f32>; 2]> = train(input).unwrap().iter().map(|arm| weights(&arm.model)).collect();
@@ -284,11 +298,20 @@ fn micro_batches_train_the_same_models() {
     };
     let arm = |model| Arm::new("sparse", model, OptimizerConfig::new(WarmupCosine::new(1e-3)));
     let run = |arms: Vec<Arm>, micro_batch| {
-        let config = TrainConfig::new(4).with_batch(batches()).with_eval_every(4).with_micro_batch(micro_batch);
+        let config = TrainConfig::new(4).with_eval_every(4).with_micro_batch(micro_batch);
         let mut losses = Losses::default();
-        let (set, test) = (&set, &test);
-        train(TrainInput { arms, set, test, config: &config, checkpointing: None, device: &device, observer: &mut losses })
-            .map(|trained| (trained, losses.0))
+        let (data, test) = (TrainData::Set { set: &set, batch: batches() }, &test);
+        train(TrainInput {
+            arms,
+            data,
+            test,
+            config: &config,
+            checkpointing: None,
+            ranks: &Solo,
+            device: &device,
+            observer: &mut losses,
+        })
+        .map(|trained| (trained, losses.0))
     };
     let balanced = arm(sparse(RouterOptions::new().with_balancing_rate(Some(0.01))));
     let arms = vec![balanced.clone(), Arm { frozen: Some(Tower::Vision), ..balanced }];
@@ -330,9 +353,19 @@ fn a_smaller_vocabulary_is_trained_evaluated_and_divided_by_language() {
     let arm = Arm::new("small", model, OptimizerConfig::new(WarmupCosine::new(1e-3)));
     let batch = BatchConfig::new().with_batch_size(8).with_vocab_size(600);
     let run = |batch: BatchConfig| {
-        let config = TrainConfig::new(2).with_batch(batch).with_eval_every(2);
+        let config = TrainConfig::new(2).with_eval_every(2);
+        let data = TrainData::Set { set: &set, batch };
         let arms = vec![arm.clone()];
-        train(TrainInput { arms, set: &set, test: &test, config: &config, checkpointing: None, device: &device, observer: &mut () })
+        train(TrainInput {
+            arms,
+            data,
+            test: &test,
+            config: &config,
+            checkpointing: None,
+            ranks: &Solo,
+            device: &device,
+            observer: &mut (),
+        })
     };
     let trained = run(batch).unwrap().remove(0);
     let evaluation = &trained.history[1].1;
@@ -351,14 +384,15 @@ fn a_smaller_vocabulary_is_trained_evaluated_and_divided_by_language() {
 #[test]
 fn a_sparse_arm_goes_on_with_the_state_of_the_dense_one() {
     let device = Device::default();
-    let config = TrainConfig::new(30).with_batch(batches()).with_eval_every(30);
+    let config = TrainConfig::new(30).with_eval_every(30);
     let mut arm = arms(&device).remove(0);
     let trained = train(TrainInput {
         arms: vec![arm.clone()],
-        set: &colours(),
+        data: TrainData::Set { set: &colours(), batch: batches() },
         test: &first_shades(),
         config: &config,
         checkpointing: None,
+        ranks: &Solo,
         device: &device,
         observer: &mut (),
     })
@@ -373,13 +407,14 @@ fn a_sparse_arm_goes_on_with_the_state_of_the_dense_one() {
     arm.optimizer.schedule = WarmupCosine::new(2e-3).with_warmup_steps(0);
     let arms = vec![Arm { model, state, name: "sparse".into(), ..arm.clone() }, arm];
     let mut losses = Losses::default();
-    let config = TrainConfig::new(5).with_batch(batches()).with_seed(7);
+    let config = TrainConfig::new(5).with_seed(7);
     train(TrainInput {
         arms: arms.clone(),
-        set: &colours(),
+        data: TrainData::Set { set: &colours(), batch: batches() },
         test: &first_shades(),
         config: &config,
         checkpointing: None,
+        ranks: &Solo,
         device: &device,
         observer: &mut losses,
     })
@@ -391,11 +426,20 @@ fn a_sparse_arm_goes_on_with_the_state_of_the_dense_one() {
     let words = |word: &str| Concept { captions: vec![Caption::new(word)] };
     let few =
         ImageTextSet::new(8, vec![[9; 3]; 6 * 64].concat(), (0..6).collect(), ["a", "b", "c", "d", "e", "f"].map(words).to_vec());
-    let error =
-        train(TrainInput { arms, set: &few, test: &few, config: &config, checkpointing: None, device: &device, observer: &mut () })
-            .err()
-            .unwrap()
-            .to_string();
+    let data = TrainData::Set { set: &few, batch: batches() };
+    let error = train(TrainInput {
+        arms,
+        data,
+        test: &few,
+        config: &config,
+        checkpointing: None,
+        ranks: &Solo,
+        device: &device,
+        observer: &mut (),
+    })
+    .err()
+    .unwrap()
+    .to_string();
     assert!(error.starts_with("sparse: `token ids in the optimiser's state` should be"), "{error}");
 }
 
@@ -468,7 +512,7 @@ fn images_are_prepared_in_training_and_evaluation_as_the_model_says() {
         let preprocessor = ImagePreprocessor::for_model(&config.vision);
         let list = CaptionedImages::read(folder.path().join("list.csv"), &ListOptions::default()).unwrap();
         let set = load_images(list, folder.path(), &preprocessor, |_| ()).unwrap().set;
-        let run = TrainConfig::new(6).with_batch(batches()).with_eval_every(6);
+        let run = TrainConfig::new(6).with_eval_every(6);
         let arm = Arm {
             name: "arm".into(),
             model,
@@ -479,10 +523,11 @@ fn images_are_prepared_in_training_and_evaluation_as_the_model_says() {
         };
         let arm = train(TrainInput {
             arms: vec![arm],
-            set: &set,
+            data: TrainData::Set { set: &set, batch: batches() },
             test: &set,
             config: &run,
             checkpointing: None,
+            ranks: &Solo,
             device: &device,
             observer: &mut (),
         })
@@ -517,13 +562,14 @@ fn images_prepared_in_another_way_than_the_model_expects_are_refused() {
         state: None,
         frozen: None,
     };
-    let run = TrainConfig::new(2).with_batch(batches());
+    let run = TrainConfig::new(2);
     let error = train(TrainInput {
         arms: vec![arm],
-        set: &colours(),
+        data: TrainData::Set { set: &colours(), batch: batches() },
         test: &first_shades(),
         config: &run,
         checkpointing: None,
+        ranks: &Solo,
         device: &device,
         observer: &mut (),
     })
@@ -536,16 +582,17 @@ fn images_prepared_in_another_way_than_the_model_expects_are_refused() {
 
 #[test]
 fn the_recipe_trains_the_same_with_gradient_checkpointing() {
-    let config = TrainConfig::new(6).with_batch(batches()).with_eval_every(6);
+    let config = TrainConfig::new(6).with_eval_every(6);
     let plain = Device::default();
     let arms = arms(&plain);
     let run = |device: &Device| {
         let input = TrainInput {
             arms: arms.clone(),
-            set: &colours(),
+            data: TrainData::Set { set: &colours(), batch: batches() },
             test: &first_shades(),
             config: &config,
             checkpointing: None,
+            ranks: &Solo,
             device,
             observer: &mut (),
         };

@@ -8,23 +8,36 @@ use std::{
 };
 
 use burn::module::Module;
+use burn::store::RecordError;
 use serde::{Deserialize, Serialize};
 
-use super::{Arm, Run, Setting, TrainConfig, TrainError, trainable};
+use super::{Arm, Run, Setting, TrainConfig, TrainData, TrainError, run::trainable};
 use crate::{
     clip::Clip,
     routing::router::Router,
+    support::hash::StableHasher,
     train::{Evaluation, data::ImageTextSet},
     transformer::{Encoder, FeedForward, TransformerBlock},
 };
 
+/// The form of a checkpoint. A number that is not this one is another version's.
+const FORMAT: u32 = 1;
+/// What a checkpoint's folder begins with, and what one that is being written does.
+const NAME: &str = "step-";
+const UNFINISHED: &str = ".step-";
+
 /// Where a run is kept, so that it can go on after it was stopped, or for longer than was planned.
+///
+/// Each checkpoint is a folder of its own, `step-00001000`, which is written under another name and renamed when it is whole. The run goes on
+/// from the one with the most steps; remove it to go back to the one before.
 #[derive(Debug, Clone)]
 pub struct Checkpointing {
-    /// A folder of this run's own. Its last checkpoint stays when the run ends.
+    /// A folder of this run's own. The last checkpoints stay when the run ends.
     pub folder: PathBuf,
     /// Steps between checkpoints.
     pub every: usize,
+    /// How many of the last ones are kept.
+    pub keep: usize,
 }
 
 /// How far a run has come.
@@ -37,23 +50,77 @@ pub struct KeptRun {
 }
 
 impl Checkpointing {
+    /// The last checkpoint only.
+    pub fn new(folder: impl Into<PathBuf>, every: usize) -> Self {
+        Self { folder: folder.into(), every, keep: 1 }
+    }
+
     /// How far the run in the folder has come, if there is one.
     ///
     /// # Errors
     /// When it cannot be read.
     pub fn kept_run(&self) -> Result<Option<KeptRun>, TrainError> {
-        Ok(self.latest()?.map(|latest| KeptRun { step: latest.step, steps: latest.steps }))
+        Ok(self.latest()?.map(|(_, state)| KeptRun { step: state.step, steps: state.steps }))
     }
 
-    fn latest(&self) -> Result<Option<Latest>, TrainError> {
-        let path = self.folder.join("latest.json");
-        if !path.is_file() {
-            return Ok(None);
+    /// The checkpoint with the most steps.
+    fn latest(&self) -> Result<Option<(PathBuf, State)>, TrainError> {
+        let Some((_, folder)) = self.checkpoints()?.pop() else {
+            let old = self.folder.join("latest.json");
+            return if old.is_file() {
+                Err(bad(&old, "a run of another version of burn-moe: begin another one".into()))
+            } else {
+                Ok(None)
+            };
+        };
+        let path = folder.join("state.json");
+        let text = fs::read_to_string(&path).map_err(|error| bad(&path, error.to_string()))?;
+        let Format { format } = serde_json::from_str(&text).map_err(|error| bad(&path, error.to_string()))?;
+        if format != FORMAT {
+            let reason = format!("it has form {format}, of another version of burn-moe; this one reads form {FORMAT}");
+            return Err(bad(&path, reason));
         }
-        let bad = |reason: String| TrainError::Checkpoint { path: path.clone(), reason };
-        let text = fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
-        serde_json::from_str(&text).map(Some).map_err(|error| bad(error.to_string()))
+        let state = serde_json::from_str(&text).map_err(|error| bad(&path, error.to_string()))?;
+        Ok(Some((folder, state)))
     }
+
+    /// Whole checkpoints, by their steps.
+    fn checkpoints(&self) -> Result<Vec<(usize, PathBuf)>, TrainError> {
+        let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix(NAME)?.parse().ok();
+        let mut found: Vec<(usize, PathBuf)> = self.entries()?.into_iter().filter_map(|path| Some((step(&path)?, path))).collect();
+        found.sort();
+        Ok(found)
+    }
+
+    fn entries(&self) -> Result<Vec<PathBuf>, TrainError> {
+        match fs::read_dir(&self.folder) {
+            Ok(entries) => Ok(entries.flatten().map(|entry| entry.path()).collect()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(bad(&self.folder, error.to_string())),
+        }
+    }
+
+    /// Removes all but the last ones, and what a run left that was stopped while it wrote or removed one.
+    fn clean(&self) -> Result<(), TrainError> {
+        let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let remove = |path: &Path| fs::remove_dir_all(path).map_err(|error| bad(path, error.to_string()));
+        for path in self.entries()?.iter().filter(|path| name(path).starts_with(UNFINISHED)) {
+            remove(path)?;
+        }
+        let mut checkpoints = self.checkpoints()?;
+        checkpoints.truncate(checkpoints.len().saturating_sub(self.keep));
+        for (_, path) in checkpoints {
+            // No longer a checkpoint, in one moment.
+            let aside = path.with_file_name(format!(".{}", name(&path)));
+            fs::rename(&path, &aside).map_err(|error| bad(&path, error.to_string()))?;
+            remove(&aside)?;
+        }
+        Ok(())
+    }
+}
+
+fn bad(path: &Path, reason: String) -> TrainError {
+    TrainError::Checkpoint { path: path.to_path_buf(), reason }
 }
 
 /// What a checkpoint keeps of an arm beside its weights.
@@ -62,30 +129,35 @@ pub(super) struct Progress {
     /// Dropped share of each step so far.
     pub(super) dropped: Vec<f64>,
     /// Captions that were cut so far.
-    #[serde(default)]
     pub(super) truncated: usize,
     /// Ranks of each evaluation so far: (step, text ranks, image ranks).
     pub(super) evaluations: Vec<(usize, Vec<usize>, Vec<usize>)>,
 }
 
-/// What `latest.json` says: written last, so that what it names is whole.
+/// The part of `state.json` that every version has.
+#[derive(Deserialize)]
+struct Format {
+    format: u32,
+}
+
+/// What `state.json` says.
 #[derive(Serialize, Deserialize)]
-struct Latest {
+struct State {
+    format: u32,
     step: usize,
-    #[serde(default)]
     steps: usize,
     fingerprint: String,
     progress: Vec<Progress>,
 }
 
 /// Of all but the number of steps, which may grow.
-fn fingerprint(config: &TrainConfig, data: u64, runs: &[Run]) -> String {
+fn fingerprint(config: &TrainConfig, identity: &str, runs: &[Run]) -> String {
     let config = TrainConfig { steps: 0, ..config.clone() };
     let arms: Vec<_> = runs
         .iter()
         .map(|Run { arm, .. }| (&arm.name, &arm.optimizer, &arm.auxiliary, arm.frozen, routing_of(&arm.model)))
         .collect();
-    serde_json::to_string(&(config, data, arms)).expect("configurations are JSON")
+    serde_json::to_string(&(config, identity, arms)).expect("configurations are JSON")
 }
 
 /// How a model routes, in words: settings that no parameter shows.
@@ -105,77 +177,86 @@ fn routing_of(model: &Clip) -> Vec<String> {
     towers.into_iter().flat_map(|encoder| encoder.blocks.iter().map(move |block| settings(block, encoder))).collect()
 }
 
-fn record_paths(folder: &Path, step: usize, arm: usize) -> [PathBuf; 2] {
-    ["model", "optimizer"].map(|part| folder.join(format!("step-{step}-arm-{arm}-{part}.bpk")))
+fn record_path(folder: &Path, arm: usize, part: &str) -> PathBuf {
+    folder.join(format!("arm-{arm}-{part}.bpk"))
 }
 
 pub(super) fn save(
     checkpointing: &Checkpointing,
     config: &TrainConfig,
-    data: u64,
+    identity: &str,
     runs: &[Run],
     step: usize,
 ) -> Result<(), TrainError> {
-    let folder = &checkpointing.folder;
+    let folder = checkpointing.folder.join(format!("{NAME}{step:08}"));
+    let unfinished = checkpointing.folder.join(format!("{UNFINISHED}{step:08}"));
     let io = |path: &Path| {
         let path = path.to_path_buf();
-        move |error: io::Error| TrainError::Checkpoint { path, reason: error.to_string() }
+        move |error: io::Error| bad(&path, error.to_string())
     };
-    let record = |path: &Path, result: Result<(), burn::store::RecordError>| {
-        result.map_err(|error| TrainError::Checkpoint { path: path.to_path_buf(), reason: error.to_string() })
-    };
-    fs::create_dir_all(folder).map_err(io(folder))?;
-    let mut current = Vec::new();
-    for (index, run) in runs.iter().enumerate() {
-        let [model, optimizer] = record_paths(folder, step, index);
-        record(&model, run.model.valid().save_file(&model))?;
-        record(&optimizer, run.optimizer.save(&optimizer))?;
-        current.extend([model, optimizer]);
+    if unfinished.exists() {
+        fs::remove_dir_all(&unfinished).map_err(io(&unfinished))?;
     }
-    let latest = Latest {
-        step,
-        steps: config.steps,
-        fingerprint: fingerprint(config, data, runs),
-        progress: runs.iter().map(|run| run.progress.clone()).collect(),
-    };
-    let path = folder.join("latest.json");
-    crate::support::files::write_atomic(&path, &serde_json::to_vec(&latest).expect("progress is JSON")).map_err(io(&path))?;
-    // Older records: nothing names them any more.
-    for entry in fs::read_dir(folder).map_err(io(folder))?.flatten() {
-        let path = entry.path();
-        if path.extension().is_some_and(|e| e == "bpk") && !current.contains(&path) {
-            fs::remove_file(&path).map_err(io(&path))?;
+    fs::create_dir_all(&unfinished).map_err(io(&unfinished))?;
+    let record = |path: PathBuf, result: Result<(), RecordError>| result.map_err(|error| bad(&path, error.to_string()));
+    for (index, run) in runs.iter().enumerate() {
+        let path = |part: &str| record_path(&unfinished, index, part);
+        record(path("model"), run.model.valid().save_file(path("model")))?;
+        record(path("optimizer"), run.optimizer.save(path("optimizer")))?;
+        if let Some(average) = &run.average {
+            record(path("average"), average.clone().save_file(path("average")))?;
         }
     }
-    Ok(())
+    let state = State {
+        format: FORMAT,
+        step,
+        steps: config.steps,
+        fingerprint: fingerprint(config, identity, runs),
+        progress: runs.iter().map(|run| run.progress.clone()).collect(),
+    };
+    let path = unfinished.join("state.json");
+    fs::write(&path, serde_json::to_vec(&state).expect("progress is JSON")).map_err(io(&path))?;
+    // On the disk before it has its name.
+    for entry in fs::read_dir(&unfinished).map_err(io(&unfinished))?.flatten() {
+        let path = entry.path();
+        fs::File::options().write(true).open(&path).and_then(|file| file.sync_all()).map_err(io(&path))?;
+    }
+    if folder.exists() {
+        fs::remove_dir_all(&folder).map_err(io(&folder))?;
+    }
+    fs::rename(&unfinished, &folder).map_err(io(&folder))?;
+    // Not every file system can: it is then up to the system when the name is on the disk.
+    let _ = fs::File::open(&checkpointing.folder).and_then(|folder| folder.sync_all());
+    checkpointing.clean()
 }
 
 /// How far the run in the folder has come, if there is one; the runs are then as they were.
 pub(super) fn resume(
     checkpointing: &Checkpointing,
     setting: &Setting,
-    data: u64,
+    identity: &str,
     runs: &mut [Run],
 ) -> Result<Option<KeptRun>, TrainError> {
-    let Some(latest) = checkpointing.latest()? else { return Ok(None) };
+    let Some((folder, state)) = checkpointing.latest()? else { return Ok(None) };
     let config = setting.config;
-    let path = checkpointing.folder.join("latest.json");
-    let bad = |reason: String| TrainError::Checkpoint { path: path.clone(), reason };
-    if latest.fingerprint != fingerprint(config, data, runs) {
+    let bad = |reason: String| bad(&folder, reason);
+    if state.fingerprint != fingerprint(config, identity, runs) {
         return Err(bad(
             "the run in this folder has another configuration, other data or another start; take another folder or remove this one"
                 .into(),
         ));
     }
-    if latest.step > config.steps {
-        let (done, steps) = (latest.step, config.steps);
+    if state.step > config.steps {
+        let (done, steps) = (state.step, config.steps);
         return Err(bad(format!("the run in this folder has done {done} steps already, and {steps} are asked for")));
     }
-    for (index, (run, progress)) in runs.iter_mut().zip(latest.progress).enumerate() {
-        let [model, optimizer] = record_paths(&checkpointing.folder, latest.step, index);
-        let loaded = run.model.valid().try_load_file(&model).map_err(|error| bad(error.to_string()))?;
+    for (index, (run, progress)) in runs.iter_mut().zip(state.progress).enumerate() {
+        let path = |part: &str| record_path(&folder, index, part);
+        let load = |model: Clip, part: &str| model.try_load_file(path(part)).map_err(|error| bad(error.to_string()));
+        let loaded = load(run.model.valid(), "model")?;
         run.model = trainable(loaded, run.arm.frozen, setting.device);
-        run.optimizer = run.arm.optimizer.init().load(&optimizer).map_err(|error| bad(error.to_string()))?;
+        run.average = run.average.take().map(|average| load(average, "average")).transpose()?;
+        run.optimizer = run.arm.optimizer.init().load(path("optimizer")).map_err(|error| bad(error.to_string()))?;
         run.history = progress
             .evaluations
             .iter()
@@ -183,13 +264,23 @@ pub(super) fn resume(
             .collect();
         run.progress = progress;
     }
-    Ok(Some(KeptRun { step: latest.step, steps: latest.steps }))
+    Ok(Some(KeptRun { step: state.step, steps: state.steps }))
 }
 
 /// Stands for the data and for where the arms start, so that a run is not resumed as another one.
-pub(super) fn fingerprint_of(sets: &[&ImageTextSet], arms: &[Arm]) -> u64 {
-    let mut hasher = std::hash::DefaultHasher::new();
-    sets.iter().for_each(|set| set.hash(&mut hasher));
+pub(super) fn fingerprint_of(data: &TrainData, test: &ImageTextSet, arms: &[Arm]) -> String {
+    let mut hasher = StableHasher::default();
+    test.hash(&mut hasher);
+    let data = match data {
+        TrainData::Set { set, batch } => {
+            set.hash(&mut hasher);
+            serde_json::to_string(batch).expect("a configuration is JSON")
+        }
+        TrainData::Stream { stream, .. } => {
+            let config = serde_json::to_string(stream.config()).expect("a configuration is JSON");
+            format!("{} {config} {:?}", stream.fingerprint(), stream.preprocessor())
+        }
+    };
     for arm in arms {
         // One weight of each tower tells two models apart.
         for weight in [arm.model.vision.patch_embedding.weight.val(), arm.model.text.projection.weight.val()] {
@@ -198,5 +289,5 @@ pub(super) fn fingerprint_of(sets: &[&ImageTextSet], arms: &[Arm]) -> u64 {
         }
         arm.state.hash(&mut hasher);
     }
-    hasher.finish()
+    format!("{data} {:016x}", hasher.finish())
 }

@@ -1,18 +1,28 @@
 //! Refusing models, losses and data that do not fit each other.
 
-use super::{Arm, TrainConfig, TrainError, step::is_noisy};
+use super::{Arm, TrainData, TrainError, step::is_noisy};
 use crate::{
     clip::{EndOfText, ImagePreprocessing, TokenizerKind},
     routing::router::RouterScore,
     support::error::ConfigError,
-    train::data::ImageTextSet,
+    train::stream::Part,
     transformer::FeedForward,
 };
 
-/// Refuses what cannot be computed by micro-batches.
-pub(super) fn check_micro_batches(arms: &[Arm], micro_batch: Option<usize>) -> Result<(), TrainError> {
-    let Some(size) = micro_batch else { return Ok(()) };
-    ConfigError::non_zero("micro_batch", size)?;
+/// Refuses what cannot be computed by micro-batches, or by several ranks.
+pub(super) fn check_micro_batches(arms: &[Arm], micro_batch: Option<usize>, part: Part) -> Result<(), TrainError> {
+    if part.ranks > 1 && arms.len() > 1 {
+        return Err(TrainError::Model {
+            arm: arms[1].name.clone(),
+            what: "arms that several ranks train",
+            expected: "1".into(),
+            found: arms.len().to_string(),
+        });
+    }
+    if micro_batch.is_none() && part.ranks == 1 {
+        return Ok(());
+    }
+    micro_batch.map_or(Ok(()), |size| ConfigError::non_zero("micro_batch", size))?;
     for arm in arms {
         arm.auxiliary.validate_micro_batches()?;
         if arms.len() > 1 && is_noisy(&arm.model) {
@@ -51,8 +61,8 @@ pub(super) fn check_losses(arm: &Arm) -> Result<(), TrainError> {
 }
 
 /// Refuses images that were prepared in another way than the model expects.
-pub(super) fn check_preprocessing(arm: &Arm, set: &ImageTextSet) -> Result<(), TrainError> {
-    let (expected, found) = (&arm.model.vision.preprocessing, set.preprocessing());
+pub(super) fn check_preprocessing(arm: &Arm, found: &ImagePreprocessing) -> Result<(), TrainError> {
+    let expected = &arm.model.vision.preprocessing;
     if expected == found {
         return Ok(());
     }
@@ -64,15 +74,15 @@ pub(super) fn check_preprocessing(arm: &Arm, set: &ImageTextSet) -> Result<(), T
 }
 
 /// Refuses a model that would not understand the batches.
-pub(super) fn check_model(arm: &Arm, set: &ImageTextSet, config: &TrainConfig) -> Result<(), TrainError> {
+pub(super) fn check_model(arm: &Arm, data: &TrainData) -> Result<(), TrainError> {
     let (vision, text) = (&arm.model.vision, &arm.model.text);
     let [patch_pixels, _] = vision.patch_embedding.weight.dims();
     let [vision_tokens, _] = vision.position_embedding.dims();
     let [context, _] = text.position_embedding.dims();
     let [vocabulary, _] = text.token_embedding.weight.dims();
-    let pixels = 3 * set.image_size() * set.image_size();
-    let needed = config.batch.context_length;
-    let ids = config.batch.vocab_size;
+    let pixels = 3 * data.image_size() * data.image_size();
+    let needed = data.context_length();
+    let ids = data.vocab_size();
     let end = EndOfText::Id(ids as i64 - 1);
     let checks = [
         ("vocabulary", vocabulary == ids, ids.to_string(), vocabulary.to_string()),

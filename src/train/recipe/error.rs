@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::{
     clip::RetrievalError,
     support::{error::ConfigError, finite::NonFiniteError},
-    train::data::DataError,
+    train::{data::DataError, ranks::RankError},
 };
 
 /// Why a run stopped.
@@ -21,6 +21,9 @@ pub enum TrainError {
     /// A setting cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// Another rank is gone, or holds another model.
+    #[error(transparent)]
+    Ranks(#[from] RankError),
     /// A value is NaN or infinite. The first tensor that is affected is named.
     #[error("{arm}, step {step}: {source}; a lower learning rate is the usual cure")]
     NonFinite {

@@ -119,6 +119,11 @@ impl Stream {
         &self.config
     }
 
+    /// How images are prepared.
+    pub fn preprocessor(&self) -> &ImagePreprocessor {
+        &self.preprocessor
+    }
+
     /// Which source it is.
     pub fn fingerprint(&self) -> String {
         self.samples.fingerprint()
@@ -179,7 +184,8 @@ impl StreamBatches {
     fn start(stream: &Stream, part: Part, piece: usize, threads: usize, first_step: usize) -> Self {
         let config = &stream.config;
         let own = part.of(config.batch_size);
-        let ahead = (2 * piece).max(8 * threads);
+        // The next batch is read while the model computes with this one.
+        let ahead = own.len() + piece.max(8 * threads);
         let (permit, permits) = mpsc::sync_channel(ahead);
         let (task, tasks) = mpsc::channel();
         let (outcome, outcomes) = mpsc::channel();

@@ -1,0 +1,146 @@
+//! How weights move.
+
+use burn::config::Config;
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamGroup, ParamId};
+use burn::optim::{
+    AdamWConfig, ModuleOptimizer,
+    lr_scheduler::module_lr_scheduler::{ModuleLearningRate, ModuleLrScheduler},
+};
+use burn::tensor::Tensor;
+use std::collections::HashMap;
+
+use super::WarmupCosine;
+use crate::{clip::Clip, support::error::ConfigError};
+
+/// Parameters that are not decayed, by parts of their paths.
+const UNDECAYED: [&str; 11] = [
+    ".bias",
+    ".gamma",
+    ".beta",
+    ".b_in",
+    ".b_gate",
+    ".b_out",
+    ".router.",
+    "logit_scale",
+    "class_embedding",
+    "position_embedding",
+    "token_embedding",
+];
+
+/// AdamW and its learning rate. Biases, norms, embeddings, the logit scale and routers are not decayed.
+#[derive(Config, Debug, PartialEq)]
+pub struct OptimizerConfig {
+    /// The learning rate over the steps.
+    pub schedule: WarmupCosine,
+    /// Weight decay, times the learning rate at each step. Default: 0.1
+    #[config(default = 0.1)]
+    pub weight_decay: f32,
+    /// Decay of the first moment. Default: 0.9
+    #[config(default = 0.9)]
+    pub beta_1: f32,
+    /// Decay of the second moment. Default: 0.98
+    #[config(default = 0.98)]
+    pub beta_2: f32,
+    /// Added to the root of the second moment. Default: 1e-8
+    #[config(default = 1e-8)]
+    pub epsilon: f32,
+    /// The largest norm that the gradients of all parameters together may have; larger ones are scaled down. Default: no limit
+    #[config(default = "None")]
+    pub clip_norm: Option<f64>,
+    /// Learning rates of parts of the model, over that of the schedule. Default: all the same
+    #[config(default = "RateFactors::new()")]
+    pub rates: RateFactors,
+    /// How much of the averaged weights stays at each step, where an average is kept (Polyak): evaluations are then of the average. Default: none
+    /// is kept
+    #[config(default = "None")]
+    pub average: Option<f64>,
+}
+
+/// Learning rates of parts of a model, over that of the rest.
+#[derive(Config, Debug, Copy, PartialEq)]
+pub struct RateFactors {
+    /// The vision tower's. Default: 1
+    #[config(default = 1.0)]
+    pub vision: f64,
+    /// The text tower's. Default: 1
+    #[config(default = 1.0)]
+    pub text: f64,
+    /// The routers', in both towers, in place of their tower's. Default: that of the tower
+    #[config(default = "None")]
+    pub router: Option<f64>,
+}
+
+impl OptimizerConfig {
+    /// Refuses numbers that no optimiser can work with.
+    ///
+    /// # Errors
+    /// The first one, with its value.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let positive = |field, value: f64| {
+            let reason = "must be finite and above 0";
+            if value.is_finite() && value > 0.0 { Ok(()) } else { Err(ConfigError::OutOfRange { field, value, reason }) }
+        };
+        let factor = |field, value: f64| {
+            let reason = "must be finite and not negative";
+            if value.is_finite() && value >= 0.0 { Ok(()) } else { Err(ConfigError::OutOfRange { field, value, reason }) }
+        };
+        self.clip_norm.map_or(Ok(()), |norm| positive("clip_norm", norm))?;
+        factor("rates.vision", self.rates.vision)?;
+        factor("rates.text", self.rates.text)?;
+        self.rates.router.map_or(Ok(()), |rate| factor("rates.router", rate))?;
+        match self.average {
+            Some(value) if !(0.0..1.0).contains(&value) => {
+                Err(ConfigError::OutOfRange { field: "average", value, reason: "must be at least 0 and below 1" })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn init(&self) -> ModuleOptimizer {
+        let adamw = AdamWConfig::new().with_beta_1(self.beta_1).with_beta_2(self.beta_2).with_epsilon(self.epsilon);
+        adamw.clone().with_weight_decay(self.weight_decay).init().with_group(
+            ParamGroup::from_any_predicates(UNDECAYED.to_vec()),
+            adamw.with_weight_decay(0.0).build(),
+            None,
+        )
+    }
+
+    /// The learning rates of step `step` (from 0) of `total`.
+    pub(super) fn rates_at(&self, step: usize, total: usize) -> ModuleLearningRate {
+        let rate = self.schedule.at(step, total);
+        let RateFactors { vision, text, router } = self.rates;
+        let group = |scheduler: ModuleLrScheduler, path: &str, factor: f64| match factor {
+            1.0 => scheduler,
+            factor => scheduler.with_group(ParamGroup::from_predicate(path), rate * factor),
+        };
+        let scheduler = group(ModuleLrScheduler::new(rate), "vision.", vision);
+        let scheduler = group(scheduler, "text.", text);
+        match router {
+            None => scheduler,
+            Some(factor) => scheduler.with_group(ParamGroup::from_predicate(".router."), rate * factor),
+        }
+        .step()
+    }
+}
+
+/// `average · decay + model · (1 − decay)` for every parameter.
+pub(super) fn average(average: Clip, model: &Clip, decay: f64) -> Clip {
+    struct Weights(HashMap<ParamId, Box<dyn std::any::Any>>);
+    impl ModuleVisitor for Weights {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.0.insert(param.id, Box::new(param.val().detach().without_autodiff()));
+        }
+    }
+    struct Average(Weights, f64);
+    impl ModuleMapper for Average {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let Self(weights, decay) = self;
+            let weight = weights.0.remove(&param.id).expect("the average is of this model");
+            let weight = *weight.downcast::<Tensor<D>>().expect("a parameter keeps its rank");
+            param.map(|average| average.clone() + (weight - average) * (1.0 - *decay))
+        }
+    }
+    let mut weights = Weights(HashMap::new());
+    model.visit(&mut weights);
+    average.map(&mut Average(weights, decay))
+}

@@ -278,7 +278,7 @@ fn dense_model(
     let trained = train(TrainInput {
         arms: vec![arm],
         data: TrainData::Set { set, batch: BatchConfig::new() },
-        test: validation,
+        test: Some(validation),
         config: &run,
         checkpointing: Some(&checkpointing),
         ranks: &Solo,
@@ -330,7 +330,7 @@ fn run(args: &Args, base: &Base, recipes: &[&Recipe], seed: u64) -> Result<(), B
     let trained = train(TrainInput {
         arms,
         data: TrainData::Set { set: &base.set, batch: BatchConfig::new() },
-        test: &base.validation,
+        test: Some(&base.validation),
         config: &config,
         checkpointing: Some(&checkpointing),
         ranks: &Solo,

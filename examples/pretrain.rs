@@ -171,7 +171,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let trained = train(TrainInput {
         arms: vec![arm],
         data: TrainData::Set { set: &set, batch },
-        test: &validation,
+        test: Some(&validation),
         config: &run,
         checkpointing: Some(&checkpointing),
         ranks: &Solo,

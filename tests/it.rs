@@ -16,6 +16,7 @@ mod it {
     mod streams;
     mod structure;
     mod support;
+    mod training;
     mod upcycle;
     mod written_by_others;
 }

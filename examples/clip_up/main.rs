@@ -233,7 +233,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let trained = train(TrainInput {
         arms,
         data: TrainData::Set { set: &set, batch },
-        test: &test,
+        test: Some(&test),
         config: &config,
         checkpointing: Some(&checkpointing),
         ranks: &Solo,

@@ -6,9 +6,11 @@
 mod bootstrap;
 pub mod data;
 mod evaluate;
+mod log;
 mod optimizer;
 pub mod ranks;
 mod recipe;
+mod report;
 mod schedule;
 mod state;
 pub mod stream;
@@ -16,11 +18,13 @@ mod vocabulary;
 
 pub use bootstrap::{PairedBootstrap, paired_bootstrap};
 pub use evaluate::{Evaluation, LayerStats, evaluate};
+pub use log::JsonLog;
 pub use optimizer::{OptimizerConfig, RateFactors};
 pub use recipe::{
     Arm, Checkpointing, KeptRun, LayerLoad, Observer, StepReport, Tower, TrainConfig, TrainData, TrainError, TrainInput,
     TrainPrecision, TrainedArm, train,
 };
+pub use report::html_report;
 pub use schedule::WarmupCosine;
 pub use state::OptimizerState;
 pub use vocabulary::CompactVocabulary;

@@ -160,8 +160,8 @@ pub struct TrainInput<'a> {
     pub arms: Vec<Arm>,
     /// What they are trained on.
     pub data: TrainData<'a>,
-    /// What they are evaluated on, by the first rank.
-    pub test: &'a ImageTextSet,
+    /// What they are evaluated on, by the first rank; `None`: they are not.
+    pub test: Option<&'a ImageTextSet>,
     /// What all arms share.
     pub config: &'a TrainConfig,
     /// Where the run is kept, so that it can go on after it was stopped; `None`: nowhere.
@@ -176,6 +176,8 @@ pub struct TrainInput<'a> {
 
 /// Watches a run: progress bars, logs. Every method does nothing by default.
 pub trait Observer {
+    /// When a run begins that does not go on from a checkpoint.
+    fn on_start(&mut self) {}
     /// After each step of each arm; `step` counts from 1.
     fn on_step(&mut self, _arm: usize, _step: usize, _report: &StepReport) {}
     /// After each step, with the samples of a stream that this rank could not use so far.
@@ -190,6 +192,32 @@ pub trait Observer {
 }
 
 impl Observer for () {}
+
+impl<O: Observer + ?Sized> Observer for &mut O {
+    fn on_start(&mut self) {
+        (**self).on_start();
+    }
+
+    fn on_step(&mut self, arm: usize, step: usize, report: &StepReport) {
+        (**self).on_step(arm, step, report);
+    }
+
+    fn on_skipped(&mut self, skipped: &Skipped) {
+        (**self).on_skipped(skipped);
+    }
+
+    fn on_checkpoint(&mut self, step: usize) {
+        (**self).on_checkpoint(step);
+    }
+
+    fn on_resume(&mut self, kept: KeptRun) {
+        (**self).on_resume(kept);
+    }
+
+    fn on_evaluation(&mut self, arm: usize, step: usize, evaluation: &Evaluation) {
+        (**self).on_evaluation(arm, step, evaluation);
+    }
+}
 
 /// Trains all arms on the same batches, step by step, and evaluates each on `test` at the start, every
 /// [`eval_every`](TrainConfig::eval_every) steps and at the end.
@@ -226,7 +254,7 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
         arm.optimizer.validate()?;
         check_model(&arm, &data)?;
         check_preprocessing(&arm, data.preprocessing())?;
-        check_preprocessing(&arm, test.preprocessing())?;
+        test.map_or(Ok(()), |test| check_preprocessing(&arm, test.preprocessing()))?;
         check_losses(&arm)?;
         runs.push(Run::new(arm, &setting)?);
     }
@@ -239,12 +267,12 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
     let evaluates = part.rank == 0;
     match resumed {
         Some(kept) => observer.on_resume(kept),
-        None if evaluates => {
-            for (index, run) in runs.iter_mut().enumerate() {
+        None => {
+            observer.on_start();
+            for (index, run) in runs.iter_mut().enumerate().filter(|_| evaluates) {
                 run.evaluate(index, 0, &setting, observer)?;
             }
         }
-        None => {}
     }
     let pools = thread_pools(runs.len());
     let mut pieces = Pieces::new(&data, part, config, first_step)?;
@@ -308,7 +336,7 @@ fn thread_pools(arms: usize) -> Vec<rayon::ThreadPool> {
 
 /// What all arms and steps share.
 struct Setting<'a> {
-    test: &'a ImageTextSet,
+    test: Option<&'a ImageTextSet>,
     config: &'a TrainConfig,
     context_length: usize,
     tokenizer: ClipTokenizer,

@@ -159,7 +159,7 @@ fn a_number_that_is_none_stops_a_run_and_is_named() {
         train(TrainInput {
             arms: vec![arm],
             data: TrainData::Set { set: &tiny_set(4), batch },
-            test: &tiny_set(4),
+            test: Some(&tiny_set(4)),
             config: &config,
             checkpointing: None,
             ranks: &Solo,

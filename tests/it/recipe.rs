@@ -27,7 +27,7 @@ use burn_moe::{
 use super::support::{ROOT, values};
 
 /// Twelve concepts, each a colour and its name, three shades of it.
-fn colours() -> ImageTextSet {
+pub(super) fn colours() -> ImageTextSet {
     let names = ["red", "green", "blue", "white", "black", "yellow", "cyan", "pink", "grey", "orange", "brown", "purple"];
     let rgb: [[u8; 3]; 12] = [
         [220, 20, 20],
@@ -58,11 +58,11 @@ fn colours() -> ImageTextSet {
     ImageTextSet::new(8, pixels, concept_of_image, concepts.collect())
 }
 
-fn first_shades() -> ImageTextSet {
+pub(super) fn first_shades() -> ImageTextSet {
     colours().select(|image| image % 3 == 0)
 }
 
-fn clip_config() -> ClipConfig {
+pub(super) fn clip_config() -> ClipConfig {
     let encoder = || EncoderConfig::new(16, 2, 2, 32);
     ClipConfig::new(VisionConfig::new(encoder(), 8, 4), TextConfig::new(encoder()).with_context_length(12), 16)
 }
@@ -71,7 +71,7 @@ fn batches() -> BatchConfig {
     BatchConfig::new().with_batch_size(6).with_context_length(12).with_augment(AugmentConfig::none())
 }
 
-fn arms(device: &Device) -> Vec<Arm> {
+pub(super) fn arms(device: &Device) -> Vec<Arm> {
     device.seed(1);
     let dense = clip_config().init(device);
     let sparse = clip_config().sparse(SparseClipConfig::clip_up()).init(device);
@@ -109,7 +109,7 @@ fn both_arms_learn_the_colours_from_the_same_batches() {
     let trained = train(TrainInput {
         arms: arms(&device),
         data: TrainData::Set { set: &colours(), batch: batches() },
-        test: &first_shades(),
+        test: Some(&first_shades()),
         config: &config,
         checkpointing: None,
         ranks: &Solo,
@@ -151,7 +151,7 @@ fn a_run_that_was_stopped_ends_where_it_would_have_ended() {
         train(TrainInput {
             arms: arms.clone(),
             data: TrainData::Set { set: &colours(), batch: batches() },
-            test: &first_shades(),
+            test: Some(&first_shades()),
             config: &config,
             checkpointing,
             ranks: &Solo,
@@ -182,7 +182,7 @@ fn a_run_that_was_stopped_ends_where_it_would_have_ended() {
         train(TrainInput {
             arms: arms.clone(),
             data: TrainData::Set { set: &colours(), batch: batches() },
-            test: &first_shades(),
+            test: Some(&first_shades()),
             config,
             checkpointing: Some(&checkpointing),
             ranks: &Solo,
@@ -271,7 +271,7 @@ fn a_frozen_tower_stays_as_it_is() {
     let input = TrainInput {
         arms,
         data,
-        test: &test,
+        test: Some(&test),
         config: &config,
         checkpointing: None,
         ranks: &Solo,
@@ -304,7 +304,7 @@ fn micro_batches_train_the_same_models() {
         train(TrainInput {
             arms,
             data,
-            test,
+            test: Some(test),
             config: &config,
             checkpointing: None,
             ranks: &Solo,
@@ -359,7 +359,7 @@ fn a_smaller_vocabulary_is_trained_evaluated_and_divided_by_language() {
         train(TrainInput {
             arms,
             data,
-            test: &test,
+            test: Some(&test),
             config: &config,
             checkpointing: None,
             ranks: &Solo,
@@ -389,7 +389,7 @@ fn a_sparse_arm_goes_on_with_the_state_of_the_dense_one() {
     let trained = train(TrainInput {
         arms: vec![arm.clone()],
         data: TrainData::Set { set: &colours(), batch: batches() },
-        test: &first_shades(),
+        test: Some(&first_shades()),
         config: &config,
         checkpointing: None,
         ranks: &Solo,
@@ -411,7 +411,7 @@ fn a_sparse_arm_goes_on_with_the_state_of_the_dense_one() {
     train(TrainInput {
         arms: arms.clone(),
         data: TrainData::Set { set: &colours(), batch: batches() },
-        test: &first_shades(),
+        test: Some(&first_shades()),
         config: &config,
         checkpointing: None,
         ranks: &Solo,
@@ -430,7 +430,7 @@ fn a_sparse_arm_goes_on_with_the_state_of_the_dense_one() {
     let error = train(TrainInput {
         arms,
         data,
-        test: &few,
+        test: Some(&few),
         config: &config,
         checkpointing: None,
         ranks: &Solo,
@@ -524,7 +524,7 @@ fn images_are_prepared_in_training_and_evaluation_as_the_model_says() {
         let arm = train(TrainInput {
             arms: vec![arm],
             data: TrainData::Set { set: &set, batch: batches() },
-            test: &set,
+            test: Some(&set),
             config: &run,
             checkpointing: None,
             ranks: &Solo,
@@ -566,7 +566,7 @@ fn images_prepared_in_another_way_than_the_model_expects_are_refused() {
     let error = train(TrainInput {
         arms: vec![arm],
         data: TrainData::Set { set: &colours(), batch: batches() },
-        test: &first_shades(),
+        test: Some(&first_shades()),
         config: &run,
         checkpointing: None,
         ranks: &Solo,
@@ -589,7 +589,7 @@ fn the_recipe_trains_the_same_with_gradient_checkpointing() {
         let input = TrainInput {
             arms: arms.clone(),
             data: TrainData::Set { set: &colours(), batch: batches() },
-            test: &first_shades(),
+            test: Some(&first_shades()),
             config: &config,
             checkpointing: None,
             ranks: &Solo,

@@ -27,7 +27,7 @@ fn png(number: usize) -> Vec<u8> {
     bytes.into_inner()
 }
 
-fn tar(members: &[(String, Vec<u8>)]) -> Vec<u8> {
+pub(super) fn tar(members: &[(String, Vec<u8>)]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
     for (name, bytes) in members {
         let mut header = tar::Header::new_gnu();
@@ -167,7 +167,7 @@ fn what_cannot_be_used_is_left_out_and_named() {
     assert_eq!(reasons["b"], "it has no caption: neither .txt nor .json");
     assert_eq!(reasons["c"], "its caption is empty");
     assert_eq!(reasons["d"], "it has no image");
-    assert_eq!(reasons["e"], "its .json has neither `caption` nor `text`");
+    assert_eq!(reasons["e"], "its .json has none of `caption`, `captions` and `text`");
     assert_eq!(reasons["f"], "its caption is no UTF-8");
 }
 
@@ -180,7 +180,7 @@ fn a_batch_without_a_good_sample_ends_the_training() {
     let mut batches = stream(Arc::new(TarShards::open(vec![path]).unwrap()), config(4)).batches(Part::WHOLE, 3, 2, 0).unwrap();
     assert!(batches.next_piece().unwrap().is_empty());
     let error = batches.next_piece().unwrap_err().to_string();
-    assert!(error.starts_with("none of the 4 samples of a batch can be used; the last one: "), "{error}");
+    assert!(error.starts_with("none of 4 samples can be used; the last one: "), "{error}");
 }
 
 #[test]

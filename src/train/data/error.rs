@@ -68,10 +68,16 @@ pub enum DataError {
     /// A source has nothing to train on.
     #[error("the data holds no sample: shards need images (jpg, png, webp, …) with captions (txt or json) of the same name")]
     NoSample,
-    /// None of the samples of a whole batch can be used.
-    #[error("none of the {samples} samples of a batch can be used; the last one: {last}")]
+    /// A name of data that cannot be understood.
+    #[error("{reason}")]
+    Name {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// None of the samples of a whole batch, or of a set, can be used.
+    #[error("none of {samples} samples can be used; the last one: {last}")]
     NoGoodSample {
-        /// Samples of the batch, on this rank.
+        /// How many there are; of a batch, on this rank.
         samples: usize,
         /// Why the last one cannot.
         last: crate::train::stream::SampleError,

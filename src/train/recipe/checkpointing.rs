@@ -260,7 +260,7 @@ pub(super) fn resume(
         run.history = progress
             .evaluations
             .iter()
-            .map(|(step, text, image)| (*step, Evaluation::from_ranks(setting.test, text.clone(), image.clone())))
+            .filter_map(|(step, text, image)| Some((*step, Evaluation::from_ranks(setting.test?, text.clone(), image.clone()))))
             .collect();
         run.progress = progress;
     }
@@ -268,7 +268,7 @@ pub(super) fn resume(
 }
 
 /// Stands for the data and for where the arms start, so that a run is not resumed as another one.
-pub(super) fn fingerprint_of(data: &TrainData, test: &ImageTextSet, arms: &[Arm]) -> String {
+pub(super) fn fingerprint_of(data: &TrainData, test: Option<&ImageTextSet>, arms: &[Arm]) -> String {
     let mut hasher = StableHasher::default();
     test.hash(&mut hasher);
     let data = match data {

@@ -76,9 +76,12 @@ impl TrainData<'_> {
     }
 
     /// The token ids that can occur.
-    pub(super) fn vocabulary(&self, test: &ImageTextSet, tokenizer: &ClipTokenizer) -> CompactVocabulary {
+    pub(super) fn vocabulary(&self, test: Option<&ImageTextSet>, tokenizer: &ClipTokenizer) -> CompactVocabulary {
         match self {
-            Self::Set { set, .. } => CompactVocabulary::of_sets(&[set, test], tokenizer),
+            Self::Set { set, .. } => {
+                let sets: Vec<&ImageTextSet> = [*set].into_iter().chain(test).collect();
+                CompactVocabulary::of_sets(&sets, tokenizer)
+            }
             Self::Stream { .. } => CompactVocabulary::whole(self.vocab_size()),
         }
     }
@@ -87,7 +90,7 @@ impl TrainData<'_> {
 /// This rank's part of batch after batch.
 pub(super) enum Pieces {
     Set { batches: Batches, part: Part, piece: usize },
-    Stream(StreamBatches),
+    Stream(Box<StreamBatches>),
 }
 
 impl Pieces {
@@ -101,7 +104,7 @@ impl Pieces {
             TrainData::Stream { stream, threads } => {
                 let cores = || thread::available_parallelism().map_or(1, usize::from);
                 let threads = if *threads == 0 { cores() } else { *threads };
-                Self::Stream(stream.batches(part, piece, threads, first_step)?)
+                Self::Stream(Box::new(stream.batches(part, piece, threads, first_step)?))
             }
         })
     }

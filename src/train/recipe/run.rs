@@ -134,6 +134,7 @@ impl Run {
         let named = |source| TrainError::NonFinite { arm: self.arm.name.clone(), step, source };
         check_finite_module(&self.model).map_err(named)?;
         let Setting { test, context_length, tokenizer, vocabulary, device, .. } = setting;
+        let Some(test) = test else { return Ok(()) };
         let model = self.average.as_ref().unwrap_or(&self.model);
         let evaluation = evaluate(model, test, tokenizer, *context_length, Some(vocabulary), device)?;
         observer.on_evaluation(index, step, &evaluation);

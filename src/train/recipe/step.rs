@@ -383,7 +383,7 @@ mod tests {
         let device = device();
         let setting = StepSetting { auxiliary, ranks: &Solo, device: &device, seed };
         if size == batch.len() {
-            gradients(model, &[batch.clone()], setting)
+            gradients(model, std::slice::from_ref(batch), setting)
         } else {
             gradients(model, &pieces(batch, size), setting)
         }

@@ -5,6 +5,7 @@
 
 mod batches;
 mod listed;
+mod open;
 mod order;
 mod samples;
 mod shards;
@@ -12,6 +13,7 @@ mod tar;
 
 pub use batches::{Part, Skipped, Stream, StreamBatches, StreamConfig};
 pub use listed::ListedImages;
-pub use samples::{Sample, SampleError, SampleId, Samples};
+pub use open::open_samples;
+pub use samples::{Sample, SampleError, SampleId, Samples, load_samples};
 pub use shards::expand_braces;
 pub use tar::{TarShards, TarStream};

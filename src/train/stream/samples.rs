@@ -1,6 +1,9 @@
 //! Where samples come from.
 
-use crate::train::data::DataError;
+use crate::{
+    clip::preprocess::ImagePreprocessor,
+    train::data::{Caption, Concept, DataError, ImageTextSet},
+};
 
 /// The place of a sample in a source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -61,4 +64,42 @@ pub trait Samples: Send + Sync {
 
     /// What makes this source another one than others: names and sizes of its files. A run is not resumed on another source.
     fn fingerprint(&self) -> String;
+}
+
+/// Reads all samples into memory, each with all of its captions, prepared as at inference; and says which cannot be used.
+///
+/// # Errors
+/// When the source cannot be read, or none of its samples can be used.
+pub fn load_samples(
+    samples: &dyn Samples,
+    preprocessor: &ImagePreprocessor,
+) -> Result<(ImageTextSet, Vec<SampleError>), DataError> {
+    let (mut pixels, mut concepts, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
+    for shard in 0..samples.shards() {
+        let ids = (0..).map(|place| SampleId { shard, place });
+        for id in ids {
+            if !samples.has(id)? {
+                break;
+            }
+            let decoded = samples.read(id).and_then(|Sample { name, image, captions }| {
+                let image = preprocessor.decode(&image);
+                let image = image.map_err(|error| SampleError { sample: name, reason: error.to_string() })?;
+                Ok((image, captions))
+            });
+            match decoded {
+                Ok((image, captions)) => {
+                    pixels.extend(image);
+                    concepts.push(Concept { captions: captions.into_iter().map(Caption::new).collect() });
+                }
+                Err(error) => skipped.push(error),
+            }
+        }
+    }
+    match skipped.last() {
+        _ if !concepts.is_empty() => {}
+        Some(last) => return Err(DataError::NoGoodSample { samples: skipped.len(), last: last.clone() }),
+        None => return Err(DataError::NoSample),
+    }
+    let set = ImageTextSet::new(preprocessor.image_size, pixels, (0..concepts.len()).collect(), concepts);
+    Ok((set.with_preprocessing(preprocessor.preprocessing), skipped))
 }

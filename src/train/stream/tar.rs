@@ -21,8 +21,8 @@ const AHEAD: usize = 16;
 /// The largest member that is read.
 const LARGEST: u64 = 256 << 20;
 
-/// Tar files on a disk. Members of a sample are its image (jpg, png, webp, …) and its caption: a `.txt`, or else `caption` or `text` of a
-/// `.json`; others are passed over.
+/// Tar files on a disk. Members of a sample are its image (jpg, png, webp, …) and its caption: a `.txt`, or else `caption`, `captions` or `text`
+/// of a `.json`, one or several; others are passed over.
 ///
 /// Only headers are read before a sample is needed, so that memory does not grow with the shards.
 #[derive(Debug)]
@@ -97,24 +97,34 @@ impl<M> Members<M> {
     /// The sample, whose members `read` turns into bytes.
     fn sample(self, mut read: impl FnMut(M) -> Result<Vec<u8>, String>) -> Result<Sample, String> {
         let image = self.image.ok_or("it has no image")?;
-        let bytes = match (self.text, self.json) {
-            (Some(text), _) => read(text)?,
-            (None, Some(json)) => caption_in(&read(json)?)?.into_bytes(),
+        let mut captions = match (self.text, self.json) {
+            (Some(text), _) => vec![String::from_utf8(read(text)?).map_err(|_| "its caption is no UTF-8")?],
+            (None, Some(json)) => captions_in(&read(json)?)?,
             (None, None) => return Err("it has no caption: neither .txt nor .json".into()),
         };
-        let caption = String::from_utf8(bytes).map_err(|_| "its caption is no UTF-8")?;
-        if caption.trim().is_empty() {
+        captions.retain(|caption| !caption.trim().is_empty());
+        if captions.is_empty() {
             return Err("its caption is empty".into());
         }
-        Ok(Sample { name: self.key, image: read(image)?, captions: vec![caption] })
+        Ok(Sample { name: self.key, image: read(image)?, captions })
     }
 }
 
-/// The caption in a JSON object, as img2dataset writes it.
-fn caption_in(json: &[u8]) -> Result<String, String> {
+/// The captions in a JSON object: one, as img2dataset writes it, or several.
+fn captions_in(json: &[u8]) -> Result<Vec<String>, String> {
+    #[derive(serde::Deserialize)]
+    #[serde(untagged)]
+    enum Texts {
+        One(String),
+        Several(Vec<String>),
+    }
     let object: serde_json::Value = serde_json::from_slice(json).map_err(|error| format!("its .json cannot be read: {error}"))?;
-    let caption = ["caption", "text"].iter().find_map(|field| object.get(field)?.as_str());
-    caption.map(str::to_string).ok_or_else(|| "its .json has neither `caption` nor `text`".into())
+    let texts = |field: &&str| serde_json::from_value(object.get(field)?.clone()).ok();
+    match ["caption", "captions", "text"].iter().find_map(texts) {
+        Some(Texts::One(caption)) => Ok(vec![caption]),
+        Some(Texts::Several(captions)) => Ok(captions),
+        None => Err("its .json has none of `caption`, `captions` and `text`".into()),
+    }
 }
 
 /// The name of a sample, and what its member is; `None` for members that do not matter.

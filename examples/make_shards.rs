@@ -1,0 +1,141 @@
+//! Packs images and captions into tar shards, as `train` and webdataset read them: a list of your own, or this repository's emoji.
+//!
+//! ```sh
+//! cargo run --release --example make_shards -- --out out/shards
+//! ```
+
+#[path = "support/mod.rs"]
+mod support;
+
+use std::{
+    error::Error,
+    fs,
+    io::{BufWriter, Cursor, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use burn_moe::train::data::{EmojiPack, EmojiVendor, ImageTextSet};
+use clap::Parser;
+use support::{ListArgs, languages_by_code, progress};
+
+#[derive(Parser)]
+#[command(
+    about = "Packs images and captions into tar shards",
+    after_help = "Example: make_shards --list train.csv --images photos --per-shard 10000 --out shards"
+)]
+struct Args {
+    /// Folder of the shards
+    #[arg(long)]
+    out: PathBuf,
+    /// A list of images and captions, instead of the emoji
+    #[arg(long)]
+    list: Option<PathBuf>,
+    #[command(flatten)]
+    columns: ListArgs,
+    /// Samples of a shard
+    #[arg(long, default_value_t = 1000)]
+    per_shard: usize,
+    /// Vendors of the emoji: noto, noto-v1, …; all that the main job trains on unless given
+    #[arg(long, value_delimiter = ',', conflicts_with = "list")]
+    vendors: Vec<String>,
+    /// Languages of the emoji's captions, such as en,de
+    #[arg(long, value_delimiter = ',', default_value = "all", conflicts_with = "list")]
+    languages: Vec<String>,
+}
+
+/// The bytes of an image file with its ending, and its captions.
+type Sample = (Vec<u8>, String, Vec<String>);
+
+fn main() -> ExitCode {
+    support::run(run)
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
+    let args = Args::parse();
+    if args.per_shard == 0 {
+        return Err("--per-shard 0: a shard holds at least one sample".into());
+    }
+    fs::create_dir_all(&args.out)?;
+    match &args.list {
+        Some(list) => {
+            let (list, folder) = args.columns.read(list)?;
+            let mut captions: Vec<Vec<String>> = vec![Vec::new(); list.images.len()];
+            list.captions.into_iter().for_each(|(caption, image)| captions[image].push(caption));
+            let sample = |(image, captions): (PathBuf, Vec<String>)| -> Result<Sample, Box<dyn Error>> {
+                let path = folder.join(&image);
+                let bytes = fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+                let ending = image.extension().unwrap_or_default().to_string_lossy().to_lowercase();
+                Ok((bytes, ending, captions))
+            };
+            let count = list.images.len();
+            write(&args, list.images.into_iter().zip(captions).map(sample), count)
+        }
+        None => {
+            let set = emoji(&args)?;
+            let side = set.image_size() as u32;
+            let sample = |image: usize| -> Result<Sample, Box<dyn Error>> {
+                let mut png = Cursor::new(Vec::new());
+                let pixels = image::RgbImage::from_raw(side, side, set.image(image).to_vec()).expect("as many bytes as pixels");
+                pixels.write_to(&mut png, image::ImageFormat::Png)?;
+                let captions = &set.concepts()[set.concept_of_image()[image]].captions;
+                Ok((png.into_inner(), "png".into(), captions.iter().map(|caption| caption.text.clone()).collect()))
+            };
+            write(&args, (0..set.len()).map(sample), set.len())
+        }
+    }
+}
+
+fn emoji(args: &Args) -> Result<ImageTextSet, Box<dyn Error>> {
+    let pack = EmojiPack::open(concat!(env!("CARGO_MANIFEST_DIR"), "/data/emoji"))?;
+    let named = |name: &String| {
+        let all = EmojiVendor::TRAINING.into_iter().chain([EmojiVendor::Twemoji]);
+        let names = || all.clone().map(|vendor| vendor.name()).collect::<Vec<_>>().join(", ");
+        all.clone()
+            .find(|vendor| vendor.name() == name)
+            .ok_or_else(|| format!("`{name}` is no vendor: expected one of {}", names()))
+    };
+    let vendors = args.vendors.iter().map(named).collect::<Result<Vec<_>, _>>()?;
+    let vendors = if vendors.is_empty() { EmojiVendor::TRAINING.to_vec() } else { vendors };
+    Ok(pack.load(&vendors, &languages_by_code(&args.languages)?, false)?)
+}
+
+fn write(args: &Args, samples: impl Iterator<Item = Result<Sample, Box<dyn Error>>>, count: usize) -> Result<(), Box<dyn Error>> {
+    let bar = progress("samples", count);
+    let mut shard = None;
+    for (number, sample) in samples.enumerate() {
+        let (image, ending, captions) = sample?;
+        if number.is_multiple_of(args.per_shard) {
+            finish(shard.take())?;
+            let path = args.out.join(format!("{:05}.tar", number / args.per_shard));
+            shard = Some(tar::Builder::new(BufWriter::new(fs::File::create(path)?)));
+        }
+        let builder = shard.as_mut().expect("a shard is open");
+        // One caption is a text, several are a list.
+        let (text, kind) = match &captions[..] {
+            [one] => (one.clone(), "txt"),
+            several => (serde_json::json!({ "caption": several }).to_string(), "json"),
+        };
+        for (bytes, ending) in [(&image[..], ending.as_str()), (text.as_bytes(), kind)] {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(bytes.len() as u64);
+            header.set_mode(0o644);
+            builder.append_data(&mut header, format!("{number:08}.{ending}"), bytes)?;
+        }
+        bar.inc(1);
+    }
+    finish(shard)?;
+    bar.finish();
+    println!(
+        "{count} samples are in {}",
+        args.out.join(format!("{{00000..{:05}}}.tar", count.div_ceil(args.per_shard) - 1)).display()
+    );
+    Ok(())
+}
+
+fn finish(shard: Option<tar::Builder<BufWriter<fs::File>>>) -> Result<(), Box<dyn Error>> {
+    if let Some(shard) = shard {
+        shard.into_inner()?.flush()?;
+    }
+    Ok(())
+}

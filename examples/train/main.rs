@@ -1,0 +1,214 @@
+//! Upcycles a CLIP and trains it on data of any size, on one machine or many.
+//!
+//! ```sh
+//! cargo run --release --example train -- --dense clip-vit-base-patch16 --data 'shards/{00000..01242}.tar' --samples 10M \
+//!     --batch-size 4096 --micro-batch 64 --eval karpathy:dataset_coco.json --eval-images coco --out run
+//! ```
+//!
+//! The same command again goes on where the run was stopped. `--out` holds `log.jsonl`, `report.html` (with `--report`, it is made anew while a run is
+//! going on), `checkpoints` and, at the end, the model in `model`.
+//! With several `--devices`, a thread trains on each. Processes on several machines are started by MPI (cargo feature `mpi`):
+//! `mpirun -n 4 train --mpi …`.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod progress;
+mod settings;
+
+use std::{
+    error::Error,
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    thread,
+};
+
+use burn::module::Module;
+use burn::tensor::Device;
+use burn_moe::{
+    UpcycleFromDense, UpcycleOptions,
+    clip::{
+        ClipConfig,
+        checkpoint::{ClipCheckpoint, Precision},
+        lists::{CaptionedImages, ListOptions},
+        preprocess::{ImagePreprocessor, Orientation},
+    },
+    train::{
+        Arm, Checkpointing, JsonLog, Observer, TrainConfig, TrainData, TrainInput, TrainPrecision, TrainedArm,
+        data::{ImageTextSet, LoadedImages, load_images},
+        html_report,
+        ranks::{Ranks, Solo, Threads},
+        stream::{Stream, StreamConfig, load_samples, open_samples},
+        train,
+    },
+};
+use clap::Parser;
+use progress::Progress;
+use settings::Args;
+use support::{progress as progress_bar, report_skipped, write_atomic};
+
+fn main() -> ExitCode {
+    support::run(run)
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
+    let args = Args::parse();
+    let Some(out) = args.out.clone() else { return Err("name the run's folder with --out".into()) };
+    if args.report {
+        return report(&out);
+    }
+    let devices = args.devices()?;
+    #[cfg(feature = "mpi")]
+    if args.mpi {
+        let ranks = burn_moe::train::ranks::Mpi::start()?;
+        // One device for each process of a machine.
+        let place = std::env::var("OMPI_COMM_WORLD_LOCAL_RANK").ok().and_then(|rank| rank.parse().ok()).unwrap_or(0);
+        let device = devices[place % devices.len()].clone();
+        let run = std::panic::AssertUnwindSafe(|| train_on(&args, &out, &ranks, &device).map_err(|error| error.to_string()));
+        // The others wait for a rank that fails.
+        match std::panic::catch_unwind(run) {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => eprintln!("error: {error}"),
+            Err(_) => {}
+        }
+        ranks.abort(1)
+    }
+    if args.mpi {
+        return Err("--mpi is not built in: build with `--features mpi`".into());
+    }
+    match &devices[..] {
+        [device] => train_on(&args, &out, &Solo, device),
+        devices => {
+            let (args, out) = (&args, &out);
+            let run = |ranks: Threads, device: &Device| train_on(args, out, &ranks, device).map_err(|error| error.to_string());
+            let results: Vec<Result<(), String>> = thread::scope(|scope| {
+                let ranks = Threads::new(devices.len()).into_iter().zip(devices);
+                let threads: Vec<_> = ranks.map(|(ranks, device)| scope.spawn(move || run(ranks, device))).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err("a rank has panicked".into()))).collect()
+            });
+            // The first rank's own error rather than that another one is gone.
+            let mut errors: Vec<String> = results.into_iter().filter_map(Result::err).collect();
+            errors.sort_by_key(|error| error.contains("has ended before the others"));
+            errors.into_iter().next().map_or(Ok(()), |error| Err(error.into()))
+        }
+    }
+}
+
+/// One rank.
+fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device) -> Result<(), Box<dyn Error>> {
+    let is_first = ranks.part().rank == 0;
+    let say = |text: String| {
+        if is_first {
+            println!("{text}");
+        }
+    };
+    fs::create_dir_all(out)?;
+    // All ranks begin with the same router.
+    device.seed(args.seed);
+    let start = ClipCheckpoint::load_with_image_size(&args.dense, args.image_size, device)?;
+    let (config, model) = if start.config.is_sparse() || args.keep_dense {
+        (start.config, start.model)
+    } else {
+        let config = args.sparse_config(&start.config)?;
+        let upcycled = config.init(device).upcycle_from_dense(&start.model, &UpcycleOptions::default())?;
+        say(upcycled.report.to_string());
+        (config, upcycled.model)
+    };
+    let mut arm = Arm::new("model", model, args.optimizer());
+    arm.frozen = args.frozen();
+
+    let orientation = if args.as_stored { Orientation::AsStored } else { Orientation::Exif };
+    let preprocessor = ImagePreprocessor::for_model(&config.vision).with_orientation(orientation);
+    let samples = open_samples(&args.data, &args.list_options())?;
+    let stream = StreamConfig::new(args.batch_size)
+        .with_shuffle(args.shuffle)
+        .with_context_length(config.text.context_length)
+        .with_vocab_size(config.text.vocab_size)
+        .with_crop(args.crop()?)
+        .with_seed(args.seed);
+    let stream = Stream::new(samples, preprocessor.clone(), stream)?;
+    let test = match &args.eval {
+        Some(list) if is_first => Some(test_set(args, list, &preprocessor)?),
+        _ => None,
+    };
+    let steps = args.steps()?;
+    let precision = if args.bf16() { TrainPrecision::Bf16 } else { TrainPrecision::F32 };
+    let run = TrainConfig::new(steps)
+        .with_micro_batch(args.micro_batch)
+        .with_eval_every(args.every)
+        .with_seed(args.seed)
+        .with_precision(precision);
+    say(format!("{steps} steps of {} pairs; {}", args.batch_size, describe(&config)));
+    let checkpointing = Checkpointing { keep: args.keep, ..Checkpointing::new(out.join("checkpoints"), args.checkpoint_every()) };
+    let training = device.clone().autodiff();
+    let training = if args.gradient_checkpointing { training.gradient_checkpointing() } else { training };
+    let input = |observer| TrainInput {
+        arms: vec![arm],
+        data: TrainData::Stream { stream: &stream, threads: args.workers },
+        test: test.as_ref(),
+        config: &run,
+        checkpointing: Some(&checkpointing),
+        ranks,
+        device: &training,
+        observer,
+    };
+    let trained = if is_first {
+        let log = out.join("log.jsonl");
+        let mut progress = Progress::new(steps, args.batch_size, log.clone(), out.join("report.html"));
+        let mut log = JsonLog::new(log, vec!["model".into()], args.log_every, &mut progress)?;
+        let trained = train(input(&mut log as &mut dyn Observer))?;
+        log.finish()?;
+        progress.finish();
+        trained
+    } else {
+        train(input(&mut ()))?
+    };
+    let [TrainedArm { model, average, .. }] = <[TrainedArm; 1]>::try_from(trained).expect("one arm was trained");
+    if is_first {
+        let checkpoint = ClipCheckpoint { config, model: average.unwrap_or(model).valid() };
+        checkpoint.save_sparse(out.join("model"), Precision::F32)?;
+        report(out)?;
+        println!("the model is in {}, the log and the report beside it", out.join("model").display());
+    }
+    Ok(())
+}
+
+fn describe(config: &ClipConfig) -> String {
+    let cost = config.cost();
+    format!("{:.3} GFLOPs per pair, {} parameters, {} of them active", cost.gflops(), cost.params_total, cost.params_active)
+}
+
+/// The images that the model is evaluated on, in memory.
+fn test_set(args: &Args, name: &str, preprocessor: &ImagePreprocessor) -> Result<ImageTextSet, Box<dyn Error>> {
+    let (name, split) = match name.strip_prefix("karpathy:") {
+        Some(list) => (list, Some("test".to_string())),
+        None => (name, args.eval_split.clone()),
+    };
+    let path = PathBuf::from(name);
+    let is_list = path.is_file() && path.extension().is_none_or(|ending| ending != "tar");
+    if is_list {
+        let list = CaptionedImages::read(&path, &ListOptions { split, ..ListOptions::default() })?;
+        let beside = || path.parent().map(PathBuf::from).unwrap_or_default();
+        let folder = args.eval_images.clone().unwrap_or_else(beside);
+        let bar = progress_bar("images to evaluate on", list.images.len());
+        let loaded = load_images(list, folder, preprocessor, |done| bar.set_position(done as u64))?;
+        bar.finish_and_clear();
+        let LoadedImages { set, skipped } = loaded;
+        report_skipped(&skipped, set.len(), false)?;
+        return Ok(set);
+    }
+    let samples = open_samples(&[name], &ListOptions::default())?;
+    let (set, skipped) = load_samples(&*samples, preprocessor)?;
+    report_skipped(&skipped, set.len(), false)?;
+    Ok(set)
+}
+
+/// The page that shows a run, from its log.
+fn report(out: &Path) -> Result<(), Box<dyn Error>> {
+    let log = out.join("log.jsonl");
+    let text = fs::read_to_string(&log).map_err(|error| format!("{}: {error}", log.display()))?;
+    write_atomic(out.join("report.html"), html_report(&text).as_bytes())?;
+    println!("{}", support::file_url(&fs::canonicalize(out.join("report.html"))?));
+    Ok(())
+}

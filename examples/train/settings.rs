@@ -1,0 +1,258 @@
+//! The command line.
+
+use std::{error::Error, path::PathBuf};
+
+use burn::tensor::Device;
+use burn_moe::{
+    Capacity, TokenChoiceConfig,
+    clip::{
+        ClipConfig, SparseClipConfig,
+        lists::{Columns, ListOptions},
+        preprocess::RandomCropConfig,
+    },
+    train::{OptimizerConfig, RateFactors, Tower, WarmupCosine},
+    transformer::{BlockSelection, RoutedLayerConfig, SparseEncoderConfig},
+};
+use clap::{Parser, ValueEnum};
+
+use super::support::device_by_name;
+
+#[derive(Parser)]
+#[command(
+    about = "Upcycles a CLIP and trains it on data of any size",
+    after_help = "Example: train --dense clip-vit-base-patch16 --data 'shards/{00000..01242}.tar' --samples 10M --batch-size 4096 --micro-batch 64 --eval karpathy:dataset_coco.json --eval-images coco --out run\nThe same command again goes on where the run was stopped."
+)]
+pub(crate) struct Args {
+    /// Folder of the run: its log, report, checkpoints and model
+    #[arg(long)]
+    pub(crate) out: Option<PathBuf>,
+    /// Only make the report of the run in --out, which may be going on
+    #[arg(long)]
+    pub(crate) report: bool,
+    /// The checkpoint to start from: Hugging Face, open_clip or sparse. A sparse one is trained as it is
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-emoji"))]
+    pub(crate) dense: PathBuf,
+    /// Train the dense model as it is, without upcycling
+    #[arg(long)]
+    pub(crate) keep_dense: bool,
+    /// What to train on: tar shards ('shards/{000..012}.tar'), a folder of them, a list, a folder of images with a .txt beside each, or - for a tar
+    /// archive on standard input; shards may be named several times
+    #[arg(long, required_unless_present = "report")]
+    pub(crate) data: Vec<String>,
+    /// The split of a list that holds several: train, val, test, …, or all
+    #[arg(long)]
+    split: Option<String>,
+    /// The column of images of a list, where it has no usual name
+    #[arg(long)]
+    image_column: Option<String>,
+    /// A column of captions, where it has no usual name; may be given several times
+    #[arg(long = "caption-column")]
+    caption_columns: Vec<String>,
+    /// How many samples to train on, in all: 10M, 500k or 3G
+    #[arg(long, required_unless_present = "report", default_value = "0", hide_default_value = true)]
+    samples: String,
+    /// Pairs in a batch, of all ranks
+    #[arg(long, visible_alias = "batch", default_value_t = 256)]
+    pub(crate) batch_size: usize,
+    /// Pairs that a rank computes at a time; all of its part unless given
+    #[arg(long)]
+    pub(crate) micro_batch: Option<usize>,
+    /// Samples, of which the next one is drawn
+    #[arg(long, default_value_t = 16_384)]
+    pub(crate) shuffle: usize,
+    /// Least share of an image's area that is seen in training; 1 for what the model sees at inference
+    #[arg(long, default_value_t = 0.9)]
+    least_area: f64,
+    /// Leave images as the camera stored them, instead of turning them the right way up
+    #[arg(long)]
+    pub(crate) as_stored: bool,
+    /// Threads of each rank that read and decode; 0: as many as there are cores
+    #[arg(long, default_value_t = 0)]
+    pub(crate) workers: usize,
+    /// What to evaluate on: a list, `karpathy:` and one of Karpathy's lists for its test split, or tar shards
+    #[arg(long)]
+    pub(crate) eval: Option<String>,
+    /// Folder of the images of --eval, if it is another than the one that the list is in
+    #[arg(long)]
+    pub(crate) eval_images: Option<PathBuf>,
+    /// The split of --eval
+    #[arg(long)]
+    pub(crate) eval_split: Option<String>,
+    /// Steps between evaluations
+    #[arg(long, default_value_t = 1000)]
+    pub(crate) every: usize,
+    /// Steps between checkpoints; as between evaluations unless given
+    #[arg(long)]
+    checkpoint_every: Option<usize>,
+    /// How many of the last checkpoints are kept
+    #[arg(long, default_value_t = 2)]
+    pub(crate) keep: usize,
+    /// Steps between lines of the log
+    #[arg(long, default_value_t = 10)]
+    pub(crate) log_every: usize,
+    /// Highest learning rate
+    #[arg(long, default_value_t = 1e-5)]
+    lr: f64,
+    /// Steps until it is reached
+    #[arg(long, default_value_t = 100)]
+    warmup: usize,
+    /// Learning rate of the vision tower, over --lr
+    #[arg(long, default_value_t = 1.0)]
+    vision_rate: f64,
+    /// Learning rate of the text tower, over --lr
+    #[arg(long, default_value_t = 1.0)]
+    text_rate: f64,
+    /// Learning rate of the routers, over --lr; that of their tower unless given
+    #[arg(long)]
+    router_rate: Option<f64>,
+    /// Weight decay, times the learning rate at each step
+    #[arg(long, default_value_t = 0.05)]
+    weight_decay: f32,
+    /// The largest norm of all gradients together; larger ones are scaled down
+    #[arg(long)]
+    clip_norm: Option<f64>,
+    /// Keep an average of the weights, of which so much stays at each step (0.9999); it is evaluated, and is the model at the end
+    #[arg(long)]
+    average: Option<f64>,
+    /// A tower that stays as it is; `vision` is LiT. It does not become sparse
+    #[arg(long)]
+    freeze: Option<Frozen>,
+    /// What passes are computed with: f32 or bf16
+    #[arg(long, default_value = "f32")]
+    precision: Numbers,
+    /// Compute activations again in the backward pass where that is cheap
+    #[arg(long)]
+    pub(crate) gradient_checkpointing: bool,
+    /// Which blocks become sparse: every N-th
+    #[arg(long = "sparse-every", default_value_t = 2)]
+    sparse_every: usize,
+    /// Experts of each sparse block
+    #[arg(long, default_value_t = 8)]
+    experts: usize,
+    /// Experts of each token
+    #[arg(long, default_value_t = 2)]
+    top_k: usize,
+    /// Slots per expert in training, in parts of the tokens of a micro-batch; without it, every choice has one
+    #[arg(long)]
+    capacity: Option<f64>,
+    /// Side of the images in pixels, if it should be another than the checkpoint's
+    #[arg(long)]
+    pub(crate) image_size: Option<usize>,
+    /// Decides routers, order and parts of images
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Numbers of the devices, 0-7 or 0,2: a rank trains on each. Of the CPU, numbers only count threads
+    #[arg(long, default_value = "0")]
+    devices: String,
+    /// This process is one of several, started by mpirun (needs the cargo feature mpi)
+    #[arg(long)]
+    pub(crate) mpi: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Frozen {
+    Vision,
+    Text,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Numbers {
+    F32,
+    Bf16,
+}
+
+impl Args {
+    pub(crate) fn bf16(&self) -> bool {
+        self.precision == Numbers::Bf16
+    }
+
+    pub(crate) fn checkpoint_every(&self) -> usize {
+        self.checkpoint_every.unwrap_or(self.every)
+    }
+
+    pub(crate) fn list_options(&self) -> ListOptions {
+        let columns = Columns { image: self.image_column.clone(), captions: self.caption_columns.clone() };
+        ListOptions { columns, split: self.split.clone() }
+    }
+
+    pub(crate) fn frozen(&self) -> Option<Tower> {
+        self.freeze.map(|tower| if tower == Frozen::Vision { Tower::Vision } else { Tower::Text })
+    }
+
+    pub(crate) fn crop(&self) -> Result<Option<RandomCropConfig>, Box<dyn Error>> {
+        let crop = RandomCropConfig::new().with_area([self.least_area, 1.0]);
+        crop.validate()?;
+        Ok((self.least_area < 1.0).then_some(crop))
+    }
+
+    pub(crate) fn optimizer(&self) -> OptimizerConfig {
+        let rates = RateFactors::new().with_vision(self.vision_rate).with_text(self.text_rate).with_router(self.router_rate);
+        OptimizerConfig::new(WarmupCosine::new(self.lr).with_warmup_steps(self.warmup))
+            .with_weight_decay(self.weight_decay)
+            .with_clip_norm(self.clip_norm)
+            .with_average(self.average)
+            .with_rates(rates)
+    }
+
+    pub(crate) fn sparse_config(&self, dense: &ClipConfig) -> Result<ClipConfig, Box<dyn Error>> {
+        let capacity = self.capacity.map_or(Capacity::Dropless, Capacity::OfTokens);
+        let tokens = TokenChoiceConfig::new().with_top_k(self.top_k).with_training_capacity(capacity);
+        let experts = SparseEncoderConfig::new()
+            .with_blocks(BlockSelection::EveryNth(self.sparse_every))
+            .with_num_experts(self.experts)
+            .with_layer(RoutedLayerConfig::new().with_assignment(tokens.into()).into());
+        let tower = |tower| (self.freeze != Some(tower)).then(|| experts.clone());
+        let sparse = SparseClipConfig::new().with_vision(tower(Frozen::Vision)).with_text(tower(Frozen::Text));
+        let config = dense.clone().sparse(sparse);
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Steps of the whole run.
+    pub(crate) fn steps(&self) -> Result<usize, Box<dyn Error>> {
+        let text = self.samples.trim();
+        let wrong = || format!("--samples {text}: expected a number such as 500000, 500k, 10M or 3G");
+        let (digits, factor) = match text.char_indices().last() {
+            Some((end, 'k' | 'K')) => (&text[..end], 1e3),
+            Some((end, 'm' | 'M')) => (&text[..end], 1e6),
+            Some((end, 'g' | 'G' | 'b' | 'B')) => (&text[..end], 1e9),
+            _ => (text, 1.0),
+        };
+        let samples = digits.parse::<f64>().map_err(|_| wrong())? * factor;
+        if !(1.0..1e15).contains(&samples) {
+            return Err(wrong().into());
+        }
+        Ok((samples as usize).div_ceil(self.batch_size.max(1)))
+    }
+
+    /// The devices of this process.
+    pub(crate) fn devices(&self) -> Result<Vec<Device>, Box<dyn Error>> {
+        let wrong = || format!("--devices {}: expected numbers such as 0, 0-7 or 0,2", self.devices);
+        let mut numbers = Vec::new();
+        for part in self.devices.split(',') {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let number = |text: &str| text.trim().parse::<usize>().map_err(|_| wrong());
+            let (first, last) = (number(first)?, number(last)?);
+            if first > last || last - first > 1024 {
+                return Err(wrong().into());
+            }
+            numbers.extend(first..=last);
+        }
+        numbers.into_iter().map(|number| Ok(device_number(&self.device, number)?)).collect()
+    }
+}
+
+/// One of several devices of a kind.
+pub(crate) fn device_number(name: &str, number: usize) -> Result<Device, Box<dyn Error>> {
+    let first = device_by_name(name)?;
+    match name {
+        "cpu" => Ok(first),
+        #[cfg(feature = "cuda")]
+        "cuda" => Ok(Device::cuda(number)),
+        _ if number == 0 => Ok(first),
+        _ => Err(format!("of `{name}`, only device 0 can be named").into()),
+    }
+}

@@ -1,0 +1,71 @@
+//! Sources by their names.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use super::{ListedImages, Samples, TarShards, TarStream, expand_braces};
+use crate::{
+    clip::lists::{CaptionedImages, ImageFolder, ListOptions},
+    train::data::DataError,
+};
+
+/// Opens what a command line names: tar files (`shards/{000..012}.tar`, several names together), `-` for a tar archive on standard input, a folder
+/// of tar files, a folder of images with a caption in a `.txt` beside each, or a list of any kind that [`CaptionedImages::read`] knows.
+///
+/// # Errors
+/// When there is no such file, a name cannot be understood, or names of several kinds stand together.
+pub fn open_samples<N: AsRef<str>>(names: &[N], options: &ListOptions) -> Result<Arc<dyn Samples>, DataError> {
+    let unclear = |reason: String| DataError::Name { reason };
+    let mut paths = Vec::new();
+    for name in names {
+        paths.extend(expand_braces(name.as_ref()).map_err(unclear)?.into_iter().map(PathBuf::from));
+    }
+    if let [only] = &paths[..] {
+        if only.as_os_str() == "-" {
+            return Ok(Arc::new(TarStream::new("standard input", std::io::stdin())));
+        }
+        if only.is_dir() {
+            return of_folder(only);
+        }
+        if !is_tar(only) {
+            let list = CaptionedImages::read(only, options)?;
+            return Ok(Arc::new(ListedImages::new(list, only.parent().unwrap_or(Path::new("")))));
+        }
+    }
+    match paths.iter().find(|path| !is_tar(path)) {
+        None if paths.is_empty() => Err(unclear("no data is named".into())),
+        None => Ok(Arc::new(TarShards::open(paths)?)),
+        Some(other) => Err(unclear(format!("{} is no .tar: only tar files can be named together with others", other.display()))),
+    }
+}
+
+fn is_tar(path: &Path) -> bool {
+    let name = path.to_string_lossy().to_lowercase();
+    [".tar", ".tar.gz", ".tgz"].iter().any(|ending| name.ends_with(ending))
+}
+
+fn of_folder(folder: &Path) -> Result<Arc<dyn Samples>, DataError> {
+    let io = |source| DataError::Io { path: folder.to_path_buf(), source };
+    let mut shards: Vec<PathBuf> = fs::read_dir(folder).map_err(io)?.flatten().map(|entry| entry.path()).collect();
+    shards.retain(|path| is_tar(path));
+    shards.sort();
+    if !shards.is_empty() {
+        return Ok(Arc::new(TarShards::open(shards)?));
+    }
+    let mut list = CaptionedImages::default();
+    for path in ImageFolder::read(folder, true)?.images {
+        let text = path.with_extension("txt");
+        if let Ok(caption) = fs::read_to_string(&text) {
+            list.captions.push((caption, list.images.len()));
+            list.images.push(path);
+        }
+    }
+    if list.images.is_empty() {
+        let reason = format!("{} holds neither tar files nor images with a .txt of the same name", folder.display());
+        return Err(DataError::Name { reason });
+    }
+    Ok(Arc::new(ListedImages::new(list, "")))
+}

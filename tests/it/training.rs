@@ -1,0 +1,327 @@
+//! Training on streams, by several ranks, in other numbers, and after interruptions.
+
+use std::{
+    fs,
+    io::Cursor,
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+};
+
+use burn::tensor::Device;
+use burn_moe::{
+    Capacity, RouterOptions, TokenChoiceConfig,
+    clip::{Clip, SparseClipConfig, preprocess::ImagePreprocessor},
+    train::{
+        Arm, Checkpointing, JsonLog, KeptRun, Observer, OptimizerConfig, RateFactors, StepReport, TrainConfig, TrainData,
+        TrainError, TrainInput, TrainPrecision, TrainedArm, WarmupCosine,
+        ranks::{Ranks, Solo, Threads},
+        stream::{Stream, StreamConfig, TarShards, load_samples},
+        train,
+    },
+    transformer::{RoutedLayerConfig, SparseEncoderConfig},
+};
+
+use super::{
+    recipe::{clip_config, colours},
+    streams::tar,
+    support::values,
+};
+
+/// The colours as two shards; one sample of each cannot be used.
+fn shards(folder: &Path) -> Vec<PathBuf> {
+    let set = colours();
+    let shard = |shard: usize| {
+        let mut members = Vec::new();
+        for image in (0..set.len()).filter(|image| image % 2 == shard) {
+            let mut png = Cursor::new(Vec::new());
+            let pixels = image::RgbImage::from_raw(8, 8, set.image(image).to_vec()).unwrap();
+            pixels.write_to(&mut png, image::ImageFormat::Png).unwrap();
+            let caption = &set.concepts()[set.concept_of_image()[image]].captions[0].text;
+            members.push((format!("{image:03}.png"), png.into_inner()));
+            members.push((format!("{image:03}.txt"), caption.clone().into_bytes()));
+        }
+        members.push(("bad.jpg".into(), vec![1, 2, 3]));
+        members.push(("bad.txt".into(), b"bad".to_vec()));
+        let path = folder.join(format!("{shard}.tar"));
+        fs::write(&path, tar(&members)).unwrap();
+        path
+    };
+    (0..2).map(shard).collect()
+}
+
+fn stream(folder: &Path, batch_size: usize) -> Stream {
+    let samples = Arc::new(TarShards::open(shards(folder)).unwrap());
+    let config = StreamConfig::new(batch_size).with_shuffle(16).with_context_length(12);
+    Stream::new(samples, ImagePreprocessor::new(8), config).unwrap()
+}
+
+/// A sparse model that drops nothing and moves a balancing bias.
+fn model(device: &Device) -> Clip {
+    let tokens = TokenChoiceConfig::new().with_training_capacity(Capacity::Dropless);
+    let router = RouterOptions::new().with_balancing_rate(Some(0.01));
+    let layer = RoutedLayerConfig::new().with_router(router).with_assignment(tokens.into());
+    let encoder = SparseEncoderConfig::new().with_layer(layer.into());
+    let sparse = SparseClipConfig::new().with_vision(Some(encoder.clone())).with_text(Some(encoder));
+    clip_config().sparse(sparse).init(device)
+}
+
+fn optimizer() -> OptimizerConfig {
+    OptimizerConfig::new(WarmupCosine::new(1e-3).with_warmup_steps(3))
+}
+
+fn weights(model: &Clip) -> Vec<f32> {
+    let router = |encoder: &burn_moe::transformer::Encoder| match &encoder.blocks[1].feed_forward {
+        burn_moe::transformer::FeedForward::Moe(moe) => {
+            [values(&moe.router.weight.val()), values(&moe.router.balancing_bias.as_ref().unwrap().val())].concat()
+        }
+        _ => panic!("the block is sparse"),
+    };
+    let projections = [values(&model.vision.projection.weight.val()), values(&model.text.projection.weight.val())].concat();
+    [projections, router(&model.vision.encoder), router(&model.text.encoder), values(&model.logit_scale.val())].concat()
+}
+
+fn apart(a: &[f32], b: &[f32]) -> f64 {
+    let square = |values: &mut dyn Iterator<Item = f32>| values.map(|value| f64::from(value).powi(2)).sum::<f64>();
+    (square(&mut a.iter().zip(b).map(|(a, b)| a - b)) / square(&mut a.iter().copied())).sqrt()
+}
+
+/// Reports of every step.
+#[derive(Default)]
+struct Reports(Vec<StepReport>, Vec<KeptRun>, usize);
+
+impl Observer for Reports {
+    fn on_step(&mut self, _: usize, _: usize, report: &StepReport) {
+        self.0.push(report.clone());
+    }
+
+    fn on_resume(&mut self, kept: KeptRun) {
+        self.1.push(kept);
+    }
+
+    fn on_skipped(&mut self, skipped: &burn_moe::train::stream::Skipped) {
+        self.2 = skipped.count;
+    }
+}
+
+struct Setup<'a> {
+    arm: Arm,
+    stream: &'a Stream,
+    config: TrainConfig,
+    device: Device,
+}
+
+impl Setup<'_> {
+    fn run(
+        &self,
+        ranks: &dyn Ranks,
+        checkpointing: Option<&Checkpointing>,
+        observer: &mut dyn Observer,
+    ) -> Result<TrainedArm, TrainError> {
+        let input = TrainInput {
+            arms: vec![self.arm.clone()],
+            data: TrainData::Stream { stream: self.stream, threads: 2 },
+            test: None,
+            config: &self.config,
+            checkpointing,
+            ranks,
+            device: &self.device,
+            observer,
+        };
+        train(input).map(|mut arms| arms.remove(0))
+    }
+}
+
+fn setup(stream: &Stream, steps: usize) -> Setup<'_> {
+    let device = Device::default();
+    let arm = Arm::new("sparse", model(&device), optimizer());
+    Setup { arm, stream, config: TrainConfig::new(steps).with_micro_batch(Some(4)), device }
+}
+
+#[test]
+fn ranks_train_the_model_that_one_process_trains() {
+    let folder = tempfile::tempdir().unwrap();
+    let stream = stream(folder.path(), 12);
+    let setup = setup(&stream, 20);
+    let mut alone = Reports::default();
+    let expected = setup.run(&Solo, None, &mut alone).unwrap();
+    assert!(alone.2 > 5, "{} samples were skipped", alone.2);
+    assert!(alone.0.iter().any(|report| report.pairs < 12), "batches are smaller by samples that were skipped");
+    for count in [2, 4] {
+        let trained: Vec<(TrainedArm, Reports)> = thread::scope(|scope| {
+            let run = |ranks: Threads| {
+                let mut reports = Reports::default();
+                let checkpointing = Checkpointing::new(folder.path().join(format!("run-{count}")), 10);
+                (setup.run(&ranks, Some(&checkpointing), &mut reports).unwrap(), reports)
+            };
+            let threads: Vec<_> = Threads::new(count).into_iter().map(|ranks| scope.spawn(move || run(ranks))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        for (arm, reports) in &trained {
+            let distance = apart(&weights(&expected.model), &weights(&arm.model));
+            assert!(distance < 1e-5, "{count} ranks: {distance}");
+            assert_eq!(weights(&arm.model), weights(&trained[0].0.model), "the same bits on every rank");
+            let loads = |reports: &Reports| reports.0[0].layers.clone();
+            assert_eq!(loads(reports), loads(&alone), "of the batch of all ranks");
+            assert_eq!(reports.0[0].pairs, alone.0[0].pairs);
+        }
+    }
+    // Two arms are not for ranks.
+    let ranks = Threads::new(2);
+    let input = TrainInput {
+        arms: vec![setup.arm.clone(), setup.arm.clone()],
+        data: TrainData::Stream { stream: &stream, threads: 1 },
+        test: None,
+        config: &setup.config,
+        checkpointing: None,
+        ranks: &ranks[0],
+        device: &setup.device,
+        observer: &mut (),
+    };
+    let error = train(input).unwrap_err().to_string();
+    assert_eq!(error, "sparse: `arms that several ranks train` should be 1, but is 2");
+}
+
+#[test]
+fn a_rank_that_fails_ends_the_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let stream = stream(folder.path(), 12);
+    let setup = setup(&stream, 20);
+    struct Fail;
+    impl Observer for Fail {
+        fn on_step(&mut self, _: usize, step: usize, _: &StepReport) {
+            assert!(step < 3, "failed");
+        }
+    }
+    let errors: Vec<_> = thread::scope(|scope| {
+        let run = |ranks: Threads| {
+            let fails = ranks.part().rank == 1;
+            let observer: &mut dyn Observer = if fails { &mut Fail } else { &mut () };
+            setup.run(&ranks, None, observer).map(|_| ()).map_err(|error| error.to_string())
+        };
+        let threads: Vec<_> = Threads::new(2).into_iter().map(|ranks| scope.spawn(move || run(ranks))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap_or(Err("panicked".into()))).collect()
+    });
+    assert_eq!(errors, [Err("rank 0 of 2: rank 1 has ended before the others".into()), Err("panicked".to_string())]);
+}
+
+#[test]
+fn a_run_that_was_stopped_within_an_epoch_ends_with_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    // 38 samples: the checkpoints are within the first epochs.
+    let stream = stream(folder.path(), 10);
+    let mut setup = setup(&stream, 11);
+    setup.arm.optimizer = optimizer().with_clip_norm(Some(0.5)).with_average(Some(0.9));
+    let log = |name: &str| folder.path().join(name);
+    let run = |name: &str, checkpointing: Option<&Checkpointing>, observer: &mut dyn Observer| {
+        let mut observer = observer;
+        let mut log = JsonLog::new(log(name), vec!["sparse".into()], 1, &mut observer).unwrap();
+        let trained = setup.run(&Solo, checkpointing, &mut log);
+        log.finish().unwrap();
+        trained
+    };
+    let whole = run("whole.jsonl", None, &mut ()).unwrap();
+    struct Stop;
+    impl Observer for Stop {
+        fn on_step(&mut self, _: usize, step: usize, _: &StepReport) {
+            assert!(step < 9, "stopped");
+        }
+    }
+    let checkpointing = Checkpointing { keep: 2, ..Checkpointing::new(folder.path().join("run"), 3) };
+    let stopped = std::panic::AssertUnwindSafe(|| run("parts.jsonl", Some(&checkpointing), &mut Stop));
+    assert!(std::panic::catch_unwind(stopped).is_err());
+    let names = || {
+        let entries = fs::read_dir(folder.path().join("run")).unwrap();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(), ["step-00000003", "step-00000006"]);
+    // What a run leaves that is killed while it writes.
+    fs::create_dir(folder.path().join("run/.step-00000009")).unwrap();
+    fs::write(folder.path().join("run/.step-00000009/arm-0-model.bpk"), b"half").unwrap();
+    let mut reports = Reports::default();
+    let resumed = run("parts.jsonl", Some(&checkpointing), &mut reports).unwrap();
+    assert_eq!(reports.1, [KeptRun { step: 6, steps: 11 }]);
+    assert_eq!(weights(&whole.model), weights(&resumed.model));
+    let average = |arm: &TrainedArm| weights(arm.average.as_ref().unwrap());
+    assert_eq!(average(&whole), average(&resumed));
+    assert_ne!(average(&whole), weights(&whole.model));
+    assert_eq!(names(), ["step-00000009", "step-00000011"]);
+    // The logs are the same, times and memory aside.
+    let lines = |name: &str| -> Vec<serde_json::Value> {
+        let text = fs::read_to_string(log(name)).unwrap();
+        let line = |line: &str| {
+            let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
+            line.as_object_mut().unwrap().retain(|key, _| !["seconds", "memory"].contains(&key.as_str()));
+            line
+        };
+        text.lines().map(line).filter(|line| line.get("skipped").is_none()).collect()
+    };
+    assert_eq!(lines("whole.jsonl"), lines("parts.jsonl"));
+    assert_eq!(lines("whole.jsonl").len(), 11);
+
+    // A checkpoint of another version is refused with the reason, and so is one that is damaged.
+    let state = folder.path().join("run/step-00000011/state.json");
+    let text = fs::read_to_string(&state).unwrap();
+    fs::write(&state, text.replacen("\"format\":1", "\"format\":7", 1)).unwrap();
+    let error = run("x.jsonl", Some(&checkpointing), &mut ()).unwrap_err().to_string();
+    assert!(error.contains("it has form 7, of another version of burn-moe; this one reads form 1"), "{error}");
+    fs::write(&state, &text[..20]).unwrap();
+    let error = run("x.jsonl", Some(&checkpointing), &mut ()).unwrap_err().to_string();
+    assert!(error.contains("state.json: "), "{error}");
+}
+
+#[test]
+fn bfloat16_with_32_bit_weights_trains_alike() {
+    let folder = tempfile::tempdir().unwrap();
+    let stream = stream(folder.path(), 12);
+    let mut setup = setup(&stream, 40);
+    let mut losses = |precision| {
+        setup.config.precision = precision;
+        let mut reports = Reports::default();
+        let trained = setup.run(&Solo, None, &mut reports).unwrap();
+        let tail = reports.0[30..].iter().map(|report| report.contrastive).sum::<f64>() / 10.0;
+        (reports.0[0].contrastive, tail, trained)
+    };
+    let (first, last, _) = losses(TrainPrecision::F32);
+    let (first_low, last_low, trained) = losses(TrainPrecision::Bf16);
+    assert!((first_low / first - 1.0).abs() < 0.01, "{first_low} {first}");
+    assert!((last_low / last - 1.0).abs() < 0.05 && last < first, "{last_low} {last} {first}");
+    // Weights have more bits than bfloat16.
+    let fine = weights(&trained.model).iter().filter(|value| value.to_bits() & 0xffff != 0).count();
+    assert!(fine > 100);
+}
+
+#[test]
+fn rates_limits_and_samples_do_what_they_say() {
+    let folder = tempfile::tempdir().unwrap();
+    let stream = stream(folder.path(), 12);
+    let mut setup = setup(&stream, 3);
+    let start = setup.arm.model.clone();
+    setup.arm.optimizer.rates = RateFactors::new().with_vision(0.0).with_router(Some(0.0));
+    let trained = setup.run(&Solo, None, &mut ()).unwrap().model;
+    let part = |model: &Clip| [&model.vision.projection.weight, &model.text.projection.weight].map(|weight| values(&weight.val()));
+    assert_eq!(part(&start)[0], part(&trained)[0], "the vision tower has no rate");
+    assert_ne!(part(&start)[1], part(&trained)[1]);
+    // Without momentum, a limit on the gradients does not matter to Adam but for epsilon: it shows in the report alone.
+    setup.arm.optimizer = optimizer().with_clip_norm(Some(1e-3));
+    let mut limited = Reports::default();
+    setup.run(&Solo, None, &mut limited).unwrap();
+    assert!(limited.0.iter().all(|report| report.gradient_norm > 1e-2));
+    for (config, name) in [
+        (optimizer().with_clip_norm(Some(0.0)), "`clip_norm` is 0"),
+        (optimizer().with_average(Some(1.0)), "`average` is 1"),
+        (optimizer().with_rates(RateFactors::new().with_text(-1.0)), "`rates.text` is -1"),
+    ] {
+        setup.arm.optimizer = config;
+        let error = setup.run(&Solo, None, &mut ()).unwrap_err().to_string();
+        assert!(error.starts_with(name), "{error}");
+    }
+
+    let samples = TarShards::open(shards(folder.path())).unwrap();
+    let (set, skipped) = load_samples(&samples, &ImagePreprocessor::new(8)).unwrap();
+    assert_eq!((set.len(), skipped.len()), (36, 2));
+    let reds = set.concepts().iter().filter(|concept| concept.captions[0].text == "red").count();
+    assert_eq!(reds, 3);
+}

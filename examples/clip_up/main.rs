@@ -70,7 +70,7 @@ struct Args {
     /// goes on, and the learning rate follows the schedule of all steps from there on
     #[arg(long)]
     resume: bool,
-    /// Compute activations again in the backward pass where that is cheap, instead of keeping them: less memory, longer steps
+    /// Keep only what goes into each block, and compute the block again in the backward pass: less memory, longer steps
     #[arg(long)]
     gradient_checkpointing: bool,
     /// A few steps only (at most 20), to see that everything works
@@ -189,7 +189,6 @@ fn run() -> Result<(), Box<dyn Error>> {
     let device = device_by_name(&args.device)?;
     device.seed(args.seed);
     let training = device.clone().autodiff();
-    let training = if args.gradient_checkpointing { training.gradient_checkpointing() } else { training };
 
     fs::create_dir_all(&args.out)?;
 
@@ -217,8 +216,11 @@ fn run() -> Result<(), Box<dyn Error>> {
     let frozen = args.freeze.map(|tower| if tower == Frozen::Image { Tower::Vision } else { Tower::Text });
     let arm = |name: &str, model: &Clip, rate| Arm { frozen, ..Arm::new(name, model.clone(), optimizer(rate)) };
     let arms = vec![arm("dense_continued", &dense.model, dense_lr), arm("sparse", &upcycled.model, sparse_lr)];
-    let config =
-        TrainConfig::new(args.steps).with_eval_every(args.eval_every).with_seed(args.seed).with_micro_batch(args.micro_batch);
+    let config = TrainConfig::new(args.steps)
+        .with_eval_every(args.eval_every)
+        .with_seed(args.seed)
+        .with_micro_batch(args.micro_batch)
+        .with_recompute_blocks(args.gradient_checkpointing);
     let batch = BatchConfig::new().with_context_length(context_length).with_vocab_size(tokenizer.vocab_size());
     let most = (set.len() / 2).min(batch.largest_batch(&set));
     let batch_size = args.batch_size.unwrap_or(most.clamp(1, batch.batch_size));

@@ -22,6 +22,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     thread,
+    time::Instant,
 };
 
 use burn::module::Module;
@@ -39,7 +40,7 @@ use burn_moe::{
         data::{ImageTextSet, LoadedImages, load_images},
         html_report,
         ranks::{Ranks, Solo, Threads},
-        stream::{Stream, StreamConfig, load_samples, open_samples},
+        stream::{Part, Stream, StreamConfig, load_samples, open_samples},
         train,
     },
 };
@@ -128,6 +129,9 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device) -> Resu
         .with_crop(args.crop()?)
         .with_seed(args.seed);
     let stream = Stream::new(samples, preprocessor.clone(), stream)?;
+    if args.load_only {
+        return load_only(args, &stream, ranks.part());
+    }
     let test = match &args.eval {
         Some(list) if is_first => Some(test_set(args, list, &preprocessor)?),
         _ => None,
@@ -138,11 +142,12 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device) -> Resu
         .with_micro_batch(args.micro_batch)
         .with_eval_every(args.every)
         .with_seed(args.seed)
+        .with_patch_dropout(args.patch_dropout)
+        .with_recompute_blocks(args.gradient_checkpointing)
         .with_precision(precision);
     say(format!("{steps} steps of {} pairs; {}", args.batch_size, describe(&config)));
     let checkpointing = Checkpointing { keep: args.keep, ..Checkpointing::new(out.join("checkpoints"), args.checkpoint_every()) };
     let training = device.clone().autodiff();
-    let training = if args.gradient_checkpointing { training.gradient_checkpointing() } else { training };
     let input = |observer| TrainInput {
         arms: vec![arm],
         data: TrainData::Stream { stream: &stream, threads: args.workers },
@@ -177,6 +182,33 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device) -> Resu
 fn describe(config: &ClipConfig) -> String {
     let cost = config.cost();
     format!("{:.3} GFLOPs per pair, {} parameters, {} of them active", cost.gflops(), cost.params_total, cost.params_active)
+}
+
+/// Reads as many batches as the run would take.
+fn load_only(args: &Args, stream: &Stream, part: Part) -> Result<(), Box<dyn Error>> {
+    let workers = match args.workers {
+        0 => thread::available_parallelism()?.get(),
+        workers => workers,
+    };
+    let piece = args.micro_batch.unwrap_or(args.batch_size);
+    let mut batches = stream.batches(part, piece, workers, 0)?;
+    let steps = args.steps()?;
+    let bar = progress_bar("batches", steps);
+    let begin = Instant::now();
+    let mut pairs = 0;
+    for _ in 0..steps {
+        for _ in 0..batches.pieces() {
+            pairs += batches.next_piece()?.len();
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    let seconds = begin.elapsed().as_secs_f64();
+    let skipped = batches.skipped();
+    println!("{pairs} pairs in {seconds:.1} s by {workers} threads: {:.1} pairs/s", pairs as f64 / seconds);
+    report_skipped(&skipped.first, pairs, false)?;
+    println!("{} samples could not be used", skipped.count);
+    Ok(())
 }
 
 /// The images that the model is evaluated on, in memory.

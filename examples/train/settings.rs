@@ -69,6 +69,9 @@ pub(crate) struct Args {
     /// Threads of each rank that read and decode; 0: as many as there are cores
     #[arg(long, default_value_t = 0)]
     pub(crate) workers: usize,
+    /// Only read the samples, and say how fast that is
+    #[arg(long)]
+    pub(crate) load_only: bool,
     /// What to evaluate on: a list, `karpathy:` and one of Karpathy's lists for its test split, or tar shards
     #[arg(long)]
     pub(crate) eval: Option<String>,
@@ -117,10 +120,13 @@ pub(crate) struct Args {
     /// A tower that stays as it is; `vision` is LiT. It does not become sparse
     #[arg(long)]
     freeze: Option<Frozen>,
+    /// Share of the patches of each image that training does not look at
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) patch_dropout: f64,
     /// What passes are computed with: f32 or bf16
     #[arg(long, default_value = "f32")]
     precision: Numbers,
-    /// Compute activations again in the backward pass where that is cheap
+    /// Keep only what goes into each block, and compute the block again in the backward pass: less memory, longer steps
     #[arg(long)]
     pub(crate) gradient_checkpointing: bool,
     /// Which blocks become sparse: every N-th
@@ -241,7 +247,7 @@ impl Args {
             }
             numbers.extend(first..=last);
         }
-        numbers.into_iter().map(|number| Ok(device_number(&self.device, number)?)).collect()
+        numbers.into_iter().map(|number| device_number(&self.device, number)).collect()
     }
 }
 

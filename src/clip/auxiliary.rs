@@ -90,6 +90,20 @@ impl ClipAuxiliaryLoss {
         Some(ClipAuxiliaryLossOutput { total, image, text })
     }
 
+    /// The part that a layer of a tower, images first, brings into [`forward_micro_batch`](Self::forward_micro_batch).
+    #[cfg(feature = "train")]
+    pub(crate) fn layer_of_micro_batch(
+        &self,
+        tower: usize,
+        layer: usize,
+        routing: &Routing,
+        totals: [&BatchTotals; 2],
+    ) -> Tensor<1> {
+        let layers = totals.map(|totals| totals.tokens.len());
+        let share = layers[tower] as f64 / layers.iter().sum::<usize>() as f64;
+        [&self.image, &self.text][tower].layer_of_micro_batch(layer, routing, totals[tower]) * share
+    }
+
     /// The part of a batch's loss that one of its micro-batches brings in, `[1]`; `None` for a dense model. The totals are of the image and the
     /// text routings of all micro-batches; see [`AuxiliaryLoss::forward_micro_batch`].
     ///

@@ -164,7 +164,8 @@ impl TextTower {
         self.project(self.encoder.forward_with(x, marks, true, router), end)
     }
 
-    fn project(&self, encoded: EncoderOutput, end: Tensor<2, Int>) -> TextOutput {
+    /// From what comes out of the blocks.
+    pub(crate) fn project(&self, encoded: EncoderOutput, end: Tensor<2, Int>) -> TextOutput {
         let [batch, _, d_model] = encoded.hidden.dims();
         let hidden = self.norm_final.forward(encoded.hidden);
         let index = end.reshape([batch, 1, 1]).expand([batch, 1, d_model]);
@@ -182,7 +183,7 @@ impl TextTower {
     }
 
     /// What goes into the blocks, `[B, N, D]`, and where each text ends, `[B, 1]`.
-    fn embed(&self, tokens: Tensor<2, Int>) -> (Tensor<3>, TokenMarks, Tensor<2, Int>) {
+    pub(crate) fn embed(&self, tokens: Tensor<2, Int>) -> (Tensor<3>, TokenMarks, Tensor<2, Int>) {
         let [_, len] = tokens.dims();
         let [context_length, _] = self.position_embedding.shape().dims();
         assert!(len <= context_length, "texts of {len} tokens are longer than the context of {context_length}");

@@ -3,7 +3,7 @@
 use burn::config::Config;
 use burn::module::{Module, Param};
 use burn::nn::{Initializer, LayerNorm, LayerNormConfig, Linear, LinearConfig};
-use burn::tensor::{Device, Int, Tensor, assert_shape};
+use burn::tensor::{Device, Int, Tensor};
 
 use super::ImagePreprocessing;
 use crate::{
@@ -133,7 +133,21 @@ impl VisionTower {
     /// # Panics
     /// When the images do not have the size the tower was made for.
     pub fn forward(&self, images: Tensor<4>) -> VisionOutput {
-        let (tokens, marks) = self.embed(images);
+        let (tokens, marks) = self.embed(images, None);
+        self.project(self.encoder.forward(tokens, marks, false))
+    }
+
+    /// Embeds images of which only some patches are looked at, beside the class token: for training with patch dropout (FLIP,
+    /// [arXiv 2212.00794](https://arxiv.org/abs/2212.00794)).
+    ///
+    /// # Shapes
+    /// - images: `[B, channels, image_size, image_size]`, normalised
+    /// - patches: `[B, M]`, places of patches of each image, row by row from 0; their order does not matter
+    ///
+    /// # Panics
+    /// As [`forward`](Self::forward), and when there are not as many rows of patches as images.
+    pub fn forward_patches(&self, images: Tensor<4>, patches: Tensor<2, Int>) -> VisionOutput {
+        let (tokens, marks) = self.embed(images, Some(patches));
         self.project(self.encoder.forward(tokens, marks, false))
     }
 
@@ -142,7 +156,7 @@ impl VisionTower {
     /// # Panics
     /// As [`forward`](Self::forward), and when a plan does not fit its block.
     pub fn forward_with(&self, images: Tensor<4>, router: &mut dyn BlockRouter) -> VisionOutput {
-        let (tokens, marks) = self.embed(images);
+        let (tokens, marks) = self.embed(images, None);
         self.project(self.encoder.forward_with(tokens, marks, false, router))
     }
 
@@ -155,7 +169,8 @@ impl VisionTower {
         [patch_pixels / (patch * patch), side, side]
     }
 
-    fn project(&self, encoded: EncoderOutput) -> VisionOutput {
+    /// From what comes out of the blocks.
+    pub(crate) fn project(&self, encoded: EncoderOutput) -> VisionOutput {
         let class = encoded.hidden.clone().narrow(1, 0, 1).squeeze_dim(1);
         let embedding = self.projection.forward(self.norm_post.forward::<2>(class));
         VisionOutput { embedding, hidden: encoded.hidden, routings: encoded.routings }
@@ -166,12 +181,12 @@ impl VisionTower {
     /// # Panics
     /// As [`forward`](Self::forward).
     pub fn feed_forward_inputs(&self, images: Tensor<4>) -> FeedForwardInputs {
-        let (tokens, marks) = self.embed(images);
+        let (tokens, marks) = self.embed(images, None);
         self.encoder.feed_forward_inputs(tokens, marks, false)
     }
 
-    /// What goes into the blocks, `[B, N, D]`.
-    fn embed(&self, images: Tensor<4>) -> (Tensor<3>, TokenMarks) {
+    /// What goes into the blocks, `[B, N, D]`, of all patches or those that are named.
+    pub(crate) fn embed(&self, images: Tensor<4>, kept: Option<Tensor<2, Int>>) -> (Tensor<3>, TokenMarks) {
         let [batch, channels, height, width] = images.dims();
         let expected = self.image_dims();
         assert!(
@@ -184,16 +199,30 @@ impl VisionTower {
         );
         let patch = self.patch_size;
         let (rows, columns) = (height / patch, width / patch);
-        let [num_tokens, d_model] = self.position_embedding.shape().dims();
+        let [_, d_model] = self.position_embedding.shape().dims();
         let patches = images.reshape([batch, channels, rows, patch, columns, patch]).permute([0, 2, 4, 1, 3, 5]).reshape([
             batch,
             rows * columns,
             channels * patch * patch,
         ]);
         let class = self.class_embedding.val().reshape([1, 1, d_model]).expand([batch, 1, d_model]);
-        let tokens = Tensor::cat(vec![class, self.patch_embedding.forward(patches)], 1);
-        let tokens = tokens + self.position_embedding.val().unsqueeze();
-        assert_shape!(tokens, [batch, num_tokens, d_model]);
+        let positions = self.position_embedding.val();
+        let (patches, positions) = match kept {
+            None => (patches, positions.unsqueeze()),
+            Some(kept) => {
+                let [images, count] = kept.dims();
+                assert!(images == batch, "patches of {images} images do not fit {batch} images");
+                let pixels = channels * patch * patch;
+                let first =
+                    Tensor::<1, Int>::arange(0..batch as i64, &kept.device()).unsqueeze_dim::<2>(1) * (rows * columns) as i64;
+                let chosen = patches.reshape([-1, pixels as i64]).select(0, (kept.clone() + first).flatten::<1>(0, 1));
+                let own = positions.clone().select(0, (kept + 1).flatten::<1>(0, 1)).reshape([batch, count, d_model]);
+                let of_class = positions.narrow(0, 0, 1).reshape([1, 1, d_model]).expand([batch, 1, d_model]);
+                (chosen.reshape([batch, count, pixels]), Tensor::cat(vec![of_class, own], 1))
+            }
+        };
+        let tokens = Tensor::cat(vec![class, self.patch_embedding.forward(patches)], 1) + positions;
+        let [_, num_tokens, _] = tokens.dims();
 
         let device = tokens.device();
         let is_class = Tensor::<1, Int>::arange(0..num_tokens as i64, &device).equal_elem(0);

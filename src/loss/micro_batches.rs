@@ -35,23 +35,27 @@ impl AuxiliaryLoss {
     /// [`validate_micro_batches`](AuxiliaryLossConfig::validate_micro_batches) refuses.
     #[track_caller]
     pub fn forward_micro_batch(&self, routings: &[Routing], totals: &BatchTotals) -> Tensor<1> {
-        let config = self.config();
-        crate::support::error::expect_valid(config.validate_micro_batches());
         assert_eq!(routings.len(), totals.tokens.len(), "the totals are of another number of layers than the routings");
         assert!(!routings.is_empty(), "auxiliary losses need the routing of at least one layer, got none");
-        let device = routings[0].router.probs.device();
+        let parts = routings.iter().enumerate().map(|(layer, routing)| self.layer_of_micro_batch(layer, routing, totals));
+        parts.reduce(|sum, part| sum + part).expect("there is a layer")
+    }
+
+    /// What one of the layers of [`forward_micro_batch`](Self::forward_micro_batch) brings in.
+    pub(crate) fn layer_of_micro_batch(&self, layer: usize, routing: &Routing, totals: &BatchTotals) -> Tensor<1> {
+        let config = self.config();
+        crate::support::error::expect_valid(config.validate_micro_batches());
+        let device = routing.router.probs.device();
+        let part = routing.num_valid() as f64 / totals.tokens[layer].max(1) as f64 / totals.tokens.len() as f64;
         let mut total = Tensor::zeros([1], &device);
-        for (layer, routing) in routings.iter().enumerate() {
-            let part = routing.num_valid() as f64 / totals.tokens[layer].max(1) as f64 / routings.len() as f64;
-            let mut add = |weight: f64, loss: &dyn Fn() -> Tensor<1>| {
-                if weight > 0.0 {
-                    total = total.clone() + loss() * (weight * part);
-                }
-            };
-            add(config.load_balancing, &|| load_balancing::with_share(routing, totals.share(layer, &device)));
-            add(config.router_z, &|| router_z_loss(routing));
-            add(config.local_entropy, &|| local_entropy_loss(routing));
-        }
-        total.cast(routings[0].token_dtype)
+        let mut add = |weight: f64, loss: &dyn Fn() -> Tensor<1>| {
+            if weight > 0.0 {
+                total = total.clone() + loss() * (weight * part);
+            }
+        };
+        add(config.load_balancing, &|| load_balancing::with_share(routing, totals.share(layer, &device)));
+        add(config.router_z, &|| router_z_loss(routing));
+        add(config.local_entropy, &|| local_entropy_loss(routing));
+        total.cast(routing.token_dtype)
     }
 }

@@ -50,6 +50,14 @@ pub struct TrainConfig {
     /// Decides the order of a set in memory, its captions and image changes, and what routers draw. Default: 0
     #[config(default = 0)]
     pub seed: u64,
+    /// Share of the patches of each image that training does not look at (FLIP, [arXiv 2212.00794](https://arxiv.org/abs/2212.00794)); others for
+    /// each pair and step. Default: 0
+    #[config(default = 0.0)]
+    pub patch_dropout: f64,
+    /// Whether each block is computed again in the backward pass, so that only what goes into the blocks is kept: less memory, for one more forward
+    /// pass. Experts and seats are the same in all passes. Default: no
+    #[config(default = false)]
+    pub recompute_blocks: bool,
     /// What the passes are computed with; weights, moments and sums of gradients are 32-bit floats in any case. Default:
     /// [`TrainPrecision::F32`]
     #[config(default = "TrainPrecision::F32")]
@@ -242,7 +250,11 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
     ];
     sizes.into_iter().try_for_each(|(field, value)| ConfigError::non_zero(field, value))?;
     let part = ranks.part();
-    check_micro_batches(&arms, config.micro_batch, part)?;
+    if !(0.0..1.0).contains(&config.patch_dropout) {
+        let reason = "must be at least 0 and below 1";
+        return Err(ConfigError::OutOfRange { field: "patch_dropout", value: config.patch_dropout, reason }.into());
+    }
+    check_micro_batches(&arms, config, part)?;
     data.validate()?;
     let identity = fingerprint_of(&data, test, &arms);
     let tokenizer = ClipTokenizer::with_vocab_size(data.vocab_size());

@@ -281,15 +281,8 @@ impl Encoder {
         inputs
     }
 
-    /// All blocks in turn; `observe` sees what each feed-forward network reads.
-    fn run(
-        &self,
-        x: Tensor<3>,
-        mut marks: TokenMarks,
-        causal: bool,
-        mut router: Option<&mut dyn BlockRouter>,
-        mut observe: Option<&mut dyn FnMut(Tensor<3>)>,
-    ) -> EncoderOutput {
+    /// How the tokens lie in rows; of the marks, those stay that this encoder heeds.
+    pub(super) fn lay_out(&self, x: &Tensor<3>, marks: &mut TokenMarks, causal: bool) -> Layout {
         let [batch, num_tokens, _] = x.dims();
         for mark in [&marks.valid, &marks.protected].into_iter().flatten() {
             assert_shape!(mark, [batch, num_tokens]);
@@ -300,7 +293,19 @@ impl Encoder {
         if self.padding == Padding::Routed {
             marks.valid = None;
         }
-        let layout = if causal { Layout::packed(&x, &marks) } else { Layout::whole([batch, num_tokens], Looks::AtAll) };
+        if causal { Layout::packed(x, marks) } else { Layout::whole([batch, num_tokens], Looks::AtAll) }
+    }
+
+    /// All blocks in turn; `observe` sees what each feed-forward network reads.
+    fn run(
+        &self,
+        x: Tensor<3>,
+        mut marks: TokenMarks,
+        causal: bool,
+        mut router: Option<&mut dyn BlockRouter>,
+        mut observe: Option<&mut dyn FnMut(Tensor<3>)>,
+    ) -> EncoderOutput {
+        let layout = self.lay_out(&x, &mut marks, causal);
         let mut rows = layout.rows(x);
         let mut routings = Vec::new();
         for (index, block) in self.blocks.iter().enumerate() {

@@ -1,6 +1,6 @@
 //! Refusing models, losses and data that do not fit each other.
 
-use super::{Arm, TrainData, TrainError, step::is_noisy};
+use super::{Arm, TrainConfig, TrainData, TrainError, step::is_noisy};
 use crate::{
     clip::{EndOfText, ImagePreprocessing, TokenizerKind},
     routing::router::RouterScore,
@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Refuses what cannot be computed by micro-batches, or by several ranks.
-pub(super) fn check_micro_batches(arms: &[Arm], micro_batch: Option<usize>, part: Part) -> Result<(), TrainError> {
+pub(super) fn check_micro_batches(arms: &[Arm], config: &TrainConfig, part: Part) -> Result<(), TrainError> {
     if part.ranks > 1 && arms.len() > 1 {
         return Err(TrainError::Model {
             arm: arms[1].name.clone(),
@@ -19,10 +19,10 @@ pub(super) fn check_micro_batches(arms: &[Arm], micro_batch: Option<usize>, part
             found: arms.len().to_string(),
         });
     }
-    if micro_batch.is_none() && part.ranks == 1 {
+    if config.micro_batch.is_none() && part.ranks == 1 && !config.recompute_blocks {
         return Ok(());
     }
-    micro_batch.map_or(Ok(()), |size| ConfigError::non_zero("micro_batch", size))?;
+    config.micro_batch.map_or(Ok(()), |size| ConfigError::non_zero("micro_batch", size))?;
     for arm in arms {
         arm.auxiliary.validate_micro_batches()?;
         if arms.len() > 1 && is_noisy(&arm.model) {

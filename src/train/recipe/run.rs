@@ -76,7 +76,14 @@ impl Run {
                 &low
             }
         };
-        let of_step = StepSetting { auxiliary: &auxiliary, ranks: setting.ranks, device: &device, seed };
+        let of_step = StepSetting {
+            auxiliary: &auxiliary,
+            ranks: setting.ranks,
+            device: &device,
+            seed,
+            patch_dropout: setting.config.patch_dropout,
+            recompute_blocks: setting.config.recompute_blocks,
+        };
         let found = step::gradients(model, batch, of_step);
         let mut found = found.map_err(|error| match error {
             StepError::NonFinite(source) => TrainError::NonFinite { arm: self.arm.name.clone(), step: step + 1, source },

@@ -10,7 +10,7 @@ use burn::tensor::Tensor;
 use std::collections::HashMap;
 
 use super::WarmupCosine;
-use crate::{clip::Clip, support::error::ConfigError};
+use crate::support::error::ConfigError;
 
 /// Parameters that are not decayed, by parts of their paths.
 const UNDECAYED: [&str; 11] = [
@@ -124,7 +124,7 @@ impl OptimizerConfig {
 }
 
 /// `average · decay + model · (1 − decay)` for every parameter.
-pub(super) fn average(average: Clip, model: &Clip, decay: f64) -> Clip {
+pub(super) fn average<M: Module>(average: M, model: &M, decay: f64) -> M {
     struct Weights(HashMap<ParamId, Box<dyn std::any::Any>>);
     impl ModuleVisitor for Weights {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
@@ -143,4 +143,91 @@ pub(super) fn average(average: Clip, model: &Clip, decay: f64) -> Clip {
     let mut weights = Weights(HashMap::new());
     model.visit(&mut weights);
     average.map(&mut Average(weights, decay))
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use super::*;
+    use burn::nn::{Linear, LinearConfig};
+    use burn::optim::GradientsParams;
+    use burn::tensor::{Device, TensorData};
+    use serde::Deserialize;
+
+    use crate::train::recipe::gradients::{global_norm, scale_to};
+
+    #[derive(Deserialize)]
+    struct Reference {
+        optimizer: Case,
+    }
+
+    #[derive(Deserialize)]
+    struct Case {
+        start: Weights,
+        most: f64,
+        decay: f64,
+        steps: Vec<Step>,
+    }
+
+    #[derive(Deserialize)]
+    struct Step {
+        gradient: Weights,
+        rate: f64,
+        norm: f64,
+        after: Weights,
+        average: Weights,
+    }
+
+    /// Of a layer from 3 to 4.
+    #[derive(Deserialize)]
+    struct Weights {
+        weight: Vec<Vec<f32>>,
+        bias: Vec<f32>,
+    }
+
+    impl Weights {
+        fn tensors(&self, device: &Device) -> (Tensor<2>, Tensor<1>) {
+            let (rows, columns) = (self.weight.len(), self.weight[0].len());
+            let weight = TensorData::new(self.weight.concat(), [rows, columns]);
+            (Tensor::from_data(weight, device), Tensor::from_floats(&self.bias[..], device))
+        }
+
+        /// The largest distance to the layer.
+        fn distance(&self, layer: &Linear) -> f32 {
+            let (weight, bias) = self.tensors(&Device::flex());
+            let largest = |tensor: Tensor<1>| tensor.abs().max().into_scalar::<f32>();
+            let found = layer.clone();
+            let of_weight = (found.weight.val().detach().without_autodiff() - weight).flatten::<1>(0, 1);
+            let of_bias = found.bias.unwrap().val().detach().without_autodiff() - bias;
+            largest(of_weight).max(largest(of_bias))
+        }
+    }
+
+    #[test]
+    fn steps_limits_and_averages_are_those_of_pytorch() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/training/reference.json");
+        let Reference { optimizer: case } = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let device = Device::flex();
+        let (weight, bias) = case.start.tensors(&device);
+        let mut layer = LinearConfig::new(3, 4).init(&device);
+        layer.weight = layer.weight.map(|_| weight);
+        layer.bias = layer.bias.map(|param| param.map(|_| bias));
+        // In a model, so that paths are as there.
+        let mut layers = vec![layer].train();
+        let mut kept = layers.valid();
+        let config = OptimizerConfig::new(WarmupCosine::new(1.0)).with_weight_decay(0.2);
+        let mut adamw = config.init();
+        for Step { gradient, rate, norm, after, average: expected } in case.steps {
+            let (of_weight, of_bias) = gradient.tensors(&device);
+            let mut gradients = GradientsParams::new();
+            gradients.register(layers[0].weight.id, of_weight);
+            gradients.register(layers[0].bias.as_ref().unwrap().id, of_bias);
+            let found = global_norm(&layers, &gradients);
+            assert!((found / norm - 1.0).abs() < 1e-6, "{found} {norm}");
+            scale_to(&layers, &mut gradients, found, case.most);
+            layers = adamw.step(rate, layers, gradients);
+            kept = average(kept, &layers.valid(), case.decay);
+            assert!(after.distance(&layers[0]) < 1e-6, "{}", after.distance(&layers[0]));
+            assert!(expected.distance(&kept[0]) < 1e-6, "{}", expected.distance(&kept[0]));
+        }
+    }
 }

@@ -4,7 +4,7 @@ mod checkpointing;
 mod checks;
 mod data;
 mod error;
-mod gradients;
+pub(super) mod gradients;
 mod run;
 mod step;
 

@@ -8,10 +8,14 @@ use std::{
     thread,
 };
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor, TensorData};
 use burn_moe::{
     Capacity, RouterOptions, TokenChoiceConfig,
-    clip::{Clip, SparseClipConfig, preprocess::ImagePreprocessor},
+    clip::{
+        Clip, SparseClipConfig,
+        checkpoint::ClipCheckpoint,
+        preprocess::{ImagePreprocessor, RandomCropConfig},
+    },
     train::{
         Arm, Checkpointing, JsonLog, KeptRun, Observer, OptimizerConfig, RateFactors, StepReport, TrainConfig, TrainData,
         TrainError, TrainInput, TrainPrecision, TrainedArm, WarmupCosine,
@@ -25,7 +29,7 @@ use burn_moe::{
 use super::{
     recipe::{clip_config, colours},
     streams::tar,
-    support::values,
+    support::{ROOT, values},
 };
 
 /// The colours as two shards; one sample of each cannot be used.
@@ -324,4 +328,51 @@ fn rates_limits_and_samples_do_what_they_say() {
     assert_eq!((set.len(), skipped.len()), (36, 2));
     let reds = set.concepts().iter().filter(|concept| concept.captions[0].text == "red").count();
     assert_eq!(reds, 3);
+}
+
+/// Cases that PyTorch, torchvision and open_clip computed (tools/fixtures/training.py).
+fn reference() -> serde_json::Value {
+    let text = fs::read_to_string(format!("{ROOT}/tests/data/training/reference.json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+#[test]
+fn crops_are_those_of_torchvision_from_the_same_numbers() {
+    let numbers = |value: &serde_json::Value| value.as_array().unwrap().iter().map(|n| n.as_f64().unwrap()).collect::<Vec<_>>();
+    let reference = reference();
+    let cases = reference["crops"].as_array().unwrap();
+    for case in cases {
+        let [size, area, aspect, drawn, expected] = ["size", "area", "aspect", "numbers", "box"].map(|field| numbers(&case[field]));
+        let config = RandomCropConfig::new().with_area([area[0], area[1]]).with_aspect([aspect[0], aspect[1]]);
+        let mut drawn = drawn.into_iter();
+        let part = config.draw(size[0] as u32, size[1] as u32, || drawn.next().unwrap() as f32);
+        assert_eq!([part.left, part.top, part.width, part.height].map(f64::from)[..], expected[..], "{case}");
+        assert_eq!(drawn.next(), None, "as many numbers were drawn");
+    }
+    assert_eq!(cases.len(), 120);
+}
+
+#[test]
+fn patch_dropout_is_that_of_open_clip() {
+    let device = Device::default();
+    let folder = format!("{ROOT}/tests/fixtures/clip-openclip-gelu");
+    let model = ClipCheckpoint::load(&folder, &device).unwrap().model;
+    let bytes = fs::read(format!("{folder}/reference.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let images = tensors.tensor("pixel_values").unwrap();
+    let values: Vec<f32> = images.data().as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+    let images = Tensor::<4>::from_data(TensorData::new(values, images.shape().to_vec()), &device);
+    let reference = reference();
+    let rows = |field: &str| -> Vec<Vec<f32>> { serde_json::from_value(reference["patch_dropout"][field].clone()).unwrap() };
+    let patches = rows("patches");
+    let shape = [patches.len(), patches[0].len()];
+    let patches: Vec<i32> = patches.concat().into_iter().map(|patch| patch as i32).collect();
+    let found = model.vision.forward_patches(images, Tensor::from_data(TensorData::new(patches, shape), &device)).embedding;
+    let expected = rows("embeddings").concat();
+    let distance = apart(&expected, &values_of(found));
+    assert!(distance < 1e-6, "{distance}");
+}
+
+fn values_of(tensor: Tensor<2>) -> Vec<f32> {
+    tensor.try_into_vec_as().unwrap()
 }

@@ -28,7 +28,7 @@ pub(super) fn accumulate<M: Module>(model: &M, total: &mut GradientsParams, mut 
 }
 
 /// The root of the sum of squares of all gradients.
-pub(super) fn global_norm<M: Module>(model: &M, gradients: &GradientsParams) -> f64 {
+pub(in crate::train) fn global_norm<M: Module>(model: &M, gradients: &GradientsParams) -> f64 {
     struct Squares<'a>(&'a GradientsParams, f64);
     impl ModuleVisitor for Squares<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
@@ -42,8 +42,12 @@ pub(super) fn global_norm<M: Module>(model: &M, gradients: &GradientsParams) -> 
     squares.1.sqrt()
 }
 
-/// All gradients times a factor.
-pub(super) fn scale<M: Module>(model: &M, gradients: &mut GradientsParams, factor: f64) {
+/// Gradients of norm `norm` brought to at most `most`, with PyTorch's guard against dividing by zero.
+pub(in crate::train) fn scale_to<M: Module>(model: &M, gradients: &mut GradientsParams, norm: f64, most: f64) {
+    let factor = most / (norm + 1e-6);
+    if factor >= 1.0 {
+        return;
+    }
     struct Scale<'a>(&'a mut GradientsParams, f64);
     impl ModuleVisitor for Scale<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {

@@ -12,7 +12,7 @@ use burn::tensor::{DType, Device, Tensor};
 use super::{
     Arm, LayerLoad, Observer, Setting, StepReport, Tower, TrainError, TrainPrecision, TrainedArm,
     checkpointing::Progress,
-    gradients::{global_norm, scale},
+    gradients::{global_norm, scale_to},
     step::{self, StepError, StepGradients, StepSetting},
 };
 use crate::{
@@ -90,10 +90,8 @@ impl Run {
             StepError::Ranks(error) => error.into(),
         })?;
         let gradient_norm = global_norm(&self.model, &found.gradients);
-        if let Some(most) = self.arm.optimizer.clip_norm
-            && gradient_norm > most
-        {
-            scale(&self.model, &mut found.gradients, most / (gradient_norm + 1e-6));
+        if let Some(most) = self.arm.optimizer.clip_norm {
+            scale_to(&self.model, &mut found.gradients, gradient_norm, most);
         }
         let StepGradients { gradients, totals, .. } = found;
         let rates = self.arm.optimizer.rates_at(step, setting.config.steps);

@@ -14,8 +14,8 @@ use crate::support::files::write_atomic;
 /// Writes a run into a file, a JSON object in every line, and passes everything on to another observer.
 ///
 /// - After some steps, `{"step", "arm", "contrastive", "auxiliary", "dropped", "learning_rate", "gradient_norm", "pairs", "seconds", "memory",
-///   "layers": [{"path", "load", "dropped"}]}`: losses of the step, pairs of all ranks, seconds of the step, bytes of memory that the process holds
-///   (null where that is not known), and of each routed block the share of the choices that name each expert.
+///   "peak_memory", "layers": [{"path", "load", "dropped"}]}`: losses of the step, pairs of all ranks, seconds of the step, bytes of memory that the process holds
+///   and held at most (null where that is not known), and of each routed block the share of the choices that name each expert.
 /// - After an evaluation, `{"step", "arm", "t2i_r1", …, "i2t_r10", "by_language"}`.
 /// - When samples were skipped, `{"step", "skipped", "last"}`: how many so far on this rank, and why the last one that is named was.
 ///
@@ -86,10 +86,10 @@ fn lines_until(path: &Path, step: usize) -> io::Result<String> {
     Ok(std::fs::read_to_string(path)?.lines().filter(is_kept).fold(String::new(), |kept, line| kept + line + "\n"))
 }
 
-/// Bytes of memory that this process holds, where the system says it.
-fn memory() -> Option<u64> {
+/// Bytes of memory of this process, where the system says it.
+fn memory(field: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
@@ -114,7 +114,8 @@ impl<O: Observer> Observer for JsonLog<'_, O> {
                 "gradient_norm": gradient_norm,
                 "pairs": pairs,
                 "seconds": time.as_secs_f64(),
-                "memory": memory(),
+                "memory": memory("VmRSS:"),
+                "peak_memory": memory("VmHWM:"),
                 "layers": layers,
             }));
         }

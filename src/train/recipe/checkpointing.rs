@@ -153,15 +153,12 @@ struct State {
 /// Of all but the number of steps, which may grow.
 fn fingerprint(config: &TrainConfig, identity: &str, runs: &[Run]) -> String {
     let config = TrainConfig { steps: 0, ..config.clone() };
-    let arms: Vec<_> = runs
-        .iter()
-        .map(|Run { arm, .. }| (&arm.name, &arm.optimizer, &arm.auxiliary, arm.frozen, routing_of(&arm.model)))
-        .collect();
+    let arms: Vec<_> = runs.iter().map(|run| (&run.name, &run.config, &run.auxiliary, run.frozen, &run.routing)).collect();
     serde_json::to_string(&(config, identity, arms)).expect("configurations are JSON")
 }
 
 /// How a model routes, in words: settings that no parameter shows.
-fn routing_of(model: &Clip) -> Vec<String> {
+pub(super) fn routing_of(model: &Clip) -> Vec<String> {
     let towers = [&model.vision.encoder, &model.text.encoder];
     let settings = |block: &TransformerBlock, encoder: &Encoder| match &block.feed_forward {
         FeedForward::Dense(_) => "dense".to_string(),
@@ -201,7 +198,7 @@ pub(super) fn save(
     let record = |path: PathBuf, result: Result<(), RecordError>| result.map_err(|error| bad(&path, error.to_string()));
     for (index, run) in runs.iter().enumerate() {
         let path = |part: &str| record_path(&unfinished, index, part);
-        record(path("model"), run.model.valid().save_file(path("model")))?;
+        record(path("model"), run.model().valid().save_file(path("model")))?;
         record(path("optimizer"), run.optimizer.save(path("optimizer")))?;
         if let Some(average) = &run.average {
             record(path("average"), average.clone().save_file(path("average")))?;
@@ -253,10 +250,10 @@ pub(super) fn resume(
     for (index, (run, progress)) in runs.iter_mut().zip(state.progress).enumerate() {
         let path = |part: &str| record_path(&folder, index, part);
         let load = |model: Clip, part: &str| model.try_load_file(path(part)).map_err(|error| bad(error.to_string()));
-        let loaded = load(run.model.valid(), "model")?;
-        run.model = trainable(loaded, run.arm.frozen, setting.device);
+        let loaded = load(run.model().valid(), "model")?;
+        run.replace_model(trainable(loaded, run.frozen, setting.device));
         run.average = run.average.take().map(|average| load(average, "average")).transpose()?;
-        run.optimizer = run.arm.optimizer.init().load(path("optimizer")).map_err(|error| bad(error.to_string()))?;
+        run.optimizer = run.config.init().load(path("optimizer")).map_err(|error| bad(error.to_string()))?;
         run.history = progress
             .evaluations
             .iter()

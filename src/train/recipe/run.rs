@@ -11,20 +11,28 @@ use burn::tensor::{DType, Device, Tensor};
 
 use super::{
     Arm, LayerLoad, Observer, Setting, StepReport, Tower, TrainError, TrainPrecision, TrainedArm,
-    checkpointing::Progress,
+    checkpointing::{Progress, routing_of},
     gradients::{global_norm, scale_to},
     step::{self, StepError, StepGradients, StepSetting},
 };
 use crate::{
-    clip::Clip,
+    clip::{Clip, ClipAuxiliaryLossConfig},
     support::{finite::check_finite_module, hash::StableHasher, param::with_leaves_on},
-    train::{Evaluation, OptimizerState, data::Batch, evaluate, optimizer::average},
+    train::{Evaluation, OptimizerConfig, OptimizerState, data::Batch, evaluate, optimizer::average},
 };
 
-/// An arm and where it is.
+/// An arm and where it is. What it started from is not kept, so that it does not take the memory of another model.
 pub(super) struct Run {
-    pub(super) arm: Arm,
-    pub(super) model: Clip,
+    pub(super) name: String,
+    pub(super) config: OptimizerConfig,
+    pub(super) auxiliary: ClipAuxiliaryLossConfig,
+    pub(super) frozen: Option<Tower>,
+    /// How the model routes, in words.
+    pub(super) routing: Vec<String>,
+    /// The model with all token ids, where it is trained on some of them.
+    full: Option<Clip>,
+    /// Absent while a step makes another one of it.
+    model: Option<Clip>,
     /// Without autodiff.
     pub(super) average: Option<Clip>,
     pub(super) optimizer: ModuleOptimizer,
@@ -36,13 +44,20 @@ pub(super) struct Run {
 
 impl Run {
     pub(super) fn new(arm: Arm, setting: &Setting) -> Result<Self, TrainError> {
-        let model = trainable(setting.vocabulary.compact(arm.model.clone()).valid(), arm.frozen, setting.device);
-        let mut optimizer = arm.optimizer.init();
-        if let Some(state) = &arm.state {
+        let Arm { name, model, optimizer: config, auxiliary, state, frozen } = arm;
+        let routing = routing_of(&model);
+        let [all_ids, _] = model.text.token_embedding.weight.dims();
+        let (model, full) = match setting.vocabulary.len() == all_ids {
+            true => (model, None),
+            false => (setting.vocabulary.compact(model.clone()), Some(model)),
+        };
+        let model = trainable(model.valid(), frozen, setting.device);
+        let mut optimizer = config.init();
+        if let Some(state) = &state {
             let [ids, _] = model.text.token_embedding.weight.dims();
             if state.vocabulary() != ids {
                 return Err(TrainError::Model {
-                    arm: arm.name,
+                    arm: name,
                     what: "token ids in the optimiser's state",
                     expected: ids.to_string(),
                     found: state.vocabulary().to_string(),
@@ -50,10 +65,15 @@ impl Run {
             }
             optimizer = state.load(optimizer);
         }
-        let average = arm.optimizer.average.map(|_| model.valid());
+        let average = config.average.map(|_| model.valid());
         Ok(Self {
-            arm,
-            model,
+            name,
+            config,
+            auxiliary,
+            frozen,
+            routing,
+            full,
+            model: Some(model),
             average,
             optimizer,
             progress: Progress::default(),
@@ -63,18 +83,22 @@ impl Run {
         })
     }
 
+    pub(super) fn model(&self) -> &Clip {
+        self.model.as_ref().expect("no step is going on")
+    }
+
+    pub(super) fn replace_model(&mut self, model: Clip) {
+        self.model = Some(model);
+    }
+
     pub(super) fn step(&mut self, batch: &[Batch], step: usize, setting: &Setting) -> Result<StepReport, TrainError> {
         let start = Instant::now();
         let device = setting.device.clone().autodiff();
-        let auxiliary = self.arm.auxiliary.init();
+        let auxiliary = self.auxiliary.init();
         let seed = setting.config.seed.wrapping_add((step as u64) << 32);
-        let low;
         let model = match setting.config.precision {
-            TrainPrecision::F32 => &self.model,
-            TrainPrecision::Bf16 => {
-                low = in_bf16(self.model.clone());
-                &low
-            }
+            TrainPrecision::F32 => self.model().clone(),
+            TrainPrecision::Bf16 => in_bf16(self.model().clone()),
         };
         let of_step = StepSetting {
             auxiliary: &auxiliary,
@@ -84,23 +108,27 @@ impl Run {
             patch_dropout: setting.config.patch_dropout,
             recompute_blocks: setting.config.recompute_blocks,
         };
-        let found = step::gradients(model, batch, of_step);
+        let found = step::gradients(&model, batch, of_step);
+        drop(model);
         let mut found = found.map_err(|error| match error {
-            StepError::NonFinite(source) => TrainError::NonFinite { arm: self.arm.name.clone(), step: step + 1, source },
+            StepError::NonFinite(source) => TrainError::NonFinite { arm: self.name.clone(), step: step + 1, source },
             StepError::Ranks(error) => error.into(),
         })?;
-        let gradient_norm = global_norm(&self.model, &found.gradients);
-        if let Some(most) = self.arm.optimizer.clip_norm {
-            scale_to(&self.model, &mut found.gradients, gradient_norm, most);
+        let gradient_norm = global_norm(self.model(), &found.gradients);
+        if let Some(most) = self.config.clip_norm {
+            scale_to(self.model(), &mut found.gradients, gradient_norm, most);
         }
         let StepGradients { gradients, totals, .. } = found;
-        let rates = self.arm.optimizer.rates_at(step, setting.config.steps);
+        let rates = self.config.rates_at(step, setting.config.steps);
         let learning_rate = rates.base();
-        let model = self.optimizer.step(rates, self.model.clone(), gradients).clamp_logit_scale();
-        self.model = model.update_balancing_bias_by(totals.each_ref());
-        if let (Some(kept), Some(decay)) = (self.average.take(), self.arm.optimizer.average) {
-            self.average = Some(average(kept, &self.model, decay));
+        // Given away, so that each weight is freed when the next one is there.
+        let model = self.model.take().expect("no other step is going on");
+        let model = self.optimizer.step(rates, model, gradients).clamp_logit_scale();
+        let model = model.update_balancing_bias_by(totals.each_ref());
+        if let (Some(kept), Some(decay)) = (self.average.take(), self.config.average) {
+            self.average = Some(average(kept, &model, decay));
         }
+        self.model = Some(model);
         let layers = self.loads(&totals, &found.kept);
         let dropped = layers.iter().map(|layer| layer.dropped).sum::<f64>() / layers.len().max(1) as f64;
         self.progress.dropped.push(dropped);
@@ -113,7 +141,8 @@ impl Run {
 
     /// What each routed block did, from what was requested of its experts and what they kept.
     fn loads(&self, totals: &[crate::routing::BatchTotals; 2], kept: &[Vec<usize>; 2]) -> Vec<LayerLoad> {
-        let towers = [("vision", &self.model.vision.encoder), ("text", &self.model.text.encoder)];
+        let model = self.model();
+        let towers = [("vision", &model.vision.encoder), ("text", &model.text.encoder)];
         let of_tower = |((tower, encoder), (totals, kept)): (_, (&crate::routing::BatchTotals, &Vec<usize>))| {
             let encoder: &crate::transformer::Encoder = encoder;
             let blocks = encoder.routed_blocks().zip(&totals.requested).zip(kept);
@@ -136,11 +165,11 @@ impl Run {
         setting: &Setting,
         observer: &mut dyn Observer,
     ) -> Result<(), TrainError> {
-        let named = |source| TrainError::NonFinite { arm: self.arm.name.clone(), step, source };
-        check_finite_module(&self.model).map_err(named)?;
+        let named = |source| TrainError::NonFinite { arm: self.name.clone(), step, source };
+        check_finite_module(self.model()).map_err(named)?;
         let Setting { test, context_length, tokenizer, vocabulary, device, .. } = setting;
         let Some(test) = test else { return Ok(()) };
-        let model = self.average.as_ref().unwrap_or(&self.model);
+        let model = self.average.as_ref().unwrap_or(self.model());
         let evaluation = evaluate(model, test, tokenizer, *context_length, Some(vocabulary), device)?;
         observer.on_evaluation(index, step, &evaluation);
         let ranks = (step, evaluation.retrieval.text_ranks.clone(), evaluation.retrieval.image_ranks.clone());
@@ -159,21 +188,25 @@ impl Run {
             }
         }
         let mut bits = Bits(StableHasher::default());
-        self.model.visit(&mut bits);
+        self.model().visit(&mut bits);
         (bits.0.finish() >> 32) as usize
     }
 
     pub(super) fn finish(self, setting: &Setting) -> Result<TrainedArm, TrainError> {
         let last = self.progress.dropped.len().saturating_sub(setting.config.steps.div_ceil(10));
         let tail = &self.progress.dropped[last..];
-        let [ids, _] = self.model.text.token_embedding.weight.dims();
+        let [ids, _] = self.model().text.token_embedding.weight.dims();
+        let restored = |model: Clip| match &self.full {
+            None => model,
+            Some(full) => setting.vocabulary.restore(model, full),
+        };
         Ok(TrainedArm {
             state: OptimizerState::new(&self.optimizer, ids),
             dropped: tail.iter().sum::<f64>() / tail.len().max(1) as f64,
             truncated: self.progress.truncated,
-            model: setting.vocabulary.restore(self.model.valid(), &self.arm.model),
-            average: self.average.map(|average| setting.vocabulary.restore(average, &self.arm.model)),
-            name: self.arm.name,
+            model: restored(self.model().valid()),
+            average: self.average.map(restored),
+            name: self.name,
             history: self.history,
             time: self.time,
             timed_steps: self.timed_steps,

@@ -1,10 +1,10 @@
 //! Passes that keep what goes into each block, and compute the block again on the way back.
 
-use burn::tensor::{Gradients, Int, Tensor};
+use burn::tensor::{DType, Gradients, Int, Tensor};
 
-use super::{StepSetting, scalar, seen_patches, towards};
+use super::{StepSetting, embedded, scalar, seen_patches, towards};
 use crate::{
-    clip::{Clip, normalize},
+    clip::Clip,
     routing::{BatchTotals, Routing},
     train::data::Batch,
     transformer::{Encoder, EncoderOutput, KeptInputs, Part},
@@ -49,8 +49,8 @@ impl<'a> Recomputable<'a> {
         let (tokens, marks, end) = untracked.text.embed(piece.tokens(setting.device));
         let text_kept = untracked.text.encoder.forward_keeping(tokens, marks, true, &|block| draws.before(1, block));
         let encoded = |kept: &KeptInputs| EncoderOutput { hidden: kept.hidden().output, routings: Vec::new() };
-        let image = normalize(untracked.vision.project(encoded(&vision_kept)).embedding).detach();
-        let text = normalize(untracked.text.project(encoded(&text_kept), end.clone()).embedding).detach();
+        let image = embedded(untracked.vision.project(encoded(&vision_kept)).embedding).detach();
+        let text = embedded(untracked.text.project(encoded(&text_kept), end.clone()).embedding).detach();
         Self { image, text, vision_kept, text_kept, end, draws }
     }
 
@@ -133,7 +133,7 @@ impl Draws<'_> {
             gradient
         };
         let Part { leaf, output, .. } = kept.hidden();
-        let mut rows = back(towards(normalize(project(output)), gradient), leaf);
+        let mut rows = back(towards(embedded(project(output)), gradient), leaf);
         let mut value = 0.0;
         let mut layer = kept.routings.len();
         for index in (0..encoder.blocks.len()).rev() {
@@ -144,7 +144,7 @@ impl Draws<'_> {
                 layer -= 1;
                 let part = self.setting.auxiliary.layer_of_micro_batch(tower, layer, &routing, totals);
                 value += scalar(&part);
-                total = total + part;
+                total = total + part.cast(DType::F32);
             }
             rows = back(total, leaf);
         }

@@ -91,7 +91,7 @@ fn at_once(model: &Clip, batch: &Batch, setting: StepSetting) -> Result<StepGrad
     }
     let Embedded { image, text, image_routings, text_routings } = Embedded::new(model, batch, 0, setting);
     let contrastive = contrastive_loss(image.clone().matmul(text.clone().transpose()) * model.scale().unsqueeze());
-    let auxiliary = auxiliary.forward(&image_routings, &text_routings).map(|losses| losses.total);
+    let auxiliary = auxiliary.forward(&image_routings, &text_routings).map(|losses| losses.total.cast(DType::F32));
     let total = match &auxiliary {
         Some(auxiliary) => contrastive.clone() + auxiliary.clone(),
         None => contrastive.clone(),
@@ -100,7 +100,10 @@ fn at_once(model: &Clip, batch: &Batch, setting: StepSetting) -> Result<StepGrad
     routed.add(&image_routings, &text_routings);
     let losses = [scalar(&contrastive), auxiliary.as_ref().map_or(0.0, scalar)];
     check_losses(model, losses, &image, &text)?;
-    Ok(routed.with(losses, batch.len(), GradientsParams::from_grads(total.backward(), model)))
+    // As 32-bit floats.
+    let mut gradients = GradientsParams::new();
+    accumulate(model, &mut gradients, GradientsParams::from_grads(total.backward(), model));
+    Ok(routed.with(losses, batch.len(), gradients))
 }
 
 /// A piece that has passed the model.
@@ -122,8 +125,8 @@ impl Embedded {
         };
         let text = model.encode_text(piece.tokens(setting.device));
         Self {
-            image: normalize(image.embedding),
-            text: normalize(text.embedding),
+            image: embedded(image.embedding),
+            text: embedded(text.embedding),
             image_routings: image.routings,
             text_routings: text.routings,
         }
@@ -163,17 +166,22 @@ impl Embedded {
         let mut value = 0.0;
         if let Some(part) = auxiliary.forward_micro_batch(&self.image_routings, &self.text_routings, totals) {
             value = scalar(&part);
-            total = total + part;
+            total = total + part.cast(DType::F32);
         }
         add(total.backward());
         value
     }
 }
 
+/// What the loss compares: embeddings of length 1, in 32 bits.
+fn embedded(embedding: Tensor<2>) -> Tensor<2> {
+    normalize(embedding.cast(DType::F32))
+}
+
 /// A value whose gradient by `tensor` is `gradient`.
 fn towards<const D: usize>(tensor: Tensor<D>, gradient: Tensor<D>) -> Tensor<1> {
     let gradient = Tensor::from_inner(gradient.cast(tensor.dtype()));
-    (tensor * gradient).sum()
+    (tensor * gradient).sum().cast(DType::F32)
 }
 
 /// A piece after its first pass.

@@ -10,7 +10,10 @@
 //! With `--list pairs.csv` it takes your own images: a list of any kind that `CaptionedImages::read` knows. `--test` names another list to test
 //! on; without it every tenth image is held out. Images are prepared as the dense checkpoint says.
 
+#[path = "../support/canvas.rs"]
+mod canvas;
 mod data;
+#[path = "../support/experts.rs"]
 mod experts;
 mod picture;
 mod report;

@@ -6,15 +6,19 @@
 //! ```
 //!
 //! The same command again goes on where the run was stopped. `--out` holds `log.jsonl`, `report.html` (with `--report`, it is made anew while a run is
-//! going on), `checkpoints` and, at the end, the model in `model`.
+//! going on), `checkpoints` and, at the end, the model in `model` and, with `--eval`, the picture `experts.png`.
 //! With several `--devices`, a thread trains on each. Processes on several machines are started by MPI (cargo feature `mpi`):
 //! `mpirun -n 4 train --mpi …`.
 
-#[path = "../support/mod.rs"]
-mod support;
-
+#[path = "../support/canvas.rs"]
+mod canvas;
+#[path = "../support/experts.rs"]
+#[allow(dead_code, reason = "what only the main job reports")]
+mod experts;
 mod progress;
 mod settings;
+#[path = "../support/mod.rs"]
+mod support;
 
 use std::{
     error::Error,
@@ -34,6 +38,7 @@ use burn_moe::{
         checkpoint::{ClipCheckpoint, Precision},
         lists::{CaptionedImages, ListOptions},
         preprocess::{ImagePreprocessor, Orientation},
+        tokenizer::ClipTokenizer,
     },
     train::{
         Arm, Checkpointing, JsonLog, Observer, TrainConfig, TrainData, TrainInput, TrainPrecision, TrainedArm,
@@ -48,6 +53,9 @@ use clap::Parser;
 use progress::Progress;
 use settings::Args;
 use support::{progress as progress_bar, report_skipped, write_atomic};
+
+/// The picture of which words and patches go to which expert, made at the end of a run that is evaluated.
+const EXPERTS: &str = "experts.png";
 
 fn main() -> ExitCode {
     support::run(run)
@@ -173,6 +181,12 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device) -> Resu
     if is_first {
         let checkpoint = ClipCheckpoint { config, model: average.unwrap_or(model).valid() };
         checkpoint.save_sparse(out.join("model"), Precision::F32)?;
+        if let Some(test) = test.as_ref().filter(|_| checkpoint.config.is_sparse()) {
+            let tokenizer = ClipTokenizer::for_model(&checkpoint.model.text)?;
+            let context_length = checkpoint.config.text.context_length;
+            let known = experts::look_into(&checkpoint.model, test, &tokenizer, context_length, device);
+            experts::draw(&out.join(EXPERTS), &known, test)?;
+        }
         report(out)?;
         println!("the model is in {}, the log and the report beside it", out.join("model").display());
     }
@@ -240,7 +254,13 @@ fn test_set(args: &Args, name: &str, preprocessor: &ImagePreprocessor) -> Result
 fn report(out: &Path) -> Result<(), Box<dyn Error>> {
     let log = out.join("log.jsonl");
     let text = fs::read_to_string(&log).map_err(|error| format!("{}: {error}", log.display()))?;
-    write_atomic(out.join("report.html"), html_report(&text).as_bytes())?;
+    let mut page = html_report(&text);
+    if out.join(EXPERTS).is_file() {
+        let picture =
+            format!("<h2>What the experts know</h2><img src={EXPERTS} alt=\"first experts of words and patches\"></body>");
+        page = page.replace("</body>", &picture);
+    }
+    write_atomic(out.join("report.html"), page.as_bytes())?;
     println!("{}", support::file_url(&fs::canonicalize(out.join("report.html"))?));
     Ok(())
 }

@@ -14,7 +14,7 @@ use burn_moe::{
 use plotters::prelude::*;
 use serde_json::{Value, json};
 
-use super::picture::{self, Area, PALETTE};
+use super::canvas::{self, Area, PALETTE};
 
 /// Samples in one forward pass.
 const BATCH: usize = 256;
@@ -204,7 +204,7 @@ pub(crate) fn draw(path: &Path, known: &[Known], test: &ImageTextSet) -> Result<
     let vision = known.iter().rfind(|known| known.path.starts_with("vision"));
     // The rows of the table, and the lines of words below it.
     let rows = text.map_or(0, |known| known.properties.iter().map(|(_, counts)| counts.len() as u32 + 1).sum());
-    picture::write(path, (1240, (160 + 22 * rows).max(560)), |root| {
+    canvas::write(path, (1240, (160 + 22 * rows).max(560)), |root| {
         let (left, right) = root.split_horizontally(700);
         if let Some(text) = text {
             draw_text(&left, text)?;
@@ -218,35 +218,35 @@ pub(crate) fn draw(path: &Path, known: &[Known], test: &ImageTextSet) -> Result<
 
 /// A table of shares: one row for each value of a property, one column for each expert.
 fn draw_text(area: &Area, known: &Known) -> Result<(), Box<dyn Error>> {
-    let block = picture::block_name(&known.path);
-    let area = area.titled(&format!("First experts of tokens, {block}, % of each row"), picture::TITLE)?;
+    let block = canvas::block_name(&known.path);
+    let area = area.titled(&format!("First experts of tokens, {block}, % of each row"), canvas::TITLE)?;
     let (left, row_height) = (150, 22);
     let mut y = 6;
     let experts = known.words.len();
     let width = 530 / experts.max(1) as i32;
     for expert in 0..experts {
-        area.draw(&Text::new(format!("{expert}"), (left + expert as i32 * width + width / 2 - 6, y + 4), picture::label()))?;
+        area.draw(&Text::new(format!("{expert}"), (left + expert as i32 * width + width / 2 - 6, y + 4), canvas::label()))?;
     }
     for (name, counts) in &known.properties {
-        area.draw(&Text::new(format!("by {name}"), (12, y + 4), picture::label().color(&BLACK)))?;
+        area.draw(&Text::new(format!("by {name}"), (12, y + 4), canvas::label().color(&BLACK)))?;
         y += row_height;
         for (value, row) in counts {
-            area.draw(&Text::new(value.trim().to_string(), (24, y + 4), picture::label()))?;
+            area.draw(&Text::new(value.trim().to_string(), (24, y + 4), canvas::label()))?;
             let total = row.iter().sum::<usize>().max(1);
             for (expert, count) in row.iter().enumerate() {
                 let share = *count as f64 / total as f64;
-                picture::cell(&area, (left + expert as i32 * width, y), (width, row_height), share, row.len())?;
+                canvas::cell(&area, (left + expert as i32 * width, y), (width, row_height), share, row.len())?;
             }
             y += row_height;
         }
         y += 4;
     }
     if experts <= 8 {
-        area.draw(&Text::new("its words", (12, y + 4), picture::label()))?;
+        area.draw(&Text::new("its words", (12, y + 4), canvas::label()))?;
         for (expert, words) in known.words.iter().enumerate() {
             for (line, word) in words.iter().enumerate() {
                 let at = (left + expert as i32 * width + 2, y + 4 + line as i32 * 18);
-                area.draw(&Text::new(word.chars().take(8).collect::<String>(), at, picture::label()))?;
+                area.draw(&Text::new(word.chars().take(8).collect::<String>(), at, canvas::label()))?;
             }
         }
     }
@@ -255,8 +255,8 @@ fn draw_text(area: &Area, known: &Known) -> Result<(), Box<dyn Error>> {
 
 /// Drawings with each patch tinted by its first expert.
 fn draw_patches(area: &Area, known: &Known, test: &ImageTextSet) -> Result<(), Box<dyn Error>> {
-    let block = picture::block_name(&known.path);
-    let area = area.titled(&format!("First expert of each patch, {block}"), picture::TITLE)?;
+    let block = canvas::block_name(&known.path);
+    let area = area.titled(&format!("First expert of each patch, {block}"), canvas::TITLE)?;
     let (across, shown) = (4, 128);
     let side = test.image_size() as i32;
     for (place, (image, experts)) in known.patches.iter().enumerate() {
@@ -280,8 +280,8 @@ fn draw_patches(area: &Area, known: &Known, test: &ImageTextSet) -> Result<(), B
         let x = 12 + expert as i32 * 64;
         let color = PALETTE[expert % PALETTE.len()];
         area.draw(&Rectangle::new([(x, top), (x + 18, top + 18)], color.filled()))?;
-        area.draw(&Text::new(format!("{expert}"), (x + 24, top + 1), picture::label()))?;
+        area.draw(&Text::new(format!("{expert}"), (x + 24, top + 1), canvas::label()))?;
     }
-    area.draw(&Text::new("expert", (12, top + 24), picture::label()))?;
+    area.draw(&Text::new("expert", (12, top + 24), canvas::label()))?;
     Ok(())
 }

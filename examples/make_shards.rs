@@ -56,7 +56,12 @@ fn run() -> Result<(), Box<dyn Error>> {
     if args.per_shard == 0 {
         return Err("--per-shard 0: a shard holds at least one sample".into());
     }
-    fs::create_dir_all(&args.out)?;
+    let io = |error: std::io::Error| format!("{}: {error}", args.out.display());
+    fs::create_dir_all(&args.out).map_err(io)?;
+    let is_tar = |entry: &fs::DirEntry| entry.path().extension().is_some_and(|ending| ending == "tar");
+    if fs::read_dir(&args.out).map_err(io)?.flatten().any(|entry| is_tar(&entry)) {
+        return Err(format!("{} holds tar files already: take another --out, or remove them", args.out.display()).into());
+    }
     match &args.list {
         Some(list) => {
             let (list, folder) = args.columns.read(list)?;
@@ -65,8 +70,10 @@ fn run() -> Result<(), Box<dyn Error>> {
             let sample = |(image, captions): (PathBuf, Vec<String>)| -> Result<Sample, Box<dyn Error>> {
                 let path = folder.join(&image);
                 let bytes = fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-                let ending = image.extension().unwrap_or_default().to_string_lossy().to_lowercase();
-                Ok((bytes, ending, captions))
+                // By its content, as the readers of shards go by names.
+                let kind = image::guess_format(&bytes).map_err(|error| format!("{}: {error}", path.display()))?;
+                let ending = kind.extensions_str().first().copied().unwrap_or("png");
+                Ok((bytes, ending.to_string(), captions))
             };
             let count = list.images.len();
             write(&args, list.images.into_iter().zip(captions).map(sample), count)
@@ -101,6 +108,9 @@ fn emoji(args: &Args) -> Result<ImageTextSet, Box<dyn Error>> {
 }
 
 fn write(args: &Args, samples: impl Iterator<Item = Result<Sample, Box<dyn Error>>>, count: usize) -> Result<(), Box<dyn Error>> {
+    if count == 0 {
+        return Err("there is no image to pack".into());
+    }
     let bar = progress("samples", count);
     let mut shard = None;
     for (number, sample) in samples.enumerate() {
@@ -126,10 +136,11 @@ fn write(args: &Args, samples: impl Iterator<Item = Result<Sample, Box<dyn Error
     }
     finish(shard)?;
     bar.finish();
-    println!(
-        "{count} samples are in {}",
-        args.out.join(format!("{{00000..{:05}}}.tar", count.div_ceil(args.per_shard) - 1)).display()
-    );
+    let name = match count.div_ceil(args.per_shard) {
+        1 => "00000.tar".to_string(),
+        shards => format!("{{00000..{:05}}}.tar", shards - 1),
+    };
+    println!("{count} samples are in {}", args.out.join(name).display());
     Ok(())
 }
 

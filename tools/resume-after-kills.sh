@@ -38,5 +38,5 @@ run "$work/parts" >/dev/null
 cmp "$work/whole/model/burn_moe_model.safetensors" "$work/parts/model/burn_moe_model.safetensors"
 # All but times and memory.
 lines() { sed -E 's/"(seconds|memory|peak_memory)":[^,}]*,?//g' "$1/log.jsonl"; }
-diff <(lines "$work/whole") <(lines "$work/parts") >/dev/null
+diff <(lines "$work/whole") <(lines "$work/parts")
 echo "after $done kills: the same weights and the same log as without"

@@ -34,7 +34,7 @@ use burn::tensor::Device;
 use burn_moe::{
     UpcycleFromDense, UpcycleOptions,
     clip::{
-        ClipConfig,
+        Clip, ClipConfig,
         checkpoint::{ClipCheckpoint, Precision},
         lists::{CaptionedImages, ListOptions},
         preprocess::{ImagePreprocessor, Orientation},
@@ -67,14 +67,16 @@ fn run() -> Result<(), Box<dyn Error>> {
     if args.report {
         return report(&out);
     }
+    args.check()?;
     let devices = args.devices()?;
     #[cfg(feature = "mpi")]
     if args.mpi {
         let ranks = burn_moe::train::ranks::Mpi::start()?;
-        // One device for each process of a machine.
-        let place = std::env::var("OMPI_COMM_WORLD_LOCAL_RANK").ok().and_then(|rank| rank.parse().ok()).unwrap_or(0);
-        let device = devices[place % devices.len()].clone();
-        let run = std::panic::AssertUnwindSafe(|| train_on(&args, &out, &ranks, &device).map_err(|error| error.to_string()));
+        let run = std::panic::AssertUnwindSafe(|| -> Result<(), String> {
+            let device = args.device_of_process(&devices)?;
+            let start = start(&args, &device, ranks.part().rank == 0).map_err(|error| error.to_string())?;
+            train_on(&args, &out, &ranks, &device, start).map_err(|error| error.to_string())
+        });
         // The others wait for a rank that fails.
         match std::panic::catch_unwind(run) {
             Ok(Ok(())) => return Ok(()),
@@ -86,11 +88,16 @@ fn run() -> Result<(), Box<dyn Error>> {
     if args.mpi {
         return Err("--mpi is not built in: build with `--features mpi`".into());
     }
+    // Made once: threads that draw a router at the same time would draw each other's numbers.
+    let start = start(&args, &devices[0], true)?;
     match &devices[..] {
-        [device] => train_on(&args, &out, &Solo, device),
+        [device] => train_on(&args, &out, &Solo, device, start),
         devices => {
-            let (args, out) = (&args, &out);
-            let run = |ranks: Threads, device: &Device| train_on(args, out, &ranks, device).map_err(|error| error.to_string());
+            let (args, out, start) = (&args, &out, &start);
+            let run = |ranks: Threads, device: &Device| {
+                let own = Start { config: start.config.clone(), model: start.model.clone().fork(device) };
+                train_on(args, out, &ranks, device, own).map_err(|error| error.to_string())
+            };
             let results: Vec<Result<(), String>> = thread::scope(|scope| {
                 let ranks = Threads::new(devices.len()).into_iter().zip(devices);
                 let threads: Vec<_> = ranks.map(|(ranks, device)| scope.spawn(move || run(ranks, device))).collect();
@@ -104,26 +111,39 @@ fn run() -> Result<(), Box<dyn Error>> {
     }
 }
 
+/// What a run starts from.
+struct Start {
+    config: ClipConfig,
+    model: Clip,
+}
+
+/// Reads the checkpoint, and upcycles it.
+fn start(args: &Args, device: &Device, speaks: bool) -> Result<Start, Box<dyn Error>> {
+    // Every process draws the same router.
+    device.seed(args.seed);
+    let ClipCheckpoint { config, model } = ClipCheckpoint::load_with_image_size(&args.dense, args.image_size, device)?;
+    if config.is_sparse() || args.keep_dense {
+        return Ok(Start { config, model });
+    }
+    let sparse = args.sparse_config(&config)?;
+    let upcycled = sparse.init(device).upcycle_from_dense(&model, &UpcycleOptions::default())?;
+    if speaks {
+        println!("{}", upcycled.report);
+    }
+    // With every number drawn.
+    Ok(Start { config: sparse, model: upcycled.model.fork(device) })
+}
+
 /// One rank.
-fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device) -> Result<(), Box<dyn Error>> {
+fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: Start) -> Result<(), Box<dyn Error>> {
     let is_first = ranks.part().rank == 0;
     let say = |text: String| {
         if is_first {
             println!("{text}");
         }
     };
-    fs::create_dir_all(out)?;
-    // All ranks begin with the same router.
-    device.seed(args.seed);
-    let start = ClipCheckpoint::load_with_image_size(&args.dense, args.image_size, device)?;
-    let (config, model) = if start.config.is_sparse() || args.keep_dense {
-        (start.config, start.model)
-    } else {
-        let config = args.sparse_config(&start.config)?;
-        let upcycled = config.init(device).upcycle_from_dense(&start.model, &UpcycleOptions::default())?;
-        say(upcycled.report.to_string());
-        (config, upcycled.model)
-    };
+    fs::create_dir_all(out).map_err(|error| format!("{}: {error}", out.display()))?;
+    let Start { config, model } = start;
     let mut arm = Arm::new("model", model, args.optimizer());
     arm.frozen = args.frozen();
 
@@ -169,9 +189,13 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device) -> Resu
     let trained = if is_first {
         let log = out.join("log.jsonl");
         let mut progress = Progress::new(steps, args.batch_size, log.clone(), out.join("report.html"));
-        let mut log = JsonLog::new(log, vec!["model".into()], args.log_every, &mut progress)?;
+        let mut log = JsonLog::new(log, vec!["model".into()], args.log_every, &mut progress)
+            .map_err(|error| format!("{}: {error}", out.display()))?;
         let trained = train(input(&mut log as &mut dyn Observer))?;
-        log.finish()?;
+        // The model is worth more than the log.
+        if let Err(error) = log.finish() {
+            eprintln!("warning: the log is not whole: {error}");
+        }
         progress.finish();
         trained
     } else {

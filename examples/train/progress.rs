@@ -45,6 +45,7 @@ impl Progress {
 
 impl Observer for Progress {
     fn on_resume(&mut self, KeptRun { step, steps }: KeptRun) {
+        self.begin = Instant::now();
         self.first_step = step;
         self.bar.set_position(step as u64);
         self.bar.reset_eta();

@@ -57,7 +57,7 @@ pub(crate) struct Args {
     /// Pairs that a rank computes at a time; all of its part unless given
     #[arg(long)]
     pub(crate) micro_batch: Option<usize>,
-    /// Samples, of which the next one is drawn
+    /// Size of the shuffle window: each sample is drawn at random from the so many that come next
     #[arg(long, default_value_t = 16_384)]
     pub(crate) shuffle: usize,
     /// Least share of an image's area that is seen in training; 1 for what the model sees at inference
@@ -66,7 +66,7 @@ pub(crate) struct Args {
     /// Leave images as the camera stored them, instead of turning them the right way up
     #[arg(long)]
     pub(crate) as_stored: bool,
-    /// Threads of each rank that read and decode; 0: as many as there are cores
+    /// Threads of each rank that read and decode; 0: as many as the machine has cores
     #[arg(long, default_value_t = 0)]
     pub(crate) workers: usize,
     /// Only read the samples, and say how fast that is
@@ -129,7 +129,7 @@ pub(crate) struct Args {
     /// Keep only what goes into each block, and compute the block again in the backward pass: less memory, longer steps
     #[arg(long)]
     pub(crate) gradient_checkpointing: bool,
-    /// Which blocks become sparse: every N-th
+    /// Of a dense checkpoint, which blocks become sparse: every N-th
     #[arg(long = "sparse-every", default_value_t = 2)]
     sparse_every: usize,
     /// Experts of each sparse block
@@ -232,6 +232,43 @@ impl Args {
             return Err(wrong().into());
         }
         Ok((samples as usize).div_ceil(self.batch_size.max(1)))
+    }
+
+    /// Refuses options that would do nothing.
+    pub(crate) fn check(&self) -> Result<(), Box<dyn Error>> {
+        let is_list = |name: &str| PathBuf::from(name).is_file() && !name.to_lowercase().ends_with(".tar");
+        if self.list_options() != ListOptions::default() && !self.data.iter().any(|name| is_list(name)) {
+            return Err("--split, --image-column and --caption-column are about a list, and --data names none".into());
+        }
+        let eval = self.eval.as_deref().unwrap_or_default();
+        if self.eval_split.is_some() && !is_list(eval) {
+            return Err("--eval-split is about a list, and --eval names none (`karpathy:` takes the test split)".into());
+        }
+        if self.eval_images.is_some() && !is_list(eval.strip_prefix("karpathy:").unwrap_or(eval)) {
+            return Err("--eval-images is the folder of a list's images, and --eval names no list".into());
+        }
+        if self.every == 0 || self.checkpoint_every() == 0 || self.keep == 0 || self.batch_size == 0 || self.shuffle == 0 {
+            return Err("--every, --checkpoint-every, --keep, --batch-size and --shuffle are at least 1".into());
+        }
+        if self.data.iter().any(|name| name == "-") && self.shuffle > 4096 {
+            eprintln!("note: {} samples of standard input wait in memory; --shuffle takes fewer", self.shuffle);
+        }
+        Ok(())
+    }
+
+    /// The device of a process that MPI started: one for each process of a machine.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn device_of_process(&self, devices: &[Device]) -> Result<Device, String> {
+        let names = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "PMI_LOCAL_RANK"];
+        let place = names.iter().find_map(|name| std::env::var(name).ok()?.parse::<usize>().ok());
+        match place {
+            _ if self.device == "cpu" => Ok(devices[0].clone()),
+            Some(place) if place < devices.len() => Ok(devices[place].clone()),
+            Some(place) => {
+                Err(format!("process {place} of this machine has no device: name one for each process with --devices, such as 0-7"))
+            }
+            None => Err(format!("which process of its machine this is cannot be told: none of {} is set", names.join(", "))),
+        }
     }
 
     /// The devices of this process.

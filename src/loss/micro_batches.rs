@@ -18,7 +18,7 @@ impl AuxiliaryLossConfig {
         match nonlinear.into_iter().find(|(_, weight)| *weight > 0.0) {
             None => Ok(()),
             Some((field, value)) => {
-                let reason = "this loss needs the whole batch at once: set its weight to 0, or train without micro-batches";
+                let reason = "this loss needs the whole batch at once: set its weight to 0, or train on one rank, without micro-batches and recomputation";
                 Err(ConfigError::OutOfRange { field, value, reason })
             }
         }

@@ -17,7 +17,8 @@ use crate::support::files::write_atomic;
 ///   "peak_memory", "layers": [{"path", "load", "dropped"}]}`: losses of the step, pairs of all ranks, seconds of the step, bytes of memory that the process holds
 ///   and held at most (null where that is not known), and of each routed block the share of the choices that name each expert.
 /// - After an evaluation, `{"step", "arm", "t2i_r1", …, "i2t_r10", "by_language"}`.
-/// - When samples were skipped, `{"step", "skipped", "last"}`: how many so far on this rank, and why the last one that is named was.
+/// - When samples were skipped, `{"step", "skipped", "last"}`: how many so far on all ranks, and why the last one that this rank
+///   names was.
 ///
 /// When the run goes on from a checkpoint, lines of later steps are removed. An error of the file system does not end the run; it is returned
 /// by [`finish`](Self::finish).

@@ -8,6 +8,7 @@ pub mod data;
 mod evaluate;
 mod log;
 mod optimizer;
+mod random;
 pub mod ranks;
 mod recipe;
 mod report;

@@ -12,11 +12,15 @@ pub use checkpointing::{Checkpointing, KeptRun};
 pub use data::TrainData;
 pub use error::TrainError;
 
-use std::{thread, time::Duration};
+use std::{
+    hash::{Hash, Hasher},
+    thread,
+    time::Duration,
+};
 
 use burn::config::Config;
 use burn::tensor::Device;
-use checkpointing::{fingerprint_of, resume, save};
+use checkpointing::{fingerprint, fingerprint_of, resume, save};
 use checks::{check_losses, check_micro_batches, check_model, check_preprocessing};
 use data::Pieces;
 use run::Run;
@@ -26,11 +30,11 @@ use super::{
     CompactVocabulary, Evaluation, OptimizerConfig, OptimizerState,
     data::ImageTextSet,
     ranks::{RankError, Ranks},
-    stream::Skipped,
+    stream::{Part, Skipped},
 };
 use crate::{
     clip::{Clip, ClipAuxiliaryLossConfig, tokenizer::ClipTokenizer},
-    support::error::ConfigError,
+    support::{error::ConfigError, hash::StableHasher},
 };
 
 /// Everything that the arms of a run share.
@@ -122,7 +126,7 @@ pub struct TrainedArm {
     pub history: Vec<(usize, Evaluation)>,
     /// Mean over the last tenth of the steps of the share of choices that were dropped in training; 0 for a dense model.
     pub dropped: f64,
-    /// Captions of the training batches that did not fit the context and were cut.
+    /// Captions of the training batches that did not fit the context and were cut, on this rank.
     pub truncated: usize,
     /// Time spent in this arm's own steps since the start or the last resumption, evaluations aside.
     pub time: Duration,
@@ -188,7 +192,7 @@ pub trait Observer {
     fn on_start(&mut self) {}
     /// After each step of each arm; `step` counts from 1.
     fn on_step(&mut self, _arm: usize, _step: usize, _report: &StepReport) {}
-    /// After each step, with the samples of a stream that this rank could not use so far.
+    /// After a step whose batch had samples that could not be used: how many there were so far on all ranks, and the first ones of this rank.
     fn on_skipped(&mut self, _skipped: &Skipped) {}
     /// After a checkpoint was written.
     fn on_checkpoint(&mut self, _step: usize) {}
@@ -254,11 +258,11 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
         let reason = "must be at least 0 and below 1";
         return Err(ConfigError::OutOfRange { field: "patch_dropout", value: config.patch_dropout, reason }.into());
     }
-    check_micro_batches(&arms, config, part)?;
+    check_micro_batches(&arms, config, ranks)?;
     data.validate()?;
-    let identity = fingerprint_of(&data, test, &arms);
+    let identity = fingerprint_of(&data, &arms);
     let tokenizer = ClipTokenizer::with_vocab_size(data.vocab_size());
-    let vocabulary = data.vocabulary(test, &tokenizer);
+    let vocabulary = data.vocabulary(test, &tokenizer, part);
     let setting = Setting { test, config, context_length: data.context_length(), tokenizer, vocabulary, ranks, device };
     let mut runs = Vec::new();
     for arm in arms {
@@ -270,6 +274,7 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
         check_losses(&arm)?;
         runs.push(Run::new(arm, &setting)?);
     }
+    check_same_options(&runs, &identity, config, ranks)?;
     let resumed = match checkpointing {
         Some(checkpointing) => resume(checkpointing, &setting, &identity, &mut runs)?,
         None => None,
@@ -286,8 +291,9 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
             }
         }
     }
-    let pools = thread_pools(runs.len());
+    let pools = thread_pools(runs.len(), ranks);
     let mut pieces = Pieces::new(&data, part, config, first_step)?;
+    let mut skipped = Skipped { count: runs[0].progress.skipped, first: Vec::new() };
     for step in first_step..config.steps {
         let (batch, truncated) = pieces.next_batch(&setting.vocabulary)?;
         runs.iter_mut().for_each(|run| run.progress.truncated += truncated);
@@ -298,26 +304,51 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
             steps.into_iter().map(|step| step.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
         });
         let done = step + 1;
+        let mut pairs = data.batch_size();
         for (index, (run, report)) in runs.iter_mut().zip(reports).enumerate() {
-            observer.on_step(index, done, &report?);
+            let report = report?;
+            pairs = report.pairs;
+            run.progress.skipped += data.batch_size() - pairs;
+            observer.on_step(index, done, &report);
             if evaluates && (done.is_multiple_of(config.eval_every) || done == config.steps) {
                 run.evaluate(index, done, &setting, observer)?;
             }
         }
-        if let Some(skipped) = pieces.skipped() {
-            observer.on_skipped(skipped);
+        // Those of all ranks count, and this one's are named.
+        if pairs < data.batch_size() {
+            skipped.count += data.batch_size() - pairs;
+            skipped.first = pieces.skipped().map_or(Vec::new(), |own| own.first.clone());
+            observer.on_skipped(&skipped);
         }
         if let Some(checkpointing) = checkpointing
             && (done.is_multiple_of(checkpointing.every) || done == config.steps)
         {
             check_ranks(&runs, ranks, done)?;
             if evaluates {
-                save(checkpointing, config, &identity, &runs, done)?;
+                save(checkpointing, &setting, &identity, &runs, done)?;
                 observer.on_checkpoint(done);
             }
         }
     }
     runs.into_iter().map(|run| run.finish(&setting)).collect()
+}
+
+/// Refuses ranks that were started in different ways: they would train different models, or wait for each other for ever.
+fn check_same_options(runs: &[Run], identity: &str, config: &TrainConfig, ranks: &dyn Ranks) -> Result<(), TrainError> {
+    if !ranks.has_others() {
+        return Ok(());
+    }
+    let mut hasher = StableHasher::default();
+    (fingerprint(config, identity, runs), config.steps).hash(&mut hasher);
+    let found = ranks.gather_counts((hasher.finish() >> 32) as usize)?;
+    match found.iter().position(|other| *other != found[0]) {
+        None => Ok(()),
+        Some(other) => {
+            let Part { rank, ranks } = ranks.part();
+            let reason = format!("rank {other} was started with other options, other data or another model than rank 0");
+            Err(RankError { rank, ranks, reason }.into())
+        }
+    }
 }
 
 /// Refuses ranks that do not hold the same weights at the same step.
@@ -338,10 +369,11 @@ fn check_ranks(runs: &[Run], ranks: &dyn Ranks, step: usize) -> Result<(), Train
     Ok(())
 }
 
-/// One pool of threads for each arm, which together have as many threads as there are cores. Models this small leave most of a shared
+/// One pool of threads for each arm, which together have as many threads as there are cores for this rank. Models this small leave most of a shared
 /// pool idle, and arms that share one wait for each other.
-fn thread_pools(arms: usize) -> Vec<rayon::ThreadPool> {
-    let cores = thread::available_parallelism().map_or(1, usize::from);
+fn thread_pools(arms: usize, ranks: &dyn Ranks) -> Vec<rayon::ThreadPool> {
+    let of_process = if ranks.are_threads() { ranks.part().ranks } else { 1 };
+    let cores = thread::available_parallelism().map_or(1, usize::from) / of_process;
     let pool = || rayon::ThreadPoolBuilder::new().num_threads((cores / arms).max(1)).build().expect("threads can be started");
     (0..arms).map(|_| pool()).collect()
 }

@@ -32,7 +32,7 @@ pub fn html_report(log: &str) -> String {
         chart("Learning rate", &by_arm(&lines, |line| line["learning_rate"].as_f64())),
         chart("Norm of the gradients", &by_arm(&lines, |line| line["gradient_norm"].as_f64())),
         chart("Pairs per second of the step", &by_arm(&lines, |line| Some(line["pairs"].as_f64()? / line["seconds"].as_f64()?))),
-        chart("Memory of the first rank, GB", &by_arm(&lines, |line| Some(line["memory"].as_f64()? / 1e9))),
+        chart("Memory of the process, GB", &by_arm(&lines, |line| Some(line["memory"].as_f64()? / 1e9))),
         chart("Dropped choices, %", &by_arm(&lines, |line| Some(100.0 * line["dropped"].as_f64()?))),
     ];
     let loads = loads(&lines).into_iter().map(|(title, series)| chart(&title, &series));

@@ -332,8 +332,8 @@ fn micro_batches_train_the_same_models() {
 
     let refused = |arms, micro_batch| run(arms, Some(micro_batch)).map(|_| ()).unwrap_err().to_string();
     let noisy = arm(sparse(RouterOptions::new().with_noise(0.1)));
-    let error = "sparse: `router noise or jitter with micro-batches` should be 0 where several arms are trained, which would draw each other's \
-                 numbers, but is above 0";
+    let error = "sparse: `router noise or jitter with micro-batches, ranks or recomputation` should be 0 where several arms or ranks are trained in \
+                 one process, which would draw each other's numbers, but is above 0";
     assert_eq!(refused(vec![noisy.clone(), noisy.clone()], 4), error);
     assert!(refused(vec![noisy.clone()], 0).contains("`micro_batch`"));
     let importance = ClipAuxiliaryLossConfig::both(AuxiliaryLossConfig::new().with_importance(0.1));

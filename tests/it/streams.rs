@@ -221,12 +221,22 @@ fn shards_that_cannot_be_read_are_named() {
         let stream = stream(Arc::new(open(path).unwrap()), config(4));
         stream.batches(Part::WHOLE, 4, 2, 0).unwrap().next_piece().unwrap_err().to_string()
     };
+    // What cannot be read counts as one sample; those before a cut are good.
     let cut = folder.path().join("cut.tar");
     fs::write(&cut, &bytes[..700]).unwrap();
-    assert!(next(&cut).contains("cut.tar: it is cut off within part/00000.png"), "{}", next(&cut));
+    assert!(next(&cut).contains("none of 4 samples can be used"), "{}", next(&cut));
+    assert!(next(&cut).contains("cut off within part/00000.png"), "{}", next(&cut));
     let other = folder.path().join("other.tar");
     fs::write(&other, vec![b'x'; 2048]).unwrap();
-    assert!(next(&other).contains("other.tar: "), "{}", next(&other));
+    assert!(next(&other).contains("other.tar, behind sample 0: the shard cannot be read from here on: "), "{}", next(&other));
+    let half = folder.path().join("half.tar");
+    fs::write(&half, &bytes[..bytes.len() / 2 + 100]).unwrap();
+    let half = stream(Arc::new(open(&half).unwrap()), config(4));
+    let mut batches = half.batches(Part::WHOLE, 4, 2, 0).unwrap();
+    let good: usize = (0..2).map(|_| batches.next_piece().unwrap().len()).sum();
+    assert!(good > 0 && batches.skipped().count > 0);
+    let error = half.batches(Part { rank: 0, ranks: 5 }, 4, 2, 0).map(|_| ()).unwrap_err().to_string();
+    assert_eq!(error, "`batch_size` is 4: a batch needs a pair for each rank");
     let empty = folder.path().join("empty.tar");
     fs::write(&empty, tar(&[])).unwrap();
     assert!(next(&empty).starts_with("the data holds no sample"), "{}", next(&empty));

@@ -170,6 +170,50 @@ fn ranks_train_the_model_that_one_process_trains() {
             assert_eq!(reports.0[0].pairs, alone.0[0].pairs);
         }
     }
+    // The first rank evaluates; the run goes on in the same way.
+    let test = colours();
+    for steps in [3, 5] {
+        let config = TrainConfig { steps, eval_every: 2, ..setup.config.clone() };
+        let run = |ranks: Threads| {
+            let mut reports = Reports::default();
+            let checkpointing = Checkpointing::new(folder.path().join("evaluated"), 1);
+            let input = TrainInput {
+                arms: vec![setup.arm.clone()],
+                data: TrainData::Stream { stream: setup.stream, threads: 1 },
+                test: (ranks.part().rank == 0).then_some(&test),
+                config: &config,
+                checkpointing: Some(&checkpointing),
+                ranks: &ranks,
+                device: &setup.device,
+                observer: &mut reports,
+            };
+            let history = train(input).unwrap().remove(0).history;
+            (ranks.part().rank, history.into_iter().map(|(step, _)| step).collect::<Vec<_>>(), reports.1)
+        };
+        let run = &run;
+        let results: Vec<_> = thread::scope(|scope| {
+            let threads: Vec<_> = Threads::new(2).into_iter().map(|ranks| scope.spawn(move || run(ranks))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        for (rank, history, resumed) in results {
+            let expected = if steps == 3 { vec![0, 2, 3] } else { vec![0, 2, 3, 4, 5] };
+            assert_eq!(history, if rank == 0 { expected } else { Vec::new() });
+            assert_eq!(resumed.len(), usize::from(steps == 5));
+        }
+    }
+    // Ranks with other options are refused before they train.
+    let run = |ranks: Threads| {
+        let config = TrainConfig { steps: 20 + ranks.part().rank, ..setup.config.clone() };
+        let other = Setup { config, arm: setup.arm.clone(), stream: setup.stream, device: setup.device.clone() };
+        other.run(&ranks, None, &mut ()).map(|_| ()).unwrap_err().to_string()
+    };
+    let errors: Vec<String> = thread::scope(|scope| {
+        let threads: Vec<_> = Threads::new(2).into_iter().map(|ranks| scope.spawn(|| run(ranks))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    for error in errors {
+        assert!(error.ends_with("rank 1 was started with other options, other data or another model than rank 0"), "{error}");
+    }
     // Two arms are not for ranks.
     let ranks = Threads::new(2);
     let input = TrainInput {
@@ -285,14 +329,17 @@ fn bfloat16_with_32_bit_weights_trains_alike() {
         setup.config = TrainConfig { precision, micro_batch, recompute_blocks, ..setup.config.clone() };
         let mut reports = Reports::default();
         let trained = setup.run(&Solo, None, &mut reports).unwrap();
-        let tail = reports.0[30..].iter().map(|report| report.contrastive).sum::<f64>() / 10.0;
-        (reports.0[0].contrastive, tail, trained)
+        let losses: Vec<f64> = reports.0.iter().map(|report| report.contrastive).collect();
+        (losses, trained)
     };
-    let (first, last, _) = losses(TrainPrecision::F32, Some(4), false);
+    let (expected, _) = losses(TrainPrecision::F32, Some(4), false);
     for (micro_batch, recompute_blocks) in [(Some(4), false), (None, false), (Some(4), true)] {
-        let (first_low, last_low, trained) = losses(TrainPrecision::Bf16, micro_batch, recompute_blocks);
-        assert!((first_low / first - 1.0).abs() < 0.01, "{first_low} {first}");
-        assert!((last_low / last - 1.0).abs() < 0.05 && last < first, "{last_low} {last} {first}");
+        let (found, trained) = losses(TrainPrecision::Bf16, micro_batch, recompute_blocks);
+        // Later, so small a model on so few samples goes its own way.
+        for (found, expected) in found.iter().zip(&expected).take(6) {
+            assert!((found / expected - 1.0).abs() < 0.02, "{found} {expected}");
+        }
+        assert!(found[39] < 0.8 * found[0], "{found:?}");
         // Weights have more bits than bfloat16.
         let fine = weights(&trained.model).iter().filter(|value| value.to_bits() & 0xffff != 0).count();
         assert!(fine > 100);

@@ -9,13 +9,14 @@ use std::{
 
 use burn::config::Config;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use rand::{RngExt, SeedableRng, rngs::StdRng, seq::SliceRandom};
+use rand::{RngExt, rngs::StdRng, seq::SliceRandom};
 
 use super::{AugmentConfig, Caption, DataError, ImageTextSet};
 use crate::clip::{
     ImagePreprocessing,
     tokenizer::{ClipTokenizer, TokenizedTexts, first_of_equal},
 };
+use crate::train::random::rng;
 
 /// How batches are drawn.
 #[derive(Config, Debug, Copy, PartialEq)]
@@ -267,7 +268,7 @@ impl Drawer {
     fn batches_of_round(&self, round: u64) -> Vec<Vec<usize>> {
         let size = self.config.batch_size;
         let mut order: Vec<usize> = (0..self.images_of_concept.len()).collect();
-        order.shuffle(&mut self.rng(0, round));
+        order.shuffle(&mut rng(self.seed, 0, [round, 0]));
         let mut next = order.iter().copied();
         let mut waiting = VecDeque::new();
         let mut batches = Vec::new();
@@ -315,7 +316,7 @@ impl Drawer {
         }
         let chosen = &self.round.1[step % per_round];
 
-        let mut rng = self.rng(1, step as u64);
+        let mut rng = rng(self.seed, 1, [step as u64, 0]);
         let len = 3 * side * side;
         let mut pixels = vec![0.0; size * len];
         let mut texts = Vec::with_capacity(size);
@@ -347,13 +348,5 @@ impl Drawer {
             }
         }
         caption
-    }
-
-    fn rng(&self, stream: u64, index: u64) -> StdRng {
-        let mut seed = [0; 32];
-        for (bytes, word) in seed.chunks_exact_mut(8).zip([self.seed, stream, index, 0]) {
-            bytes.copy_from_slice(&word.to_le_bytes());
-        }
-        StdRng::from_seed(seed)
     }
 }

@@ -29,10 +29,15 @@ pub trait Ranks: Send + Sync + std::fmt::Debug {
     /// This rank and their number.
     fn part(&self) -> Part;
 
+    /// Whether the others are threads of this process, with which it shares a device's random numbers.
+    fn are_threads(&self) -> bool {
+        false
+    }
+
     /// Replaces the values by their sums over all ranks, which have the same bits on each.
     ///
     /// # Errors
-    /// When another rank is gone, or brings another number of values.
+    /// When another rank is gone. Ranks that bring other numbers of values are a programmer's mistake, which not every implementation notices.
     fn sum(&self, values: &mut [f32]) -> Result<(), RankError>;
 
     /// The sum of a tensor on this rank's device, as 32-bit floats; through the host, unless an implementation knows a shorter way.

@@ -6,6 +6,7 @@ use std::{
 };
 
 use mpi::{
+    Threading,
     collective::SystemOperation,
     traits::{Communicator, CommunicatorCollectives},
 };
@@ -40,7 +41,7 @@ impl Mpi {
         let (answer, answers) = mpsc::channel();
         let (part, parts) = mpsc::channel();
         let run = move || {
-            let Some(universe) = mpi::initialize() else { return };
+            let Some((universe, _)) = mpi::initialize_with_threading(Threading::Funneled) else { return };
             let world = universe.world();
             // The one who asked is gone: nothing is left to do.
             let _ = part.send(Part { rank: world.rank() as usize, ranks: world.size() as usize });
@@ -65,9 +66,12 @@ impl Mpi {
 
     /// Ends all ranks with this exit status.
     pub fn abort(&self, status: i32) -> ! {
-        let _ = self.calls.lock().unwrap_or_else(PoisonError::into_inner).0.send(Call::Abort(status));
-        loop {
-            thread::park();
+        match self.calls.lock().unwrap_or_else(PoisonError::into_inner).0.send(Call::Abort(status)) {
+            Ok(()) => loop {
+                thread::park();
+            },
+            // The thread that calls MPI is gone: mpirun sees this process end.
+            Err(_) => std::process::exit(status),
         }
     }
 }

@@ -1,15 +1,9 @@
 //! Ranks that are threads of one process.
 
-use std::{
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
-};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::{RankError, Ranks};
 use crate::train::stream::Part;
-
-/// How long a rank waits for the others, which may be evaluating or writing a checkpoint.
-const PATIENCE: Duration = Duration::from_secs(600);
 
 /// A rank that is a thread: one for each device of a machine. Sums go through the host's memory, in the order of the ranks.
 ///
@@ -49,7 +43,7 @@ impl Threads {
         (0..ranks).map(|rank| Self { part: Part { rank, ranks }, shared: shared.clone() }).collect()
     }
 
-    /// Waits until `ready`, unless a rank is gone or does not come.
+    /// Waits until `ready`, unless a rank is gone. There is no limit: the first rank may be evaluating or writing a checkpoint.
     fn wait<'a>(
         &self,
         mut state: MutexGuard<'a, State>,
@@ -57,7 +51,6 @@ impl Threads {
     ) -> Result<MutexGuard<'a, State>, RankError> {
         let Part { rank, ranks } = self.part;
         let error = |reason| RankError { rank, ranks, reason };
-        let begin = Instant::now();
         loop {
             if ready(&state) {
                 return Ok(state);
@@ -65,10 +58,7 @@ impl Threads {
             if let Some(gone) = state.gone {
                 return Err(error(format!("rank {gone} has ended before the others")));
             }
-            let Some(left) = PATIENCE.checked_sub(begin.elapsed()) else {
-                return Err(error(format!("the others did not come within {} seconds", PATIENCE.as_secs())));
-            };
-            state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
@@ -76,6 +66,10 @@ impl Threads {
 impl Ranks for Threads {
     fn part(&self) -> Part {
         self.part
+    }
+
+    fn are_threads(&self) -> bool {
+        true
     }
 
     fn sum(&self, values: &mut [f32]) -> Result<(), RankError> {

@@ -128,8 +128,10 @@ fn bad(path: &Path, reason: String) -> TrainError {
 pub(super) struct Progress {
     /// Dropped share of each step so far.
     pub(super) dropped: Vec<f64>,
-    /// Captions that were cut so far.
+    /// Captions that were cut so far, on this rank.
     pub(super) truncated: usize,
+    /// Samples that could not be used so far, on all ranks.
+    pub(super) skipped: usize,
     /// Ranks of each evaluation so far: (step, text ranks, image ranks).
     pub(super) evaluations: Vec<(usize, Vec<usize>, Vec<usize>)>,
 }
@@ -147,11 +149,13 @@ struct State {
     step: usize,
     steps: usize,
     fingerprint: String,
+    /// Stands for what the run is evaluated on, where it is.
+    test: Option<String>,
     progress: Vec<Progress>,
 }
 
 /// Of all but the number of steps, which may grow.
-fn fingerprint(config: &TrainConfig, identity: &str, runs: &[Run]) -> String {
+pub(super) fn fingerprint(config: &TrainConfig, identity: &str, runs: &[Run]) -> String {
     let config = TrainConfig { steps: 0, ..config.clone() };
     let arms: Vec<_> = runs.iter().map(|run| (&run.name, &run.config, &run.auxiliary, run.frozen, &run.routing)).collect();
     serde_json::to_string(&(config, identity, arms)).expect("configurations are JSON")
@@ -180,11 +184,12 @@ fn record_path(folder: &Path, arm: usize, part: &str) -> PathBuf {
 
 pub(super) fn save(
     checkpointing: &Checkpointing,
-    config: &TrainConfig,
+    setting: &Setting,
     identity: &str,
     runs: &[Run],
     step: usize,
 ) -> Result<(), TrainError> {
+    let config = setting.config;
     let folder = checkpointing.folder.join(format!("{NAME}{step:08}"));
     let unfinished = checkpointing.folder.join(format!("{UNFINISHED}{step:08}"));
     let io = |path: &Path| {
@@ -209,6 +214,7 @@ pub(super) fn save(
         step,
         steps: config.steps,
         fingerprint: fingerprint(config, identity, runs),
+        test: setting.test.map(fingerprint_of_set),
         progress: runs.iter().map(|run| run.progress.clone()).collect(),
     };
     let path = unfinished.join("state.json");
@@ -243,6 +249,12 @@ pub(super) fn resume(
                 .into(),
         ));
     }
+    // Of several ranks, one evaluates.
+    if let (Some(then), Some(now)) = (&state.test, setting.test.map(fingerprint_of_set))
+        && *then != now
+    {
+        return Err(bad("the run in this folder was evaluated on another set; take another folder or remove this one".into()));
+    }
     if state.step > config.steps {
         let (done, steps) = (state.step, config.steps);
         return Err(bad(format!("the run in this folder has done {done} steps already, and {steps} are asked for")));
@@ -265,9 +277,8 @@ pub(super) fn resume(
 }
 
 /// Stands for the data and for where the arms start, so that a run is not resumed as another one.
-pub(super) fn fingerprint_of(data: &TrainData, test: Option<&ImageTextSet>, arms: &[Arm]) -> String {
+pub(super) fn fingerprint_of(data: &TrainData, arms: &[Arm]) -> String {
     let mut hasher = StableHasher::default();
-    test.hash(&mut hasher);
     let data = match data {
         TrainData::Set { set, batch } => {
             set.hash(&mut hasher);
@@ -287,4 +298,11 @@ pub(super) fn fingerprint_of(data: &TrainData, test: Option<&ImageTextSet>, arms
         arm.state.hash(&mut hasher);
     }
     format!("{data} {:016x}", hasher.finish())
+}
+
+/// Stands for what a run is evaluated on.
+fn fingerprint_of_set(set: &ImageTextSet) -> String {
+    let mut hasher = StableHasher::default();
+    set.hash(&mut hasher);
+    format!("{:016x}", hasher.finish())
 }

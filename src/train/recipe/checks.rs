@@ -5,13 +5,14 @@ use crate::{
     clip::{EndOfText, ImagePreprocessing, TokenizerKind},
     routing::router::RouterScore,
     support::error::ConfigError,
-    train::stream::Part,
+    train::ranks::Ranks,
     transformer::FeedForward,
 };
 
 /// Refuses what cannot be computed by micro-batches, or by several ranks.
-pub(super) fn check_micro_batches(arms: &[Arm], config: &TrainConfig, part: Part) -> Result<(), TrainError> {
-    if part.ranks > 1 && arms.len() > 1 {
+pub(super) fn check_micro_batches(arms: &[Arm], config: &TrainConfig, ranks: &dyn Ranks) -> Result<(), TrainError> {
+    let alone = !ranks.has_others();
+    if !alone && arms.len() > 1 {
         return Err(TrainError::Model {
             arm: arms[1].name.clone(),
             what: "arms that several ranks train",
@@ -19,17 +20,18 @@ pub(super) fn check_micro_batches(arms: &[Arm], config: &TrainConfig, part: Part
             found: arms.len().to_string(),
         });
     }
-    if config.micro_batch.is_none() && part.ranks == 1 && !config.recompute_blocks {
+    if config.micro_batch.is_none() && alone && !config.recompute_blocks {
         return Ok(());
     }
     config.micro_batch.map_or(Ok(()), |size| ConfigError::non_zero("micro_batch", size))?;
     for arm in arms {
         arm.auxiliary.validate_micro_batches()?;
-        if arms.len() > 1 && is_noisy(&arm.model) {
+        let share_numbers = arms.len() > 1 || (!alone && ranks.are_threads());
+        if share_numbers && is_noisy(&arm.model) {
             return Err(TrainError::Model {
                 arm: arm.name.clone(),
-                what: "router noise or jitter with micro-batches",
-                expected: "0 where several arms are trained, which would draw each other's numbers".into(),
+                what: "router noise or jitter with micro-batches, ranks or recomputation",
+                expected: "0 where several arms or ranks are trained in one process, which would draw each other's numbers".into(),
                 found: "above 0".into(),
             });
         }

@@ -76,13 +76,14 @@ impl TrainData<'_> {
     }
 
     /// The token ids that can occur.
-    pub(super) fn vocabulary(&self, test: Option<&ImageTextSet>, tokenizer: &ClipTokenizer) -> CompactVocabulary {
+    pub(super) fn vocabulary(&self, test: Option<&ImageTextSet>, tokenizer: &ClipTokenizer, part: Part) -> CompactVocabulary {
         match self {
-            Self::Set { set, .. } => {
+            // All ranks need the same, and one evaluates.
+            Self::Set { set, .. } if part.ranks == 1 => {
                 let sets: Vec<&ImageTextSet> = [*set].into_iter().chain(test).collect();
                 CompactVocabulary::of_sets(&sets, tokenizer)
             }
-            Self::Stream { .. } => CompactVocabulary::whole(self.vocab_size()),
+            Self::Set { .. } | Self::Stream { .. } => CompactVocabulary::whole(self.vocab_size()),
         }
     }
 }
@@ -95,7 +96,8 @@ pub(super) enum Pieces {
 
 impl Pieces {
     pub(super) fn new(data: &TrainData, part: Part, config: &TrainConfig, first_step: usize) -> Result<Self, DataError> {
-        let own = part.of(data.batch_size()).len().max(1);
+        part.check(data.batch_size())?;
+        let own = part.of(data.batch_size()).len();
         let piece = config.micro_batch.map_or(own, |size| size.min(own));
         Ok(match data {
             TrainData::Set { set, batch } => {
@@ -111,9 +113,11 @@ impl Pieces {
 
     /// The next batch in pieces, with places in the vocabulary for ids, and how many of its captions were cut.
     pub(super) fn next_batch(&mut self, vocabulary: &CompactVocabulary) -> Result<(Vec<Batch>, usize), DataError> {
+        let mut cut = 0;
         let mut pieces = match self {
             Self::Set { batches, part, piece } => {
                 let batch = batches.next().ok_or_else(|| DataError::Stopped { reason: "its thread is gone".into() })?;
+                cut = batch.texts.truncated;
                 let own = part.of(batch.len());
                 if *piece >= batch.len() {
                     vec![batch]
@@ -126,7 +130,8 @@ impl Pieces {
                 (0..batches.pieces()).map(|_| batches.next_piece()).collect::<Result<Vec<Batch>, DataError>>()?
             }
         };
-        let truncated = pieces.iter().map(|piece| piece.texts.truncated).sum();
+        // Parts of a batch in memory do not know it.
+        let truncated = pieces.iter().map(|piece| piece.texts.truncated).sum::<usize>().max(cut);
         pieces.iter_mut().for_each(|piece| vocabulary.compact_ids(&mut piece.texts.ids));
         Ok((pieces, truncated))
     }

@@ -17,7 +17,11 @@ use super::{
 };
 use crate::{
     clip::{Clip, ClipAuxiliaryLossConfig},
-    support::{finite::check_finite_module, hash::StableHasher, param::with_leaves_on},
+    support::{
+        finite::{NonFiniteError, check_finite_module},
+        hash::StableHasher,
+        param::with_leaves_on,
+    },
     train::{Evaluation, OptimizerConfig, OptimizerState, data::Batch, evaluate, optimizer::average},
 };
 
@@ -115,6 +119,10 @@ impl Run {
             StepError::Ranks(error) => error.into(),
         })?;
         let gradient_norm = global_norm(self.model(), &found.gradients);
+        if !gradient_norm.is_finite() {
+            let source = NonFiniteError { tensor: "norm of the gradients".into(), count: 1, total: 1 };
+            return Err(TrainError::NonFinite { arm: self.name.clone(), step: step + 1, source });
+        }
         if let Some(most) = self.config.clip_norm {
             scale_to(self.model(), &mut found.gradients, gradient_norm, most);
         }

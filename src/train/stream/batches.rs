@@ -10,14 +10,17 @@ use std::{
 use burn::config::Config;
 use rand::{RngExt, rngs::StdRng};
 
-use super::{SampleError, SampleId, Samples, order::Order, order::rng};
+use super::{SampleError, SampleId, Samples, order::Order};
 use crate::{
     clip::{
         preprocess::{ImagePreprocessor, RandomCropConfig, Square},
         tokenizer::ClipTokenizer,
     },
     support::error::ConfigError,
-    train::data::{Batch, DataError, Pixels, check_tokens},
+    train::{
+        data::{Batch, DataError, Pixels, check_tokens},
+        random::rng,
+    },
 };
 
 /// How batches are drawn from a source.
@@ -25,7 +28,8 @@ use crate::{
 pub struct StreamConfig {
     /// Pairs in a batch, of all ranks together.
     pub batch_size: usize,
-    /// Samples, of which the next one is drawn: so far are those of one shard spread. Default: 16384
+    /// Size of the shuffle window: each sample is drawn at random from the so many that come next in the shards. Only a [`TarStream`](super::TarStream) holds
+    /// them in memory. Default: 16384
     #[config(default = 16384)]
     pub shuffle: usize,
     /// Most tokens of a caption. Default: 77
@@ -89,6 +93,15 @@ impl Part {
     pub fn of(&self, batch_size: usize) -> Range<usize> {
         self.rank * batch_size / self.ranks..(self.rank + 1) * batch_size / self.ranks
     }
+
+    /// Refuses a batch of which some rank has no pair.
+    pub(in crate::train) fn check(&self, batch_size: usize) -> Result<(), DataError> {
+        if batch_size >= self.ranks {
+            return Ok(());
+        }
+        let reason = "a batch needs a pair for each rank";
+        Err(DataError::OutOfRange { field: "batch_size", value: batch_size as f64, reason })
+    }
 }
 
 /// Samples that could not be used.
@@ -134,6 +147,7 @@ impl Stream {
     /// # Errors
     /// When the source cannot be shared by ranks.
     pub fn batches(&self, part: Part, piece: usize, threads: usize, first_step: usize) -> Result<StreamBatches, DataError> {
+        part.check(self.config.batch_size)?;
         if part.ranks > 1 && self.samples.is_for_one_rank() {
             return Err(DataError::NotShared { name: self.samples.fingerprint(), ranks: part.ranks });
         }
@@ -196,7 +210,13 @@ impl StreamBatches {
                 let next = || tasks.lock().unwrap_or_else(PoisonError::into_inner).recv();
                 // Ends when all is given out.
                 while let Ok(Task { number, epoch, id }) = next() {
-                    let read = stream.read(epoch, id).map_or_else(Outcome::Bad, Outcome::Good);
+                    let read = std::panic::AssertUnwindSafe(|| stream.read(epoch, id));
+                    // Whoever waits for this sample must hear of it.
+                    let read = std::panic::catch_unwind(read).unwrap_or_else(|_| {
+                        let sample = format!("sample {} of shard {}", id.place, id.shard);
+                        Err(SampleError { sample, reason: "reading it has panicked".into() })
+                    });
+                    let read = read.map_or_else(Outcome::Bad, Outcome::Good);
                     if outcome.send((number, read)).is_err() {
                         return;
                     }
@@ -312,6 +332,9 @@ impl Stream {
     /// Reads and prepares a sample. What is random depends on the seed, the epoch and the sample.
     fn read(&self, epoch: u64, id: SampleId) -> Result<Prepared, SampleError> {
         let sample = self.samples.read(id)?;
+        if sample.captions.is_empty() {
+            return Err(SampleError { sample: sample.name, reason: "it has no caption".into() });
+        }
         let place = ((id.shard as u64) << 32) | id.place as u64;
         let mut rng: StdRng = rng(self.config.seed, 1, [epoch, place]);
         let caption = &sample.captions[rng.random_range(0..sample.captions.len())];

@@ -1,9 +1,13 @@
 //! Samples that are files of their own.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    hash::{Hash, Hasher},
+    path::PathBuf,
+};
 
 use super::{Sample, SampleError, SampleId, Samples};
-use crate::{clip::lists::CaptionedImages, train::data::DataError};
+use crate::{clip::lists::CaptionedImages, support::hash::StableHasher, train::data::DataError};
 
 /// The images of a list, each read from its file when it is needed. They are shuffled altogether.
 #[derive(Debug)]
@@ -16,7 +20,9 @@ pub struct ListedImages {
 
 impl ListedImages {
     /// The images of a list, whose paths are relative to `folder`.
-    pub fn new(list: CaptionedImages, folder: impl Into<PathBuf>) -> Self {
+    pub fn new(mut list: CaptionedImages, folder: impl Into<PathBuf>) -> Self {
+        list.captions.retain(|(caption, _)| !caption.trim().is_empty());
+        list.captions.sort_by_key(|(_, image)| *image);
         let count = list.images.len();
         let captions = (0..=count).map(|image| list.captions.partition_point(|(_, of)| *of < image)).collect();
         Self { folder: folder.into(), list, captions }
@@ -35,6 +41,9 @@ impl Samples for ListedImages {
 
     fn read(&self, id: SampleId) -> Result<Sample, SampleError> {
         let path = self.folder.join(&self.list.images[id.shard]);
+        if self.captions[id.shard] == self.captions[id.shard + 1] {
+            return Err(SampleError { sample: path.display().to_string(), reason: "it has no caption".into() });
+        }
         let image =
             fs::read(&path).map_err(|error| SampleError { sample: path.display().to_string(), reason: error.to_string() })?;
         let captions = &self.list.captions[self.captions[id.shard]..self.captions[id.shard + 1]];
@@ -47,7 +56,8 @@ impl Samples for ListedImages {
 
     fn fingerprint(&self) -> String {
         let CaptionedImages { images, captions } = &self.list;
-        let letters: usize = captions.iter().map(|(caption, _)| caption.len()).sum();
-        format!("{} images, {} captions of {letters} bytes, {}", images.len(), captions.len(), self.folder.display())
+        let mut hasher = StableHasher::default();
+        (images, captions, &self.folder).hash(&mut hasher);
+        format!("{} images, {} captions, {:016x}", images.len(), captions.len(), hasher.finish())
     }
 }

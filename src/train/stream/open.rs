@@ -57,13 +57,13 @@ fn of_folder(folder: &Path) -> Result<Arc<dyn Samples>, DataError> {
     }
     let mut list = CaptionedImages::default();
     for path in ImageFolder::read(folder, true)?.images {
-        let text = path.with_extension("txt");
-        if let Ok(caption) = fs::read_to_string(&text) {
+        // Without a caption that can be read, it is a sample that cannot be used, and is named when its turn comes.
+        if let Ok(caption) = fs::read_to_string(path.with_extension("txt")) {
             list.captions.push((caption, list.images.len()));
-            list.images.push(path);
         }
+        list.images.push(path);
     }
-    if list.images.is_empty() {
+    if list.captions.is_empty() {
         let reason = format!("{} holds neither tar files nor images with a .txt of the same name", folder.display());
         return Err(DataError::Name { reason });
     }

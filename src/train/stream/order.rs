@@ -2,19 +2,10 @@
 
 use std::sync::Arc;
 
-use rand::{RngExt, SeedableRng, rngs::StdRng, seq::SliceRandom};
+use rand::{RngExt, rngs::StdRng, seq::SliceRandom};
 
 use super::{SampleId, Samples};
-use crate::train::data::DataError;
-
-/// Numbers for one purpose of a run.
-pub(super) fn rng(seed: u64, stream: u64, index: [u64; 2]) -> StdRng {
-    let mut bytes = [0; 32];
-    for (bytes, word) in bytes.chunks_exact_mut(8).zip([seed, stream, index[0], index[1]]) {
-        bytes.copy_from_slice(&word.to_le_bytes());
-    }
-    StdRng::from_seed(bytes)
-}
+use crate::train::{data::DataError, random::rng};
 
 /// An endless row of samples: in each epoch all shards in another order, and their samples drawn from a window that moves over them.
 pub(super) struct Order {

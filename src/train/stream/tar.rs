@@ -3,6 +3,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     fs::File,
+    hash::{Hash, Hasher},
     io::{self, Read, Seek, SeekFrom},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
@@ -10,7 +11,7 @@ use std::{
 };
 
 use super::{Sample, SampleError, SampleId, Samples};
-use crate::train::data::DataError;
+use crate::{support::hash::StableHasher, train::data::DataError};
 
 /// Endings of images.
 const IMAGES: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"];
@@ -32,7 +33,8 @@ pub struct TarShards {
     places: Mutex<Places>,
 }
 
-/// A tar archive that is read once, from its beginning to its end, as from a pipe. Only one rank can read it, and there is no second epoch.
+/// A tar archive that is read once, from its beginning to its end, as from a pipe. Only one rank can read it, and there is no second epoch. The
+/// samples of the shuffle window wait in memory: take a smaller one than for files.
 #[derive(Debug)]
 pub struct TarStream {
     name: String,
@@ -54,6 +56,8 @@ struct Members<M> {
     image: Option<M>,
     text: Option<M>,
     json: Option<M>,
+    /// Why there is nothing to read: a shard that is damaged from here on.
+    damaged: Option<String>,
 }
 
 /// First byte and length of a member.
@@ -82,7 +86,7 @@ struct StreamState {
 
 impl<M> Members<M> {
     fn new(key: String) -> Self {
-        Self { key, image: None, text: None, json: None }
+        Self { key, image: None, text: None, json: None, damaged: None }
     }
 
     fn put(&mut self, kind: Kind, member: M) {
@@ -96,6 +100,9 @@ impl<M> Members<M> {
 
     /// The sample, whose members `read` turns into bytes.
     fn sample(self, mut read: impl FnMut(M) -> Result<Vec<u8>, String>) -> Result<Sample, String> {
+        if let Some(reason) = self.damaged {
+            return Err(reason);
+        }
         let image = self.image.ok_or("it has no image")?;
         let mut captions = match (self.text, self.json) {
             (Some(text), _) => vec![String::from_utf8(read(text)?).map_err(|_| "its caption is no UTF-8")?],
@@ -199,10 +206,20 @@ impl TarShards {
     }
 }
 
-/// Reads the headers of a tar file.
+/// Reads the headers of a tar file. Where it is damaged, the samples before stay, and what follows counts as one that cannot be used.
 fn scan(path: &Path, size: u64) -> io::Result<Vec<Members<Extent>>> {
-    let mut archive = tar::Archive::new(io::BufReader::with_capacity(1 << 13, File::open(path)?));
-    let (mut samples, mut groups) = (Vec::new(), Groups(None));
+    let file = io::BufReader::with_capacity(1 << 13, File::open(path)?);
+    let mut samples = Vec::new();
+    if let Err(error) = scan_into(&mut samples, file, size) {
+        let damaged = Some(format!("the shard cannot be read from here on: {error}"));
+        samples.push(Members { damaged, ..Members::new(format!("behind sample {}", samples.len())) });
+    }
+    Ok(samples)
+}
+
+fn scan_into(samples: &mut Vec<Members<Extent>>, file: impl Read + Seek, size: u64) -> io::Result<()> {
+    let mut archive = tar::Archive::new(file);
+    let mut groups = Groups(None);
     for entry in archive.entries_with_seek()? {
         let entry = entry?;
         if !entry.header().entry_type().is_file() {
@@ -217,7 +234,7 @@ fn scan(path: &Path, size: u64) -> io::Result<Vec<Members<Extent>>> {
         }
     }
     samples.extend(groups.0);
-    Ok(samples)
+    Ok(())
 }
 
 impl Samples for TarShards {
@@ -233,7 +250,10 @@ impl Samples for TarShards {
         let path = &self.paths[id.shard];
         let places = self.places(id.shard);
         let places = places.map_err(|error| SampleError { sample: path.display().to_string(), reason: error.to_string() })?;
-        let mut members = places[id.place].clone();
+        let Some(mut members) = places.get(id.place).cloned() else {
+            let reason = format!("it has no sample {} any more: did the file change?", id.place);
+            return Err(SampleError { sample: path.display().to_string(), reason });
+        };
         members.key = format!("{}, {}", path.display(), members.key);
         let sample = members.key.clone();
         let read = |extent: Extent| {
@@ -246,9 +266,9 @@ impl Samples for TarShards {
     }
 
     fn fingerprint(&self) -> String {
-        let total: u64 = self.sizes.iter().sum();
-        let name = |path: Option<&PathBuf>| path.map_or(String::new(), |path| path.display().to_string());
-        format!("{} shards of {total} bytes, {} to {}", self.paths.len(), name(self.paths.first()), name(self.paths.last()))
+        let mut hasher = StableHasher::default();
+        (&self.paths, &self.sizes).hash(&mut hasher);
+        format!("{} shards, {:016x}", self.paths.len(), hasher.finish())
     }
 }
 
@@ -282,7 +302,8 @@ fn send_all(archive: impl Read, sender: &mpsc::SyncSender<io::Result<Members<Vec
         let mut entry = entry?;
         let member = member_of(&entry.path()?);
         if let Some((key, kind)) = member.filter(|_| entry.header().entry_type().is_file()) {
-            let len = length(entry.size()).map_err(io::Error::other)?;
+            // The sample is then one without this member.
+            let Ok(len) = length(entry.size()) else { continue };
             let mut bytes = Vec::with_capacity(len);
             entry.read_to_end(&mut bytes)?;
             if bytes.len() < len {
@@ -329,8 +350,10 @@ impl Samples for TarStream {
 
     fn read(&self, id: SampleId) -> Result<Sample, SampleError> {
         let members = lock(&self.state).waiting.remove(&id.place);
-        let members = members.expect("a sample of a stream is read once");
-        let mut members = members;
+        let Some(mut members) = members else {
+            let sample = format!("{}, sample {}", self.name, id.place);
+            return Err(SampleError { sample, reason: "it was read before, and can be read only once".into() });
+        };
         members.key = format!("{}, {}", self.name, members.key);
         let sample = members.key.clone();
         members.sample(Ok).map_err(|reason| SampleError { sample, reason })

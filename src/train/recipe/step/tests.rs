@@ -257,7 +257,7 @@ fn both_passes_draw_the_same_noise() {
 fn losses_that_need_the_whole_batch_are_refused_by_name() {
     let weights = AuxiliaryLossConfig::new().with_importance(0.1);
     let error = ClipAuxiliaryLossConfig::both(weights).validate_micro_batches().unwrap_err().to_string();
-    let end = "this loss needs the whole batch at once: set its weight to 0, or train without micro-batches";
+    let end = "this loss needs the whole batch at once: set its weight to 0, or train on one rank, without micro-batches and recomputation";
     assert_eq!(error, format!("`importance` is 0.1: {end}"));
 }
 

@@ -49,12 +49,17 @@ fn pieces(batch: &Batch, size: usize) -> Vec<Batch> {
 /// Alone, from pieces of so many pairs.
 fn found(model: &Clip, batch: &Batch, auxiliary: &ClipAuxiliaryLoss, size: usize, seed: u64) -> Result<StepGradients, StepError> {
     let device = device();
-    let setting = StepSetting { auxiliary, ranks: &Solo, device: &device, seed, patch_dropout: 0.0, recompute_blocks: false };
+    let setting = StepSetting { seed, ..alone(auxiliary, &device) };
     if size == batch.len() {
         gradients(model, std::slice::from_ref(batch), setting)
     } else {
         gradients(model, &pieces(batch, size), setting)
     }
+}
+
+/// A plain step of one rank.
+fn alone<'a>(auxiliary: &'a ClipAuxiliaryLoss, device: &'a Device) -> StepSetting<'a> {
+    StepSetting { auxiliary, ranks: &Solo, device, seed: 0, patch_dropout: 0.0, recompute_blocks: false }
 }
 
 /// All gradients in the order of the parameters.
@@ -116,14 +121,7 @@ fn ranks_have_the_gradients_of_the_batch() {
         let step = |ranks: Threads| {
             let own = batch.slice(ranks.part().of(batch.len()));
             let device = device();
-            let setting = StepSetting {
-                auxiliary: &losses,
-                ranks: &ranks,
-                device: &device,
-                seed: 0,
-                patch_dropout: 0.0,
-                recompute_blocks: false,
-            };
+            let setting = StepSetting { ranks: &ranks, ..alone(&losses, &device) };
             let found = gradients(&model, &pieces(&own, size), setting).unwrap();
             (values(&model, &found), found.contrastive, found.auxiliary, found.totals, found.pairs)
         };
@@ -146,14 +144,7 @@ fn ranks_have_the_gradients_of_the_batch() {
     let step = |ranks: Threads| {
         let own = few.slice(ranks.part().of(2));
         let device = device();
-        let setting = StepSetting {
-            auxiliary: &losses,
-            ranks: &ranks,
-            device: &device,
-            seed: 0,
-            patch_dropout: 0.0,
-            recompute_blocks: false,
-        };
+        let setting = StepSetting { ranks: &ranks, ..alone(&losses, &device) };
         values(&model, &gradients(&model, &[own], setting).unwrap())
     };
     std::thread::scope(|scope| {
@@ -169,8 +160,7 @@ fn blocks_that_are_computed_again_have_the_same_gradients() {
     let batch = batch(16);
     let losses = losses().init();
     let device = device();
-    let setting =
-        StepSetting { auxiliary: &losses, ranks: &Solo, device: &device, seed: 7, patch_dropout: 0.0, recompute_blocks: false };
+    let setting = StepSetting { seed: 7, ..alone(&losses, &device) };
     let model = model(RouterOptions::new());
     for (patch_dropout, size) in [(0.0, 16), (0.0, 5), (0.5, 16), (0.5, 5)] {
         let setting = StepSetting { patch_dropout, ..setting };
@@ -196,8 +186,7 @@ fn patches_that_are_seen_depend_on_the_seed_and_the_pair_alone() {
     let model = model(RouterOptions::new());
     let device = device();
     let losses = losses().init();
-    let setting =
-        StepSetting { auxiliary: &losses, ranks: &Solo, device: &device, seed: 7, patch_dropout: 0.75, recompute_blocks: false };
+    let setting = StepSetting { seed: 7, patch_dropout: 0.75, ..alone(&losses, &device) };
     let seen = |pairs, first, seed| -> Vec<i32> {
         let patches = seen_patches(&model, pairs, first, StepSetting { seed, ..setting }).unwrap();
         patches.try_into_vec_as().unwrap()
@@ -226,14 +215,7 @@ fn both_passes_draw_the_same_noise() {
     let attempt = |_| {
         let whole = found(&model, &batch, &losses, 8, 40).unwrap();
         let device = device();
-        let setting = StepSetting {
-            auxiliary: &losses,
-            ranks: &Solo,
-            device: &device,
-            seed: 40,
-            patch_dropout: 0.0,
-            recompute_blocks: false,
-        };
+        let setting = StepSetting { seed: 40, ..alone(&losses, &device) };
         // One piece and an empty one: both passes.
         let parts = by_pieces(&model, &[batch.clone(), batch.slice(0..0)], setting).unwrap();
         difference(&values(&model, &whole), &values(&model, &parts))
@@ -242,8 +224,7 @@ fn both_passes_draw_the_same_noise() {
     // Blocks that are computed again draw what they drew before.
     let attempt = |_| {
         let device = device();
-        let setting =
-            StepSetting { auxiliary: &losses, ranks: &Solo, device: &device, seed: 40, patch_dropout: 0.0, recompute_blocks: true };
+        let setting = StepSetting { seed: 40, recompute_blocks: true, ..alone(&losses, &device) };
         let found = gradients(&model, &pieces(&batch, 4), setting).unwrap();
         let again = gradients(&model, &pieces(&batch, 4), setting).unwrap();
         found.totals == again.totals && difference(&values(&model, &found), &values(&model, &again)) == 0.0

@@ -201,7 +201,7 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
     } else {
         train(input(&mut ()))?
     };
-    let [TrainedArm { model, average, .. }] = <[TrainedArm; 1]>::try_from(trained).expect("one arm was trained");
+    let [TrainedArm { model, average, truncated, .. }] = <[TrainedArm; 1]>::try_from(trained).expect("one arm was trained");
     if is_first {
         let checkpoint = ClipCheckpoint { config, model: average.unwrap_or(model).valid() };
         checkpoint.save_sparse(out.join("model"), Precision::F32)?;
@@ -212,6 +212,7 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
             experts::draw(&out.join(EXPERTS), &known, test)?;
         }
         report(out)?;
+        println!("captions that did not fit the context and were cut: {truncated} of this rank since the run began");
         println!("the model is in {}, the log and the report beside it", out.join("model").display());
     }
     Ok(())

@@ -177,10 +177,14 @@ fn a_batch_without_a_good_sample_ends_the_training() {
     let path = folder.path().join("bad.tar");
     let members: Vec<_> = (0..4).flat_map(|i| [(format!("{i}.png"), vec![0]), (format!("{i}.txt"), vec![b'x'])]).collect();
     fs::write(&path, tar(&members)).unwrap();
-    let mut batches = stream(Arc::new(TarShards::open(vec![path]).unwrap()), config(4)).batches(Part::WHOLE, 3, 2, 0).unwrap();
+    let bad = stream(Arc::new(TarShards::open(vec![path]).unwrap()), config(4));
+    let mut batches = bad.batches(Part::WHOLE, 3, 2, 0).unwrap();
     assert!(batches.next_piece().unwrap().is_empty());
     let error = batches.next_piece().unwrap_err().to_string();
     assert!(error.starts_with("none of 4 samples can be used; the last one: "), "{error}");
+    // Another rank may have good ones.
+    let mut half = bad.batches(Part { rank: 1, ranks: 2 }, 2, 2, 0).unwrap();
+    assert!(half.next_piece().unwrap().is_empty());
 }
 
 #[test]

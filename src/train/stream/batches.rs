@@ -185,6 +185,8 @@ pub struct StreamBatches {
     early: HashMap<u64, Outcome>,
     number: u64,
     stream: Stream,
+    /// Whether there are no other ranks, which may have good samples where this one has none.
+    is_alone: bool,
     /// Pairs of this rank in a batch, and in a piece.
     own: usize,
     piece: usize,
@@ -255,6 +257,7 @@ impl StreamBatches {
             early: HashMap::new(),
             number: 0,
             stream: stream.clone(),
+            is_alone: part.ranks == 1,
             own: own.len(),
             piece,
             done: 0,
@@ -276,7 +279,7 @@ impl StreamBatches {
     /// The next piece; it may be empty. The last one of a batch may be smaller than others.
     ///
     /// # Errors
-    /// When the source cannot be read, or no sample of a batch can be used.
+    /// When the source cannot be read, or, without other ranks, no sample of a batch can be used.
     pub fn next_piece(&mut self) -> Result<Batch, DataError> {
         let pairs = self.piece.min(self.own - self.done);
         let (mut pixels, mut captions, mut last) = (Vec::new(), Vec::with_capacity(pairs), None);
@@ -301,7 +304,7 @@ impl StreamBatches {
         if self.done == self.own {
             let good = self.good;
             (self.done, self.good) = (0, 0);
-            if let Some(last) = last.filter(|_| good == 0) {
+            if let Some(last) = last.filter(|_| good == 0 && self.is_alone) {
                 return Err(DataError::NoGoodSample { samples: self.own, last });
             }
         }

@@ -21,6 +21,7 @@ use crate::{
     train::{
         data::Batch,
         ranks::{RankError, Ranks},
+        stream::Part,
     },
     transformer::FeedForward,
 };
@@ -211,6 +212,11 @@ fn by_pieces(model: &Clip, pieces: &[Batch], setting: StepSetting) -> Result<Ste
     let counts = ranks.gather_counts(own)?;
     let before: usize = counts[..ranks.part().rank].iter().sum();
     let all: usize = counts.iter().sum();
+    if all == 0 {
+        let Part { rank, ranks } = ranks.part();
+        let reason = "none of the samples of a batch can be used, on any rank".into();
+        return Err(RankError { rank, ranks, reason }.into());
+    }
     let firsts = pieces.iter().scan(0, |next, piece| {
         let first = *next;
         *next += piece.len();

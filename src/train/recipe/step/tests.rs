@@ -156,6 +156,25 @@ fn ranks_have_the_gradients_of_the_batch() {
 }
 
 #[test]
+fn a_batch_without_a_pair_on_any_rank_is_an_error() {
+    let (model, batch, losses) = (model(RouterOptions::new()), batch(1), losses().init());
+    let step = |ranks: Threads| {
+        let device = device();
+        let setting = StepSetting { ranks: &ranks, ..alone(&losses, &device) };
+        match gradients(&model, &[batch.slice(0..0)], setting) {
+            Err(StepError::Ranks(error)) => error.reason,
+            other => panic!("{other:?}"),
+        }
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = Threads::new(2).into_iter().map(|rank| scope.spawn(|| step(rank))).collect();
+        for thread in threads {
+            assert_eq!(thread.join().unwrap(), "none of the samples of a batch can be used, on any rank");
+        }
+    });
+}
+
+#[test]
 fn blocks_that_are_computed_again_have_the_same_gradients() {
     let batch = batch(16);
     let losses = losses().init();

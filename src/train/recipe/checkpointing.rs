@@ -68,7 +68,7 @@ impl Checkpointing {
         let Some((_, folder)) = self.checkpoints()?.pop() else {
             let old = self.folder.join("latest.json");
             return if old.is_file() {
-                Err(bad(&old, "a run of another version of burn-moe: begin another one".into()))
+                Err(bad(&old, "a run that another version of burn-moe kept, which cannot go on: take another folder".into()))
             } else {
                 Ok(None)
             };

@@ -60,20 +60,46 @@ fn kernels(criterion: &mut Criterion) {
         let seconds = median_seconds(criterion, &name("combine-backward"), &mut there_and_back);
         report("combine-backward", 2.0 * (token_bytes + row_bytes) + token_bytes, seconds);
 
+        // Both passes of the experts, three times the operations of the forward pass.
+        let layer = sparse_layer(shape.d_model, shape.d_ff, EXPERTS, Capacity::Dropless, &inner);
+        let tracked_layer = sparse_layer(shape.d_model, shape.d_ff, EXPERTS, Capacity::Dropless, &tracked_device);
+        let by_expert = [EXPERTS, TOP_K * shape.tokens / EXPERTS, shape.d_model];
+        let slots = rows.reshape(by_expert);
+        let mut experts = || finish(|| layer.experts.forward(slots.clone()).flatten::<2>(0, 1), &inner);
+        let tracked_experts = || tracked_layer.experts.forward(tracked_rows.clone().reshape(by_expert)).flatten::<2>(0, 1);
+        let mut there_and_back = || backward(tracked_experts, &tracked_device);
+        let rates = [
+            ("experts", shape.flops(), median_seconds(criterion, &name("experts"), &mut experts)),
+            ("experts-backward", 3.0 * shape.flops(), median_seconds(criterion, &name("experts-backward"), &mut there_and_back)),
+        ];
+        for (operation, flops, seconds) in rates {
+            if let Some(seconds) = seconds {
+                println!("teraflops {} {:.2}", name(operation), flops / seconds / 1e12);
+            }
+        }
+        // The whole layer, for holding against other libraries' layers.
+        let tracked_x = x.clone().autodiff().require_grad();
+        let mut forward = || finish(|| layer.forward(x.clone()).output, &inner);
+        let mut both = || backward(|| tracked_layer.forward(tracked_x.clone()).output, &tracked_device);
+        let passes: [(&str, f64, &mut dyn FnMut() -> f64); 2] = [("layer", 1.0, &mut forward), ("layer-backward", 3.0, &mut both)];
+        for (operation, times, body) in passes {
+            if let Some(seconds) = median_seconds(criterion, &name(operation), body) {
+                println!("time {} {:.3}", name(operation), 1e3 * seconds);
+                println!("teraflops {} {:.2}", name(operation), times * shape.flops() / seconds / 1e12);
+            }
+        }
+        // burn tunes it first, which may take longer than all the rest.
         let [lhs, rhs] = [[TOP_K * shape.tokens, shape.d_model], [shape.d_model, shape.d_ff]]
             .map(|dims| Tensor::<2>::random(dims, Distribution::Default, &inner));
-        let product = median_seconds(criterion, &name("matmul"), &mut || finish(|| lhs.clone().matmul(rhs.clone()), &inner));
-        let product_rate = product.map(|seconds| shape.flops() / 2.0 / seconds);
-        if let Some(rate) = product_rate {
-            println!("teraflops {} {:.2}", name("matmul"), rate / 1e12);
-        }
-        let layer = sparse_layer(shape.d_model, shape.d_ff, EXPERTS, Capacity::Dropless, &inner);
-        let slots = rows.clone().reshape([EXPERTS, TOP_K * shape.tokens / EXPERTS, shape.d_model]);
-        let mut experts = || finish(|| layer.experts.forward(slots.clone()).flatten::<2>(0, 1), &inner);
-        if let Some(seconds) = median_seconds(criterion, &name("experts"), &mut experts) {
-            println!("teraflops {} {:.2}", name("experts"), shape.flops() / seconds / 1e12);
-            if let Some(rate) = product_rate {
-                println!("share {} {:.3}", name("experts"), shape.flops() / seconds / rate);
+        if let Some(seconds) =
+            median_seconds(criterion, &name("matmul"), &mut || finish(|| lhs.clone().matmul(rhs.clone()), &inner))
+        {
+            let product_rate = shape.flops() / 2.0 / seconds;
+            println!("teraflops {} {:.2}", name("matmul"), product_rate / 1e12);
+            for (operation, flops, seconds) in rates {
+                if let Some(seconds) = seconds {
+                    println!("share {} {:.3}", name(operation), flops / seconds / product_rate);
+                }
             }
         }
     }

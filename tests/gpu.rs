@@ -250,13 +250,23 @@ impl ModuleMapper for Cast {
 /// rounding of what passes from kernel to kernel.
 fn in_16_bits(dtype: DType, tolerance: f32) {
     let cpu = Device::flex().autodiff();
-    let layer = init(&MoeFeedForwardConfig::new(40, 72, 4), &cpu).map(&mut Cast(dtype)).map(&mut Cast(DType::F32));
-    let x = numbers([90, 40], 3, &cpu).cast(dtype).cast(DType::F32);
-    let valid = some_valid(90);
-    let gpu = gpu().autodiff();
-    let small = layer.clone().fork(&gpu).map(&mut Cast(dtype));
-    let found = run_layer(&small, &x.clone().to_device(&gpu).cast(dtype).detach(), &valid, Kernels::Fastest);
-    assert_same(&found, &on_cpu(&layer, &x, &valid), tolerance, &format!("{dtype:?}"));
+    // Widths that are whole vectors and whole tiles, and widths that are neither; experts with several tiles of rows, and one without rows.
+    let sizes = [(90, 40, 72, 4, false), (700, 128, 256, 3, true), (700, 136, 264, 3, false), (90, 41, 77, 4, true)];
+    for (t, d, f, e, skewed) in sizes {
+        for experts in [ExpertOptions::new(), ExpertOptions::swiglu()] {
+            let layer = init(&MoeFeedForwardConfig::new(d, f, e).with_experts(experts), &cpu);
+            let layer = if skewed { biased_router(layer) } else { layer };
+            let layer = layer.map(&mut Cast(dtype)).map(&mut Cast(DType::F32));
+            let x = if skewed { numbers([t, d], 3, &cpu).abs() } else { numbers([t, d], 3, &cpu) };
+            let x = x.cast(dtype).cast(DType::F32);
+            let valid = some_valid(t);
+            let gpu = gpu().autodiff();
+            let small = layer.clone().fork(&gpu).map(&mut Cast(dtype));
+            let found = run_layer(&small, &x.clone().to_device(&gpu).cast(dtype).detach(), &valid, Kernels::Fastest);
+            let case = format!("{dtype:?} T {t} D {d} skewed {skewed} {layer}");
+            assert_same(&found, &on_cpu(&layer, &x, &valid), tolerance, &case);
+        }
+    }
 }
 
 #[test]

@@ -30,7 +30,7 @@ gcc -shared -fPIC -O1 "$here/driver.c" -o "$work/lib/libcuda.so"
 ln -s "$(realpath "$cuda/lib/libnvrtc.so.13")" "$work/lib/libnvrtc.so"
 printf '[compilation]\ncache = true\n[environment]\npath = { directory = "%s" }\n' "$folder" > "$work/cubecl.toml"
 cd "$work"
-# Times mean nothing here, so none is kept.
-export CUBECL_AUTOTUNE_CACHE=false CUBECL_THROUGHPUT_CACHE=false BURN_MOE_CALLS=1
+# Times mean nothing here: none is kept, and none decides which candidates are compiled.
+export CUBECL_AUTOTUNE_SHORT_CIRCUIT=off CUBECL_AUTOTUNE_BENCH_ADAPTIVE=off CUBECL_AUTOTUNE_CACHE=false CUBECL_THROUGHPUT_CACHE=false BURN_MOE_CALLS=1
 export COMPUTE_CAPABILITY=${COMPUTE_CAPABILITY:-90} BURN_MOE_DEVICE=cuda CUDA_PATH=$cuda LD_LIBRARY_PATH=$work/lib:$cuda/lib
 "$program" "$@"

@@ -24,10 +24,10 @@ const UNITS: usize = TILE / BLOCK;
 
 /// What is done to a sum before it is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Epilogue {
-    bias: bool,
-    activation: Option<Activation>,
-    keep_pre: bool,
+pub(super) struct Epilogue {
+    pub(super) bias: bool,
+    pub(super) activation: Option<Activation>,
+    pub(super) keep_pre: bool,
 }
 
 /// The expert of a tile of rows, and which it has: `(expert, first row, rows)`; no rows for a tile too many.

@@ -10,6 +10,7 @@ mod router;
 mod rows;
 mod slots;
 mod sums;
+mod tensor_cores;
 
 use std::sync::Arc;
 
@@ -112,7 +113,9 @@ impl MoeBackwardOps for CubeBackend {
         host_offsets: Arc<[usize]>,
     ) -> FloatTensor<Self> {
         let (x, grad) = (into_contiguous(x), into_contiguous(grad));
-        if by_expert::is_worth_it(&x, [x.meta.shape()[1], grad.meta.shape()[1]], &host_offsets) {
+        if tensor_cores::are_usable(&x, [x.meta.shape()[1], grad.meta.shape()[1]]) {
+            tensor_cores::weight_gradient(x, grad, into_contiguous(offsets))
+        } else if by_expert::is_worth_it(&x, [x.meta.shape()[1], grad.meta.shape()[1]], &host_offsets) {
             by_expert::weight_gradient(x, grad, &host_offsets)
         } else {
             grouped::weight_gradient(x, grad, into_contiguous(offsets))
@@ -157,7 +160,9 @@ impl SlotOps for CubeBackend {
 /// `[R, K] -> [R, N]` by each row's expert.
 fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor, host_offsets: &[usize]) -> Linear {
     let (x, offsets) = (into_contiguous(x), into_contiguous(offsets));
-    if by_expert::is_worth_it(&x, [x.meta.shape()[1], maps.columns()], host_offsets) {
+    if tensor_cores::are_usable(&x, [x.meta.shape()[1], maps.columns()]) {
+        tensor_cores::linear(x, maps, offsets)
+    } else if by_expert::is_worth_it(&x, [x.meta.shape()[1], maps.columns()], host_offsets) {
         by_expert::linear(x, maps, offsets, host_offsets)
     } else {
         grouped::linear(x, maps, offsets)

@@ -126,6 +126,38 @@ fn strided_input_is_read_in_its_own_order() {
     assert_same(&strided, &contiguous, 1e-6, "transposed input");
 }
 
+/// Tokens that are not finite, or too large for the router, are NaN themselves, and spoil no gradient.
+#[test]
+fn tokens_that_are_not_finite_touch_no_other() {
+    let device = Device::flex().autodiff();
+    let layer = init(&MoeFeedForwardConfig::new(6, 12, 3), &device);
+    let good = values(&numbers::<2>([40, 6], 3, &device));
+    for bad in [f32::NAN, f32::INFINITY, 3e38] {
+        let mut x = good.clone();
+        x[17 * 6..18 * 6].fill(bad);
+        if !bad.is_finite() {
+            x[4 * 6 + 2] = bad;
+        }
+        let bad_tokens = if bad.is_finite() { 1 } else { 2 };
+        let x = Tensor::<1>::from_floats(&x[..], &device).reshape([40, 6]);
+        let [found, expected] = [on_gpu(&layer, &x, &[true; 40]), on_cpu(&layer, &x, &[true; 40])];
+        let nans = |outcome: &Outcome| -> Vec<Vec<bool>> {
+            outcome.iter().map(|(_, values)| values.iter().map(|v| v.is_nan()).collect()).collect()
+        };
+        let expected_nans = nans(&expected);
+        assert_eq!(nans(&found), expected_nans, "{bad}");
+        assert_eq!(expected_nans[0].iter().filter(|is_nan| **is_nan).count(), 6 * bad_tokens, "{bad}: these tokens of the output");
+        assert!(!expected_nans[2..].iter().flatten().any(|is_nan| *is_nan), "{bad}: no gradient of a weight");
+        let without = |outcome: Outcome| -> Outcome {
+            outcome
+                .into_iter()
+                .map(|(name, values)| (name, values.into_iter().map(|v| if v.is_nan() { 0.0 } else { v }).collect()))
+                .collect()
+        };
+        assert_same(&without(found), &without(expected), 1e-5, &format!("{bad}"));
+    }
+}
+
 #[test]
 fn frozen_weights_get_no_gradient_and_the_input_still_does() {
     let layer = init(&MoeFeedForwardConfig::new(6, 12, 3), &Device::flex().autodiff()).freeze();

@@ -118,6 +118,17 @@ pub(crate) fn router_logits(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
     x.cast(DType::F32).matmul(weight)
 }
 
+/// Whether the gradient of the router's weight leaves out tokens whose logits have no gradient, whatever those tokens hold.
+pub(crate) fn router_leaves_out_tokens(x: &Tensor<2>) -> bool {
+    #[cfg(feature = "_gpu")]
+    return has_router_kernel(&x.device(), x.dtype());
+    #[cfg(not(feature = "_gpu"))]
+    {
+        let _ = x;
+        false
+    }
+}
+
 /// How slots are assigned.
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(feature = "_gpu"), allow(dead_code))]

@@ -175,19 +175,23 @@ impl Router {
         assert_shape!(x, [_, d_model]);
         // Zero times NaN is NaN: in the weight's gradient, one bad token would spoil all. Without gradients there is nothing to guard.
         let is_guarded = x.device().is_autodiff() && x.dims()[0] > 0;
-        let bad_tokens = is_guarded.then(|| non_finite_rows(x.clone()));
+        let bad_tokens = (is_guarded && !ops::router_leaves_out_tokens(&x)).then(|| non_finite_rows(x.clone()));
         let x = match &bad_tokens {
             Some(bad) => x.mask_fill(bad.clone(), 0.0),
             None => x,
         };
-        // Tokens whose logits overflow, too: the fill keeps a gradient from passing, and its NaN tells who cannot be routed.
-        let guarded = |logits: Tensor<2>| match &bad_tokens {
-            Some(bad) => {
-                let (scores, _) = self.score.of(logits.clone().detach());
-                let bad = bad.clone().bool_or(non_finite_rows(scores));
-                Guarded { logits: logits.mask_fill(bad.clone(), 0.0), bad: Some(bad) }
+        // Also tokens whose logits are not finite, be it as the tokens are not: the fill keeps a gradient from passing, and its NaN tells who
+        // cannot be routed.
+        let guarded = |logits: Tensor<2>| {
+            if !is_guarded {
+                return Guarded { logits, bad: None };
             }
-            None => Guarded { logits, bad: None },
+            let (scores, _) = self.score.of(logits.clone().detach());
+            let bad = match &bad_tokens {
+                Some(bad) => bad.clone().bool_or(non_finite_rows(scores)),
+                None => non_finite_rows(scores),
+            };
+            Guarded { logits: logits.mask_fill(bad.clone(), 0.0), bad: Some(bad) }
         };
         let logits = ops::router_logits(x.clone(), weight.clone());
         let is_clean = phase == Phase::Inference || (self.noise == 0.0 && self.jitter == 0.0);

@@ -94,13 +94,14 @@ fn run() -> Result<(), Box<dyn Error>> {
         [device] => train_on(&args, &out, &Solo, device, start),
         devices => {
             let (args, out, start) = (&args, &out, &start);
-            let run = |ranks: Threads, device: &Device| {
+            let run = |ranks: Box<dyn Ranks>, device: &Device| {
                 let own = Start { config: start.config.clone(), model: start.model.clone().fork(device) };
-                train_on(args, out, &ranks, device, own).map_err(|error| error.to_string())
+                train_on(args, out, &*ranks, device, own).map_err(|error| error.to_string())
             };
             let results: Vec<Result<(), String>> = thread::scope(|scope| {
-                let ranks = Threads::new(devices.len()).into_iter().zip(devices);
-                let threads: Vec<_> = ranks.map(|(ranks, device)| scope.spawn(move || run(ranks, device))).collect();
+                let ranks = ranks_of(args, devices).into_iter().zip(devices);
+                let threads: Vec<_> =
+                    ranks.map(|(ranks, device)| scope.spawn(move || ranks().and_then(|ranks| run(ranks, device)))).collect();
                 threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err("a rank has panicked".into()))).collect()
             });
             // The first rank's own error rather than that another one is gone.
@@ -109,6 +110,25 @@ fn run() -> Result<(), Box<dyn Error>> {
             errors.into_iter().next().map_or(Ok(()), |error| Err(error.into()))
         }
     }
+}
+
+/// What a thread calls to become a rank.
+type StartRank = Box<dyn FnOnce() -> Result<Box<dyn Ranks>, String> + Send>;
+
+/// A rank for each device.
+fn ranks_of(args: &Args, devices: &[Device]) -> Vec<StartRank> {
+    #[cfg(feature = "cuda")]
+    if args.device == "cuda" && !args.host_sums {
+        return burn_moe::train::ranks::Devices::new(devices)
+            .into_iter()
+            .map(|ranks| -> StartRank {
+                Box::new(move || ranks.check().map(|()| Box::new(ranks) as Box<dyn Ranks>).map_err(|error| error.to_string()))
+            })
+            .collect();
+    }
+    let _ = args;
+    let through_the_host = Threads::new(devices.len()).into_iter();
+    through_the_host.map(|ranks| Box::new(move || Ok(Box::new(ranks) as Box<dyn Ranks>)) as StartRank).collect()
 }
 
 /// What a run starts from.

@@ -149,10 +149,14 @@ pub(crate) struct Args {
     pub(crate) seed: u64,
     /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
     #[arg(long, default_value = "cpu")]
-    device: String,
+    pub(crate) device: String,
     /// Numbers of the devices, 0-7 or 0,2: a rank trains on each. Of the CPU, numbers only count threads
     #[arg(long, default_value = "0")]
     devices: String,
+    /// Sum what several CUDA cards have computed in the host's memory instead of from card to card, which needs NVIDIA's NCCL and was not yet run on
+    /// more than one card
+    #[arg(long)]
+    pub(crate) host_sums: bool,
     /// This process is one of several, started by mpirun (needs the cargo feature mpi)
     #[arg(long)]
     pub(crate) mpi: bool,

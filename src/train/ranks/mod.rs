@@ -1,9 +1,13 @@
 //! Several processes or threads that train one model together, each with its part of every batch.
 
+#[cfg(feature = "cuda")]
+mod devices;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod threads;
 
+#[cfg(feature = "cuda")]
+pub use devices::Devices;
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
 pub use threads::Threads;

@@ -1,11 +1,11 @@
-//! Dispatch, combine and the experts' products, beside what the device reaches with a plain copy and a plain matrix product of the same run.
+//! Dispatch, combine, the experts and the whole layer, beside what the device reaches with a plain copy and a plain matrix product of the same run.
 //!
 //! ```sh
 //! cargo bench --bench kernels
 //! BURN_MOE_DEVICE=cuda BURN_MOE_DTYPE=bf16 BURN_MOE_BATCH=64 cargo bench --no-default-features --features flex,cuda,fusion --bench kernels
 //! ```
 //!
-//! `share kernels/SHAPE/OPERATION` is the operation's bytes a second over those of a copy (for `experts`, its operations a second over those of a
+//! `share kernels/SHAPE/OPERATION` is the operation's bytes a second over those of a copy (for `experts` and `layer`, operations a second over those of a
 //! matrix product). Bytes are those that must move: every row read once and written once, and the output of each token.
 
 mod support;
@@ -60,46 +60,38 @@ fn kernels(criterion: &mut Criterion) {
         let seconds = median_seconds(criterion, &name("combine-backward"), &mut there_and_back);
         report("combine-backward", 2.0 * (token_bytes + row_bytes) + token_bytes, seconds);
 
-        // Both passes of the experts, three times the operations of the forward pass.
+        // Both passes of the experts and of the whole layer; both passes have three times the operations of the forward pass.
         let layer = sparse_layer(shape.d_model, shape.d_ff, EXPERTS, Capacity::Dropless, &inner);
         let tracked_layer = sparse_layer(shape.d_model, shape.d_ff, EXPERTS, Capacity::Dropless, &tracked_device);
         let by_expert = [EXPERTS, TOP_K * shape.tokens / EXPERTS, shape.d_model];
         let slots = rows.reshape(by_expert);
-        let mut experts = || finish(|| layer.experts.forward(slots.clone()).flatten::<2>(0, 1), &inner);
+        let experts = || layer.experts.forward(slots.clone()).flatten::<2>(0, 1);
         let tracked_experts = || tracked_layer.experts.forward(tracked_rows.clone().reshape(by_expert)).flatten::<2>(0, 1);
-        let mut there_and_back = || backward(tracked_experts, &tracked_device);
-        let rates = [
-            ("experts", shape.flops(), median_seconds(criterion, &name("experts"), &mut experts)),
-            ("experts-backward", 3.0 * shape.flops(), median_seconds(criterion, &name("experts-backward"), &mut there_and_back)),
-        ];
-        for (operation, flops, seconds) in rates {
-            if let Some(seconds) = seconds {
-                println!("teraflops {} {:.2}", name(operation), flops / seconds / 1e12);
-            }
-        }
-        // The whole layer, for holding against other libraries' layers.
         let tracked_x = x.clone().autodiff().require_grad();
-        let mut forward = || finish(|| layer.forward(x.clone()).output, &inner);
-        let mut both = || backward(|| tracked_layer.forward(tracked_x.clone()).output, &tracked_device);
-        let passes: [(&str, f64, &mut dyn FnMut() -> f64); 2] = [("layer", 1.0, &mut forward), ("layer-backward", 3.0, &mut both)];
-        for (operation, times, body) in passes {
-            if let Some(seconds) = median_seconds(criterion, &name(operation), body) {
+        let passes: [(&str, f64, &dyn Fn() -> f64); 4] = [
+            ("experts", 1.0, &|| finish(experts, &inner)),
+            ("experts-backward", 3.0, &|| backward(tracked_experts, &tracked_device)),
+            ("layer", 1.0, &|| finish(|| layer.forward(x.clone()).output, &inner)),
+            ("layer-backward", 3.0, &|| backward(|| tracked_layer.forward(tracked_x.clone()).output, &tracked_device)),
+        ];
+        let mut rates = Vec::new();
+        for (operation, times, pass) in passes {
+            if let Some(seconds) = median_seconds(criterion, &name(operation), &mut || pass()) {
+                let rate = times * shape.flops() / seconds;
                 println!("time {} {:.3}", name(operation), 1e3 * seconds);
-                println!("teraflops {} {:.2}", name(operation), times * shape.flops() / seconds / 1e12);
+                println!("teraflops {} {:.2}", name(operation), rate / 1e12);
+                rates.push((operation, rate));
             }
         }
         // burn tunes it first, which may take longer than all the rest.
         let [lhs, rhs] = [[TOP_K * shape.tokens, shape.d_model], [shape.d_model, shape.d_ff]]
             .map(|dims| Tensor::<2>::random(dims, Distribution::Default, &inner));
-        if let Some(seconds) =
-            median_seconds(criterion, &name("matmul"), &mut || finish(|| lhs.clone().matmul(rhs.clone()), &inner))
-        {
+        let mut product = || finish(|| lhs.clone().matmul(rhs.clone()), &inner);
+        if let Some(seconds) = median_seconds(criterion, &name("matmul"), &mut product) {
             let product_rate = shape.flops() / 2.0 / seconds;
             println!("teraflops {} {:.2}", name("matmul"), product_rate / 1e12);
-            for (operation, flops, seconds) in rates {
-                if let Some(seconds) = seconds {
-                    println!("share {} {:.3}", name(operation), flops / seconds / product_rate);
-                }
+            for (operation, rate) in rates {
+                println!("share {} {:.3}", name(operation), rate / product_rate);
             }
         }
     }

@@ -9,7 +9,7 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor};
 use burn_moe::{
     Activation, AuxiliaryLossConfig, Capacity, ExpertChoiceConfig, ExpertOptions, FillOrder, GateNormalization, MoeFeedForward,
-    MoeFeedForwardConfig, MoeInput, RouterOptions, Routing, TokenChoiceConfig, TokenGroups,
+    MoeFeedForwardConfig, MoeInput, RouterOptions, RouterScore, Routing, TokenChoiceConfig, TokenGroups,
     clip::{ClipConfig, SparseClipConfig, contrastive_loss},
     kernels::Kernels,
     loss::load_balancing_loss,
@@ -130,9 +130,11 @@ fn strided_input_is_read_in_its_own_order() {
 #[test]
 fn tokens_that_are_not_finite_touch_no_other() {
     let device = Device::flex().autodiff();
-    let layer = init(&MoeFeedForwardConfig::new(6, 12, 3), &device);
     let good = values(&numbers::<2>([40, 6], 3, &device));
-    for bad in [f32::NAN, f32::INFINITY, 3e38] {
+    let scores = [RouterScore::Softmax, RouterScore::Sigmoid];
+    for (score, bad) in scores.into_iter().flat_map(|score| [f32::NAN, f32::INFINITY, 3e38].map(|bad| (score, bad))) {
+        let router = RouterOptions::new().with_score(score);
+        let layer = init(&MoeFeedForwardConfig::new(6, 12, 3).with_router(router), &device);
         let mut x = good.clone();
         x[17 * 6..18 * 6].fill(bad);
         if !bad.is_finite() {
@@ -145,16 +147,20 @@ fn tokens_that_are_not_finite_touch_no_other() {
             outcome.iter().map(|(_, values)| values.iter().map(|v| v.is_nan()).collect()).collect()
         };
         let expected_nans = nans(&expected);
-        assert_eq!(nans(&found), expected_nans, "{bad}");
-        assert_eq!(expected_nans[0].iter().filter(|is_nan| **is_nan).count(), 6 * bad_tokens, "{bad}: these tokens of the output");
-        assert!(!expected_nans[2..].iter().flatten().any(|is_nan| *is_nan), "{bad}: no gradient of a weight");
+        assert_eq!(nans(&found), expected_nans, "{score:?} {bad}");
+        assert_eq!(
+            expected_nans[0].iter().filter(|is_nan| **is_nan).count(),
+            6 * bad_tokens,
+            "{score:?} {bad}: these tokens of the output"
+        );
+        assert!(!expected_nans[2..].iter().flatten().any(|is_nan| *is_nan), "{score:?} {bad}: no gradient of a weight");
         let without = |outcome: Outcome| -> Outcome {
             outcome
                 .into_iter()
                 .map(|(name, values)| (name, values.into_iter().map(|v| if v.is_nan() { 0.0 } else { v }).collect()))
                 .collect()
         };
-        assert_same(&without(found), &without(expected), 1e-5, &format!("{bad}"));
+        assert_same(&without(found), &without(expected), 1e-5, &format!("{score:?} {bad}"));
     }
 }
 

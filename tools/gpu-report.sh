@@ -23,9 +23,9 @@ build() {
   programs=$({
     cargo test --release "${args[@]}" --test gpu --no-run &&
     cargo bench "${args[@]}" --bench kernels --bench layer --no-run &&
-    cargo build --release "${args[@]}" --example verify --example clip_up --example train
+    cargo build --release "${args[@]}" --example verify --example clip_up
   } 2>&1 | tee /dev/stderr | sed -nE 's/^ *Executable .*\((.*)\)$/\1/p')
-  for program in $programs target/release/examples/{verify,clip_up,train}; do
+  for program in $programs target/release/examples/{verify,clip_up}; do
     local name
     name=$(basename "$program" | sed -E 's/-[0-9a-f]{16}$//')
     strip -o "$folder/$name" "$program" 2>/dev/null || cp "$program" "$folder/$name"

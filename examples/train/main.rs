@@ -95,13 +95,13 @@ fn run() -> Result<(), Box<dyn Error>> {
         devices => {
             let (args, out, start) = (&args, &out, &start);
             let run = |ranks: Box<dyn Ranks>, device: &Device| {
+                ranks.check().map_err(|error| format!("{error} (without --nccl, sums go through the host)"))?;
                 let own = Start { config: start.config.clone(), model: start.model.clone().fork(device) };
                 train_on(args, out, &*ranks, device, own).map_err(|error| error.to_string())
             };
             let results: Vec<Result<(), String>> = thread::scope(|scope| {
                 let ranks = ranks_of(args, devices).into_iter().zip(devices);
-                let threads: Vec<_> =
-                    ranks.map(|(ranks, device)| scope.spawn(move || ranks().and_then(|ranks| run(ranks, device)))).collect();
+                let threads: Vec<_> = ranks.map(|(ranks, device)| scope.spawn(move || run(ranks, device))).collect();
                 threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err("a rank has panicked".into()))).collect()
             });
             // The first rank's own error rather than that another one is gone.
@@ -112,23 +112,14 @@ fn run() -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// What a thread calls to become a rank.
-type StartRank = Box<dyn FnOnce() -> Result<Box<dyn Ranks>, String> + Send>;
-
 /// A rank for each device.
-fn ranks_of(args: &Args, devices: &[Device]) -> Vec<StartRank> {
+fn ranks_of(args: &Args, devices: &[Device]) -> Vec<Box<dyn Ranks>> {
     #[cfg(feature = "cuda")]
-    if args.device == "cuda" && !args.host_sums {
-        return burn_moe::train::ranks::Devices::new(devices)
-            .into_iter()
-            .map(|ranks| -> StartRank {
-                Box::new(move || ranks.check().map(|()| Box::new(ranks) as Box<dyn Ranks>).map_err(|error| error.to_string()))
-            })
-            .collect();
+    if args.nccl {
+        return burn_moe::train::ranks::Devices::new(devices).into_iter().map(|ranks| Box::new(ranks) as _).collect();
     }
-    let _ = args;
-    let through_the_host = Threads::new(devices.len()).into_iter();
-    through_the_host.map(|ranks| Box::new(move || Ok(Box::new(ranks) as Box<dyn Ranks>)) as StartRank).collect()
+    debug_assert!(!args.nccl, "it is refused without CUDA");
+    Threads::new(devices.len()).into_iter().map(|ranks| Box::new(ranks) as _).collect()
 }
 
 /// What a run starts from.

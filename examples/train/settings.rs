@@ -149,14 +149,14 @@ pub(crate) struct Args {
     pub(crate) seed: u64,
     /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
     #[arg(long, default_value = "cpu")]
-    pub(crate) device: String,
+    device: String,
     /// Numbers of the devices, 0-7 or 0,2: a rank trains on each. Of the CPU, numbers only count threads
     #[arg(long, default_value = "0")]
     devices: String,
-    /// Sum what several CUDA cards have computed in the host's memory instead of from card to card, which needs NVIDIA's NCCL and was not yet run on
-    /// more than one card
+    /// Sum the gradients of several CUDA cards of this machine by NVIDIA's NCCL instead of in the host's memory; NCCL must be installed. Not yet tried
+    /// on more than one card
     #[arg(long)]
-    pub(crate) host_sums: bool,
+    pub(crate) nccl: bool,
     /// This process is one of several, started by mpirun (needs the cargo feature mpi)
     #[arg(long)]
     pub(crate) mpi: bool,
@@ -254,6 +254,9 @@ impl Args {
         if self.every == 0 || self.checkpoint_every() == 0 || self.keep == 0 || self.batch_size == 0 || self.shuffle == 0 {
             return Err("--every, --checkpoint-every, --keep, --batch-size and --shuffle are at least 1".into());
         }
+        if self.nccl && (self.device != "cuda" || self.mpi || self.device_numbers()?.len() < 2) {
+            return Err("--nccl is for several cards of this machine: --device cuda --devices 0-7".into());
+        }
         if self.data.iter().any(|name| name == "-") && self.shuffle > 4096 {
             eprintln!("note: {} samples of standard input wait in memory; --shuffle takes fewer", self.shuffle);
         }
@@ -277,18 +280,22 @@ impl Args {
 
     /// The devices of this process.
     pub(crate) fn devices(&self) -> Result<Vec<Device>, Box<dyn Error>> {
-        let wrong = || format!("--devices {}: expected numbers such as 0, 0-7 or 0,2", self.devices);
+        self.device_numbers()?.into_iter().map(|number| device_number(&self.device, number)).collect()
+    }
+
+    fn device_numbers(&self) -> Result<Vec<usize>, String> {
+        let wrong = || format!("--devices {}: expected numbers such as 0, 0-7 or 0,2, each once", self.devices);
         let mut numbers = Vec::new();
         for part in self.devices.split(',') {
             let (first, last) = part.split_once('-').unwrap_or((part, part));
             let number = |text: &str| text.trim().parse::<usize>().map_err(|_| wrong());
             let (first, last) = (number(first)?, number(last)?);
-            if first > last || last - first > 1024 {
-                return Err(wrong().into());
+            if first > last || last - first > 1024 || numbers.iter().any(|number| (first..=last).contains(number)) {
+                return Err(wrong());
             }
             numbers.extend(first..=last);
         }
-        numbers.into_iter().map(|number| device_number(&self.device, number)).collect()
+        Ok(numbers)
     }
 }
 

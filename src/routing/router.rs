@@ -173,15 +173,16 @@ impl Router {
         let weight = self.weight.val();
         let [d_model, num_experts] = weight.dims();
         assert_shape!(x, [_, d_model]);
-        // Zero times NaN is NaN: in the weight's gradient, one bad token would spoil all. Without gradients there is nothing to guard.
+        // Zero times NaN is NaN: in the weight's gradient, one bad token would spoil all. A kernel that leaves tokens without a gradient out only
+        // needs their logits masked; elsewhere the tokens are set to zero as well. Without gradients there is nothing to guard.
         let is_guarded = x.device().is_autodiff() && x.dims()[0] > 0;
         let bad_tokens = (is_guarded && !ops::router_leaves_out_tokens(&x)).then(|| non_finite_rows(x.clone()));
         let x = match &bad_tokens {
             Some(bad) => x.mask_fill(bad.clone(), 0.0),
             None => x,
         };
-        // Also tokens whose logits are not finite, be it as the tokens are not: the fill keeps a gradient from passing, and its NaN tells who
-        // cannot be routed.
+        // Tokens whose logits are not finite, whether the token is not or only its product: the fill keeps a gradient from passing, and its NaN
+        // tells who cannot be routed.
         let guarded = |logits: Tensor<2>| {
             if !is_guarded {
                 return Guarded { logits, bad: None };

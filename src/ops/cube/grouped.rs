@@ -255,30 +255,52 @@ pub(super) struct Linear {
     pub(super) pre: Option<CubeTensor>,
 }
 
+/// What a launch for all experts takes and returns besides rows, weights and offsets.
+pub(super) struct Launch {
+    pub(super) grid: CubeCount,
+    pub(super) num_experts: usize,
+    pub(super) epilogue: Epilogue,
+    /// Something else where there is none: it is not read, nor written. A buffer may not be bound for writing twice.
+    pub(super) bias: CubeTensor,
+    pub(super) pre: CubeTensor,
+    pub(super) output: Linear,
+}
+
+impl Launch {
+    /// With a cube for each tile of the output, `tile` by `tile`.
+    pub(super) fn new(x: &CubeTensor, maps: &Maps, tile: usize) -> Self {
+        let [num_rows, _] = x.meta.shape().dims();
+        let [num_experts, _, _] = maps.weight.meta.shape().dims();
+        let shape = [num_rows, maps.columns()];
+        let (out, pre) = (empty(x, shape), maps.keep_pre.then(|| empty(x, shape)));
+        // Every expert may leave one tile unfilled.
+        let row_tiles = num_rows / tile + num_experts;
+        Self {
+            grid: CubeCount::Static(maps.columns().div_ceil(tile) as u32, row_tiles as u32, 1),
+            num_experts,
+            epilogue: Epilogue { bias: maps.bias.is_some(), activation: maps.activation, keep_pre: maps.keep_pre },
+            bias: maps.bias.clone().unwrap_or_else(|| x.clone()),
+            pre: pre.clone().unwrap_or_else(|| x.clone()),
+            output: Linear { out, pre },
+        }
+    }
+}
+
 /// `[R, K] -> [R, N]` by each row's expert.
 pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor) -> Linear {
-    let [num_rows, inner] = x.meta.shape().dims();
-    let [num_experts, _, _] = maps.weight.meta.shape().dims();
-    let columns = maps.columns();
-    let out = empty(&x, [num_rows, columns]);
-    // Every expert may leave one tile unfilled.
-    let row_tiles = num_rows / TILE + num_experts;
-    let dtypes = elem_pair(&x, &offsets);
-    let epilogue = Epilogue { bias: maps.bias.is_some(), activation: maps.activation, keep_pre: maps.keep_pre };
-    let bias = maps.bias.unwrap_or_else(|| x.clone());
-    let pre = maps.keep_pre.then(|| empty(&x, [num_rows, columns]));
-    // What stands in for it is not written; a buffer may not be bound for writing twice.
-    let pre_or_any = pre.clone().unwrap_or_else(|| x.clone());
+    let [_, inner] = x.meta.shape().dims();
+    let Launch { grid, num_experts, epilogue, bias, pre, output } = Launch::new(&x, &maps, TILE);
+    let (columns, dtypes) = (maps.columns(), elem_pair(&x, &offsets));
     linear_kernel::launch(
-        &out.client,
-        CubeCount::Static(columns.div_ceil(TILE) as u32, row_tiles as u32, 1),
+        &output.out.client,
+        grid,
         cube_dim(),
         x.into_tensor_arg(),
         maps.weight.into_tensor_arg(),
         bias.into_tensor_arg(),
         offsets.into_tensor_arg(),
-        out.clone().into_tensor_arg(),
-        pre_or_any.into_tensor_arg(),
+        output.out.clone().into_tensor_arg(),
+        pre.into_tensor_arg(),
         inner,
         columns,
         num_experts,
@@ -286,7 +308,7 @@ pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor) -> Linear {
         epilogue,
         dtypes,
     );
-    Linear { out, pre }
+    output
 }
 
 /// `[R, D], [R, F] -> [E, D, F]`.

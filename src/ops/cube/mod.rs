@@ -112,13 +112,11 @@ impl MoeBackwardOps for CubeBackend {
         offsets: IntTensor<Self>,
         host_offsets: Arc<[usize]>,
     ) -> FloatTensor<Self> {
-        let (x, grad) = (into_contiguous(x), into_contiguous(grad));
-        if tensor_cores::are_usable(&x, [x.meta.shape()[1], grad.meta.shape()[1]]) {
-            tensor_cores::weight_gradient(x, grad, into_contiguous(offsets))
-        } else if by_expert::is_worth_it(&x, [x.meta.shape()[1], grad.meta.shape()[1]], &host_offsets) {
-            by_expert::weight_gradient(x, grad, &host_offsets)
-        } else {
-            grouped::weight_gradient(x, grad, into_contiguous(offsets))
+        let (x, grad, offsets) = (into_contiguous(x), into_contiguous(grad), into_contiguous(offsets));
+        match Products::of(&x, grad.meta.shape()[1], &host_offsets) {
+            Products::TensorCores => tensor_cores::weight_gradient(x, grad, offsets),
+            Products::ByExpert => by_expert::weight_gradient(x, grad, &host_offsets),
+            Products::Tiled => grouped::weight_gradient(x, grad, offsets),
         }
     }
 
@@ -160,11 +158,33 @@ impl SlotOps for CubeBackend {
 /// `[R, K] -> [R, N]` by each row's expert.
 fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor, host_offsets: &[usize]) -> Linear {
     let (x, offsets) = (into_contiguous(x), into_contiguous(offsets));
-    if tensor_cores::are_usable(&x, [x.meta.shape()[1], maps.columns()]) {
-        tensor_cores::linear(x, maps, offsets)
-    } else if by_expert::is_worth_it(&x, [x.meta.shape()[1], maps.columns()], host_offsets) {
-        by_expert::linear(x, maps, offsets, host_offsets)
-    } else {
-        grouped::linear(x, maps, offsets)
+    match Products::of(&x, maps.columns(), host_offsets) {
+        Products::TensorCores => tensor_cores::linear(x, maps, offsets),
+        Products::ByExpert => by_expert::linear(x, maps, offsets, host_offsets),
+        Products::Tiled => grouped::linear(x, maps, offsets),
+    }
+}
+
+/// How the experts' products are computed.
+enum Products {
+    /// One launch, on tensor cores.
+    TensorCores,
+    /// One of the backend's products for each expert.
+    ByExpert,
+    /// One launch, in tiles.
+    Tiled,
+}
+
+impl Products {
+    /// For rows `[R, D]` and others of a width.
+    fn of(x: &CubeTensor, width: usize, host_offsets: &[usize]) -> Self {
+        let widths = [x.meta.shape()[1], width];
+        if tensor_cores::are_usable(x, widths) {
+            Self::TensorCores
+        } else if by_expert::is_worth_it(x, widths, host_offsets) {
+            Self::ByExpert
+        } else {
+            Self::Tiled
+        }
     }
 }

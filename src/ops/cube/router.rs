@@ -110,8 +110,8 @@ fn tokens_kernel<F: Float, N: Size>(
     out[ABSOLUTE_POS] = Vector::cast_from(sum);
 }
 
-/// `out[chunk, e, d] = Σ_{t of chunk} grad[t, e] · x[t, d]`: `[T, E], [T, D] -> [chunks, E, D]`. What has no gradient is left out, so that tokens
-/// which are not finite, and have none, spoil nothing.
+/// `out[chunk, e, d] = Σ_{t of chunk} grad[t, e] · x[t, d]`: `[T, E], [T, D] -> [chunks, E, D]`. Tokens without a gradient are left out: among them
+/// are those that are not finite.
 #[cube(launch)]
 fn weight_kernel<F: Float, N: Size>(
     grad: &Tensor<f32>,
@@ -142,7 +142,7 @@ fn weight_kernel<F: Float, N: Size>(
             for j in 0..EXPERTS {
                 let expert = (first_expert + j).min(num_experts - 1);
                 let gradient = grad[token * num_experts + expert];
-                sums[j] += select(gradient == 0.0f32, Vector::new(0.0f32), value * Vector::new(gradient));
+                sums[j] += select(gradient == 0.0f32, Vector::new(0.0f32), value) * Vector::new(gradient);
             }
             token += ROWS;
         }

@@ -15,7 +15,7 @@ use cubecl::{
 };
 
 use super::{
-    grouped::{Epilogue, Linear, Maps},
+    grouped::{Epilogue, Launch, Linear, Maps},
     launch::{elem, elem_pair, empty},
     pointwise::finish,
 };
@@ -39,8 +39,8 @@ const FRAGMENTS: usize = PART / FRAGMENT;
 const LANES: usize = 8;
 /// Vectors that a unit moves of each piece.
 const STEPS: usize = TILE * DEPTH / LANES / UNITS;
-/// From a line of a piece to the next, in vectors: one more than there are, so that lines begin in different banks. Of pieces whose lines go
-/// along the sum, and of those whose lines go across.
+/// Vectors from one line of a piece to the next in shared memory, padded by one against bank conflicts: of pieces whose lines go along the sum,
+/// and of those whose lines go across.
 const ALONG: usize = DEPTH / LANES + 1;
 const ACROSS: usize = TILE / LANES + 1;
 /// The larger of the two sizes of a piece, in vectors.
@@ -49,11 +49,11 @@ const PIECE: usize = TILE * ALONG;
 const SUMS: usize = PART / LANES + 1;
 /// Values of a register of a factor, or of two of the sums.
 type Pair = Const<2>;
-/// A vector on its way through registers. As values of 16 bits, the compiler takes it apart and puts it together as soon as it is loaded, and
-/// so waits for it.
+/// A vector in registers, as words of 32 bits: with values of 16 bits, the compiler repacks each vector as soon as it is loaded, and so waits
+/// for it.
 type Words = Vector<u32, Const<4>>;
 
-/// A factor's piece: where it begins, how far its lines are apart, and what is left of the factor from there, in vectors and lines.
+/// Part of a matrix: its first vector, the vectors from one line to the next, and the lines and vectors that the matrix has from there on.
 #[derive(CubeType)]
 struct Piece {
     first: usize,
@@ -62,14 +62,14 @@ struct Piece {
     vectors: usize,
 }
 
-/// Whether the factor has this vector of the piece.
+/// Whether the matrix has this vector of the piece.
 #[cube]
 fn has(piece: &Piece, line: usize, vector: usize) -> bool {
     line < piece.lines && vector < piece.vectors
 }
 
-/// Each unit's share of a piece, with anything at all in place of what is beyond the factor: nothing is looked at before it is [`put`], so
-/// that the loads are under way at once.
+/// Each unit's share of a piece. Positions beyond the matrix load its first vector; [`put`] replaces them by zeros, so that no load is waited
+/// for here.
 #[cube]
 fn fetch<F: Float, N: Size>(source: &Tensor<Vector<F, N>>, piece: &Piece, #[comptime] along: bool) -> Array<Words> {
     let width = comptime!(if along { DEPTH / LANES } else { TILE / LANES });
@@ -85,7 +85,7 @@ fn fetch<F: Float, N: Size>(source: &Tensor<Vector<F, N>>, piece: &Piece, #[comp
     share
 }
 
-/// A unit's share of a piece into shared memory; zeros beyond the factor.
+/// Stores a unit's share of a piece in shared memory, with zeros beyond the matrix.
 #[cube]
 fn put<F: Float, N: Size>(
     share: &Array<Words>,
@@ -130,7 +130,7 @@ fn fragment<F: Float, N: Size>(
     definition.load_matrix::<Vector<F, N>, Pair>(&memory[first..first + 1], ident, 4usize, comptime!(!along))
 }
 
-/// What is left of a factor after `index` pieces.
+/// What is left of a matrix after `index` pieces.
 #[cube]
 fn piece_at(all: &Piece, index: usize, #[comptime] along: bool) -> Piece {
     if along {
@@ -232,10 +232,7 @@ fn product<F: Float, N: Size>(
     sums
 }
 
-/// Where a tile is written: its first vector, how far lines are apart, and how many lines and vectors there are from it on.
-type Target = Piece;
-
-/// Writes a plane's part: `pre = sum + bias`, if it is kept, and `out = act(pre)`.
+/// Writes a plane's part to the tile `target` of the output: `pre = sum + bias`, if it is kept, and `out = act(pre)`.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 fn write<F: Float, N: Size>(
@@ -243,7 +240,7 @@ fn write<F: Float, N: Size>(
     bias: &Tensor<Vector<F, N>>,
     out: &mut Tensor<Vector<F, N>>,
     pre: &mut Tensor<Vector<F, N>>,
-    target: &Target,
+    target: &Piece,
     first_bias: usize,
     #[comptime] epilogue: Epilogue,
 ) {
@@ -259,7 +256,7 @@ fn write<F: Float, N: Size>(
             let sum = sums.index(comptime!(2 * i * FRAGMENTS + j));
             let first = (start + unit / 4 * SUMS) * (LANES / 2) + comptime!(j * COLUMNS / 2) + unit % 4;
             memory[first] = sum[0];
-            memory[first + comptime!(COLUMNS * SUMS * LANES / 2)] = sum[1];
+            memory[first + comptime!(FRAGMENT / 2 * SUMS * LANES / 2)] = sum[1];
         }
         sync_plane();
         #[unroll]
@@ -283,7 +280,7 @@ fn write<F: Float, N: Size>(
     }
 }
 
-/// As [`row_tile`](super::grouped::row_tile), which a plane looks for in 32 experts at a time.
+/// As [`row_tile`](super::grouped::row_tile). A plane loads the offsets of 32 experts at once, instead of waiting for one after the other.
 #[cube]
 fn row_tile<I: Int>(offsets: &Tensor<I>, tile: usize, num_experts: usize) -> (usize, usize, usize) {
     let tile = tile as u32;
@@ -381,7 +378,7 @@ fn weight_gradient_kernel<F: Float, N: Size, I: Int>(
     write::<F, N>(&sums, grad, out, pre, &target, 0usize, epilogue);
 }
 
-/// Whether the device has tensor cores for these numbers, and there are rows, which can be read in whole vectors: rows of these widths.
+/// Whether these kernels can run: tensor cores for this number type, at least one row, and widths of whole vectors.
 pub(super) fn are_usable(like: &CubeTensor, widths: [usize; 2]) -> bool {
     let number = elem(like);
     let fragment = MmaConfig {
@@ -404,29 +401,20 @@ pub(super) fn are_usable(like: &CubeTensor, widths: [usize; 2]) -> bool {
 
 /// As [`grouped::linear`](super::grouped::linear).
 pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor) -> Linear {
-    let [num_rows, inner] = x.meta.shape().dims();
-    let [num_experts, _, _] = maps.weight.meta.shape().dims();
-    let columns = maps.columns();
-    let out = empty(&x, [num_rows, columns]);
-    // Every expert may leave one tile unfilled.
-    let row_tiles = num_rows / TILE + num_experts;
-    let dtypes = elem_pair(&x, &offsets);
-    let epilogue = Epilogue { bias: maps.bias.is_some(), activation: maps.activation, keep_pre: maps.keep_pre };
-    let bias = maps.bias.unwrap_or_else(|| x.clone());
-    let pre = maps.keep_pre.then(|| empty(&x, [num_rows, columns]));
-    // What stands in for it is not written; a buffer may not be bound for writing twice.
-    let pre_or_any = pre.clone().unwrap_or_else(|| x.clone());
+    let [_, inner] = x.meta.shape().dims();
+    let Launch { grid, num_experts, epilogue, bias, pre, output } = Launch::new(&x, &maps, TILE);
+    let (columns, dtypes) = (maps.columns(), elem_pair(&x, &offsets));
     linear_kernel::launch(
-        &out.client,
-        CubeCount::Static(columns.div_ceil(TILE) as u32, row_tiles as u32, 1),
+        &output.out.client,
+        grid,
         CubeDim::new_1d(UNITS as u32),
         LANES,
         x.into_tensor_arg(),
         maps.weight.into_tensor_arg(),
         bias.into_tensor_arg(),
         offsets.into_tensor_arg(),
-        out.clone().into_tensor_arg(),
-        pre_or_any.into_tensor_arg(),
+        output.out.clone().into_tensor_arg(),
+        pre.into_tensor_arg(),
         inner / LANES,
         columns / LANES,
         num_experts,
@@ -434,7 +422,7 @@ pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor) -> Linear {
         epilogue,
         dtypes,
     );
-    Linear { out, pre }
+    output
 }
 
 /// As [`grouped::weight_gradient`](super::grouped::weight_gradient).

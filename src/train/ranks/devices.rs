@@ -1,12 +1,14 @@
 //! Ranks that are threads, one for each CUDA card of a machine.
 
 use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    process,
     sync::{
-        Arc, Weak,
-        atomic::{AtomicU64, Ordering},
+        Arc,
+        mpsc::{self, RecvTimeoutError, Sender},
     },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use burn::tensor::{
@@ -17,53 +19,51 @@ use burn::tensor::{
 use super::{RankError, Ranks, Threads};
 use crate::train::stream::Part;
 
-/// How long a sum between cards may take once all ranks have come to it. A card that has failed makes the others wait for ever.
+/// How long a sum between cards may take once all have done what came before it. A card that has failed makes the others wait for ever.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// A rank that is a thread with a CUDA card of its own. Sums of tensors go from card to card, by burn's `all_reduce` on NCCL, whose library
-/// must be installed; other sums are those of [`Threads`].
+/// A rank that is a thread with a CUDA card of its own. Sums of tensors go from card to card, by burn's `all_reduce` on NVIDIA's NCCL, which
+/// must be installed as `libnccl.so`; other sums are those of [`Threads`].
 ///
-/// **Not yet run on more than one card.** [`new`](Self::new) is followed by a [`check`](Self::check) on each rank's thread; where it fails,
-/// [`Threads`] does the same through the host's memory.
+/// **Not yet run on more than one card.** Call [`check`](Ranks::check) on each rank's thread before anything else; where it fails, [`Threads`]
+/// does the same through the host's memory.
 ///
 /// When a rank is dropped, the others' next sum is an error. A sum between cards that does not end within a minute ends the process.
 #[derive(Debug)]
 pub struct Devices {
     threads: Threads,
     devices: Arc<[Device]>,
-    watchdog: Arc<Watchdog>,
 }
 
 impl Devices {
     /// A rank for each device, in their order: give each to a thread of its own.
     ///
     /// # Panics
-    /// When there is no device.
+    /// When there is no device, or one twice.
     #[allow(clippy::new_ret_no_self)]
     pub fn new(devices: &[Device]) -> Vec<Self> {
+        let twice = devices.iter().enumerate().find(|(i, device)| devices[..*i].contains(device));
+        assert!(twice.is_none(), "{:?} is there twice: each rank needs a card of its own", twice.map(|(_, device)| device));
         let devices: Arc<[Device]> = devices.into();
-        let ranks = Threads::new(devices.len()).into_iter();
-        ranks.map(|threads| Self { threads, devices: devices.clone(), watchdog: Watchdog::start() }).collect()
+        Threads::new(devices.len()).into_iter().map(|threads| Self { threads, devices: devices.clone() }).collect()
+    }
+
+    fn error(&self, reason: impl Into<String>) -> RankError {
+        let Part { rank, ranks } = self.part();
+        RankError { rank, ranks, reason: reason.into() }
     }
 
     /// Sums known numbers, and compares with what they should be.
-    ///
-    /// # Errors
-    /// When the sum is another, or a rank is gone.
-    pub fn check(&self) -> Result<(), RankError> {
+    fn sum_known_numbers(&self, count: usize) -> Result<(), RankError> {
         let Part { rank, ranks } = self.part();
-        let count = 1 << 16;
         let value = |rank: usize, i: usize| ((rank + 1) * (i % 1000)) as f32;
         let own: Vec<f32> = (0..count).map(|i| value(rank, i)).collect();
         let sum = self.sum_tensor(Tensor::from_data(TensorData::new(own, [count]), (&self.devices[rank], DType::F32)))?;
-        let sum = sum.try_into_vec_as::<f32>().expect("a float tensor reads as f32");
+        let sum =
+            sum.try_into_vec_as::<f32>().map_err(|error| self.error(format!("the sum of its card cannot be read: {error}")))?;
         match (0..count).find(|&i| sum[i] != (0..ranks).map(|rank| value(rank, i)).sum::<f32>()) {
             None => Ok(()),
-            Some(i) => {
-                let reason =
-                    format!("its card's sum of known numbers is wrong: value {i} is {}; sum through the host instead", sum[i]);
-                Err(RankError { rank, ranks, reason })
-            }
+            Some(i) => Err(self.error(format!("its card's sum of {count} known numbers is wrong: value {i} is {}", sum[i]))),
         }
     }
 }
@@ -77,74 +77,49 @@ impl Ranks for Devices {
         true
     }
 
+    /// Sums known numbers from card to card, few and many.
+    fn check(&self) -> Result<(), RankError> {
+        for count in [1000, 1 << 22, 1 << 22] {
+            // burn panics where NCCL's library is missing.
+            catch_unwind(AssertUnwindSafe(|| self.sum_known_numbers(count)))
+                .unwrap_or_else(|_| Err(self.error("NVIDIA's NCCL could not be used; is `libnccl.so` installed?")))?;
+        }
+        Ok(())
+    }
+
     fn sum(&self, values: &mut [f32]) -> Result<(), RankError> {
         self.threads.sum(values)
     }
 
     fn sum_tensor(&self, tensor: Tensor<1>) -> Result<Tensor<1>, RankError> {
         let device = tensor.device();
+        let failed = |error| self.error(format!("its card has failed: {error}"));
         let [count] = tensor.shape().dims();
-        // All come here before any card waits for another, with equally many values: a rank that is gone is an error here, not a card that waits.
-        let Part { rank, ranks } = self.part();
+        device.sync().map_err(failed)?;
+        // All come here before any card waits for another, with equally many values: a rank that is gone is an error, and no card waits for it.
         let counts = (&self.threads as &dyn Ranks).gather_counts(count)?;
         if let Some(other) = counts.iter().position(|&other| other != count) {
-            return Err(RankError { rank, ranks, reason: format!("it sums {count} values and rank {other} {}", counts[other]) });
+            return Err(self.error(format!("it sums {count} values and rank {other} {}", counts[other])));
         }
-        let _watched = self.watchdog.watch();
+        let _ends_in_time = watch(LIMIT);
         let sum = all_reduce(tensor.cast(DType::F32), ReduceOperation::Sum, self.devices.to_vec()).resolve();
-        device.sync().map_err(|error| RankError { rank, ranks, reason: format!("its card has failed: {error}") })?;
+        device.sync().map_err(failed)?;
         Ok(sum)
     }
 }
 
-/// Ends the process when something that is watched takes too long.
-#[derive(Debug)]
-struct Watchdog {
-    start: Instant,
-    /// When what is watched began, in milliseconds since `start` and one more; 0 if nothing is watched.
-    since: AtomicU64,
-}
-
-impl Watchdog {
-    fn start() -> Arc<Self> {
-        let watchdog = Arc::new(Self { start: Instant::now(), since: AtomicU64::new(0) });
-        let watched: Weak<Self> = Arc::downgrade(&watchdog);
-        thread::spawn(move || {
-            while let Some(watchdog) = watched.upgrade() {
-                if watchdog.is_over(LIMIT) {
-                    eprintln!(
-                        "error: a sum between cards has not ended within {} s; the run can go on from its last checkpoint",
-                        LIMIT.as_secs()
-                    );
-                    std::process::exit(1);
-                }
-                drop(watchdog);
-                thread::sleep(Duration::from_millis(500));
-            }
-        });
-        watchdog
-    }
-
-    fn now(&self) -> u64 {
-        self.start.elapsed().as_millis() as u64 + 1
-    }
-
-    fn is_over(&self, limit: Duration) -> bool {
-        let since = self.since.load(Ordering::SeqCst);
-        since > 0 && self.now() - since > limit.as_millis() as u64
-    }
-
-    /// Until it is dropped.
-    fn watch(&self) -> Watched<'_> {
-        self.since.store(self.now(), Ordering::SeqCst);
-        Watched(self)
-    }
-}
-
-struct Watched<'a>(&'a Watchdog);
-
-impl Drop for Watched<'_> {
-    fn drop(&mut self) {
-        self.0.since.store(0, Ordering::SeqCst);
-    }
+/// Ends the process, unless what is returned is dropped within the limit.
+fn watch(limit: Duration) -> Sender<()> {
+    let (watched, end) = mpsc::channel();
+    thread::spawn(move || {
+        if end.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+            eprintln!(
+                "error: a sum between cards has not ended within {} s; the run can go on from its last checkpoint",
+                limit.as_secs()
+            );
+            // Without waiting for the cards.
+            process::abort();
+        }
+    });
+    watched
 }

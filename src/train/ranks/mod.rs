@@ -38,6 +38,14 @@ pub trait Ranks: Send + Sync + std::fmt::Debug {
         false
     }
 
+    /// Whether sums work: to be called by all ranks before anything else.
+    ///
+    /// # Errors
+    /// When they do not, or another rank is gone.
+    fn check(&self) -> Result<(), RankError> {
+        Ok(())
+    }
+
     /// Replaces the values by their sums over all ranks, which have the same bits on each.
     ///
     /// # Errors

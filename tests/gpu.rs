@@ -213,8 +213,9 @@ fn slots_are_assigned_as_on_the_host() {
         (1000, 8, 2, TokenGroups::Whole),
         (3000, 16, 4, TokenGroups::OfSize(500)),
     ] {
-        for (case, order) in [FillOrder::ChoiceMajor, FillOrder::TokenMajor].into_iter().cycle().take(8).enumerate() {
-            let capacity = Capacity::OfBalancedLoad([0.3, 0.9, 1.6][case % 3]);
+        for (case, order) in [FillOrder::ChoiceMajor, FillOrder::TokenMajor].into_iter().cycle().take(13).enumerate() {
+            let factor = [0.3, 0.9, 1.6][case % 3];
+            let capacity = if case < 8 { Capacity::OfBalancedLoad(factor) } else { Capacity::Dropless };
             let normalization = if k == 1 { GateNormalization::None } else { GateNormalization::AfterDrop };
             let assignment = TokenChoiceConfig::new().with_top_k(k).with_inference_capacity(capacity).with_fill_order(order);
             let assignment = assignment.with_groups(groups).with_gate_normalization(normalization);
@@ -233,7 +234,7 @@ fn slots_are_assigned_as_on_the_host() {
                 if case % 3 != 0 {
                     input = input.valid(mask(&flags(5), device));
                 }
-                if case >= 4 {
+                if case % 8 >= 4 {
                     input = input.protected(mask(&flags(2), device));
                 }
                 layer.forward(input)
@@ -262,18 +263,23 @@ fn slots_are_assigned_as_on_the_host() {
 #[test]
 fn the_host_reads_no_assignment_where_a_capacity_is_fixed() {
     let device = gpu().autodiff();
+    let unread = |routing: &Routing| format!("{:?} {:?}", routing.plan, routing.valid).matches("<uninit>").count();
     let router = RouterOptions::new().with_balancing_rate(Some(0.1));
     let assignment = TokenChoiceConfig::new().with_training_capacity(Capacity::OfTokens(4.0));
     let layer = init(&MoeFeedForwardConfig::new(8, 16, 4).with_router(router).with_assignment(assignment.into()), &device);
     let input =
         MoeInput::new(numbers([30, 8], 1, &device)).valid(mask(&some_valid(30), &device)).protected(mask(&[true; 30], &device));
     let output = layer.forward(input);
-    let unread = |routing: &Routing| format!("{:?} {:?}", routing.plan, routing.valid).matches("<uninit>").count();
     let losses = AuxiliaryLossConfig::new().init().forward(std::slice::from_ref(&output.routing));
     drop((output.output.sum() + losses.total).backward());
     assert_eq!(unread(&output.routing), 2, "{:?}", output.routing.plan);
     assert_eq!((output.routing.plan.num_rows(), output.routing.num_valid()), (48, 24));
     assert_eq!(unread(&output.routing), 0);
+
+    // Without a limit and without padding, neither (in numbers and sizes whose experts are computed in one launch): offsets and plan.
+    let output = layer.valid().forward(numbers([30, 8], 1, &gpu()));
+    assert_eq!(unread(&output.routing), 2, "{:?}", output.routing.plan);
+    assert_eq!((output.routing.plan.num_rows(), unread(&output.routing)), (60, 0));
 }
 
 struct Cast(DType);

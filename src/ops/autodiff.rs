@@ -1,7 +1,5 @@
 //! Backward passes of the kernels, by hand: gathers and grouped products again, each gradient buffer written once.
 
-use std::sync::Arc;
-
 use burn::backend::TensorMetadata;
 use burn::backend::autodiff::{
     Autodiff,
@@ -14,7 +12,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 #[cfg(feature = "_gpu")]
 use super::extension::{RouterBackwardOps, RouterOps};
 use super::{
-    Activation,
+    Activation, HostOffsets,
     extension::{MoeBackwardOps, MoeOps},
 };
 #[cfg(feature = "flex")]
@@ -80,7 +78,7 @@ struct GroupedLinearState<B: MoeBackwardOps> {
     x: FloatTensor<B>,
     weight: FloatTensor<B>,
     offsets: IntTensor<B>,
-    host_offsets: Arc<[usize]>,
+    host_offsets: HostOffsets,
     activation: Option<(Activation, FloatTensor<B>)>,
 }
 
@@ -184,7 +182,7 @@ impl<B: MoeOps + MoeBackwardOps, C: CheckpointStrategy> MoeOps for Autodiff<B, C
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
         offsets: IntTensor<Self>,
-        host_offsets: Arc<[usize]>,
+        host_offsets: HostOffsets,
         activation: Option<Activation>,
     ) -> FloatTensor<Self> {
         let step = GroupedLinearStep.prepare::<C>([x.node(), weight.node(), bias.node()]).compute_bound().stateful();

@@ -2,7 +2,12 @@
 
 use std::cell::Cell;
 
+#[cfg(feature = "_gpu")]
+use burn::tensor::Tensor;
 use burn::tensor::{DType, Device};
+
+#[cfg(feature = "_gpu")]
+use super::cube::by_expert::MIN_ROWS;
 
 /// Which implementations the layers use: this crate's own for the backend, or plain tensor operations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -87,6 +92,19 @@ pub(super) fn has_dense_kernels(device: &Device, dtype: DType) -> bool {
 /// Whether attention within samples of different lengths has a kernel.
 pub(crate) fn has_attention(device: &Device, dtype: DType) -> bool {
     has(device, dtype) == Has::ExpertsAndDense
+}
+
+/// Whether products of rows `[R, D]` may need to know on the host where each expert's begin: those that are launched expert by expert. In 16 bits,
+/// CUDA has one launch for all.
+#[cfg(feature = "_gpu")]
+pub(super) fn products_need_host_offsets(rows: &Tensor<2>, num_experts: usize) -> bool {
+    use burn::backend::DispatchDevice;
+    use burn_cubecl::CubeDevice;
+    match rows.device().inner().as_dispatch() {
+        DispatchDevice::Cube(CubeDevice::Cuda(_)) if rows.dtype() != DType::F32 => false,
+        DispatchDevice::Cube(_) => rows.dims()[0] >= MIN_ROWS * num_experts,
+        _ => true,
+    }
 }
 
 /// Whether the router's product has a kernel.

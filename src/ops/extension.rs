@@ -1,22 +1,20 @@
 //! What a backend implements to have kernels.
 
-use std::sync::Arc;
-
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, backend_extension};
 #[cfg(all(feature = "fusion", feature = "_gpu"))]
 use burn::{backend::fusion::custom::TensorSpec, tensor::Shape};
 
-use super::Activation;
 #[cfg(feature = "flex")]
 use super::AttentionShape;
 #[cfg(feature = "_gpu")]
 use super::SlotRules;
+use super::{Activation, HostOffsets};
 
 /// Shapes of outputs, which fusion needs before a kernel runs.
 #[cfg(all(feature = "fusion", feature = "_gpu"))]
 mod shape {
-    use super::{Activation, Arc, Shape, SlotRules, TensorSpec};
+    use super::{Activation, HostOffsets, Shape, SlotRules, TensorSpec};
 
     /// A row for each index, as wide as `x`.
     pub(super) fn rows(index: &Shape, x: &Shape) -> Shape {
@@ -40,11 +38,15 @@ mod shape {
         [offsets[0] - 1, grad[1]].into()
     }
 
-    pub(super) fn slots(scores: &TensorSpec, states: &TensorSpec, rules: &SlotRules) -> (TensorSpec, TensorSpec, TensorSpec) {
+    pub(super) fn slots(
+        scores: &TensorSpec,
+        states: &TensorSpec,
+        rules: &SlotRules,
+    ) -> (TensorSpec, TensorSpec, TensorSpec, TensorSpec) {
         let [num_tokens, num_experts] = [scores.shape[0], scores.shape[1]];
-        let choices = TensorSpec::new([num_tokens * rules.top_k].into(), states.dtype);
-        let slots = num_experts * rules.slots * num_tokens / rules.group_size;
-        (choices.clone(), choices, TensorSpec::new([slots].into(), states.dtype))
+        let indices = |count: usize| TensorSpec::new([count].into(), states.dtype);
+        let choices = indices(num_tokens * rules.top_k);
+        (choices.clone(), choices, indices(rules.num_rows(num_tokens, num_experts)), indices(num_experts + 1))
     }
 
     pub(super) fn linear(
@@ -52,7 +54,7 @@ mod shape {
         weight: &TensorSpec,
         _bias: &TensorSpec,
         _offsets: &TensorSpec,
-        _host_offsets: &Arc<[usize]>,
+        _host_offsets: &HostOffsets,
         _activation: &Activation,
     ) -> (TensorSpec, TensorSpec) {
         let out = TensorSpec::new([x.shape[0], weight.shape[2]].into(), x.dtype);
@@ -95,7 +97,7 @@ pub(crate) trait MoeOps: Backend {
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
         offsets: IntTensor<Self>,
-        host_offsets: Arc<[usize]>,
+        host_offsets: HostOffsets,
         activation: Option<Activation>,
     ) -> FloatTensor<Self>;
 }
@@ -114,7 +116,7 @@ pub(crate) trait MoeBackwardOps: Backend {
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
         offsets: IntTensor<Self>,
-        host_offsets: Arc<[usize]>,
+        host_offsets: HostOffsets,
         activation: Activation,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
@@ -148,7 +150,7 @@ pub(crate) trait MoeBackwardOps: Backend {
         grad: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         offsets: IntTensor<Self>,
-        host_offsets: Arc<[usize]>,
+        host_offsets: HostOffsets,
     ) -> FloatTensor<Self>;
 
     /// `out[e] = Σ_{r of e} x[r]ᵀ · grad[r]`: `[R, D], [R, F] -> [E, D, F]`.
@@ -157,7 +159,7 @@ pub(crate) trait MoeBackwardOps: Backend {
         x: FloatTensor<Self>,
         grad: FloatTensor<Self>,
         offsets: IntTensor<Self>,
-        host_offsets: Arc<[usize]>,
+        host_offsets: HostOffsets,
     ) -> FloatTensor<Self>;
 
     /// `out[e] = Σ_{r of e} grad[r]`: `[R, F] -> [E, F]`.
@@ -165,7 +167,7 @@ pub(crate) trait MoeBackwardOps: Backend {
     fn moe_grouped_linear_backward_bias(
         grad: FloatTensor<Self>,
         offsets: IntTensor<Self>,
-        host_offsets: Arc<[usize]>,
+        host_offsets: HostOffsets,
     ) -> FloatTensor<Self>;
 }
 
@@ -195,13 +197,14 @@ pub(crate) trait RouterBackwardOps: Backend {
 #[cfg(feature = "_gpu")]
 #[backend_extension(Cube: cfg(feature = "_gpu"), Fusion: cfg(all(feature = "fusion", feature = "_gpu")))]
 pub(crate) trait SlotOps: Backend {
-    /// `[T, E], [T] -> [T · K], [T · K], [E · S]`: the expert and the slot of each choice, and the choice of each slot.
+    /// `[T, E], [T] -> [T · K], [T · K], [R], [E + 1]`: the expert and the row of each choice, the choice of each row, and the first row of each
+    /// expert.
     #[fusion(meta = shape::slots)]
     fn moe_assign_slots(
         scores: FloatTensor<Self>,
         states: IntTensor<Self>,
         rules: SlotRules,
-    ) -> (IntTensor<Self>, IntTensor<Self>, IntTensor<Self>);
+    ) -> (IntTensor<Self>, IntTensor<Self>, IntTensor<Self>, IntTensor<Self>);
 }
 
 /// Attention within samples of different lengths.

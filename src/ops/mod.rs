@@ -15,7 +15,7 @@ mod extension;
 #[cfg(feature = "flex")]
 mod flex;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
@@ -26,23 +26,53 @@ use choice::has_router_kernel;
 pub use choice::{Kernels, release_idle_memory, with_kernels};
 pub(crate) use choice::{can_assign_slots, chosen_kernels, has_attention, has_kernels};
 
-/// First row of each expert and the end, `[E + 1]`, in both places: a kernel reads the one, its launch the other.
+/// First row of each expert and the end, `[E + 1]`, on the host; `None` where only the device knows them.
+pub(crate) type HostOffsets = Option<Arc<[usize]>>;
+
+/// First row of each expert and the end, `[E + 1]`: kernels read them on the device, some launches on the host.
 #[derive(Clone, Debug)]
 pub(crate) struct Offsets {
     pub device: Tensor<1, Int>,
-    pub host: Arc<[usize]>,
+    /// Read from the device by the first who needs them, unless they were made on the host.
+    host: Arc<OnceLock<Arc<[usize]>>>,
 }
 
 impl Offsets {
     pub(crate) fn new(host: impl Into<Arc<[usize]>>, device: &Device) -> Self {
         let host = host.into();
-        Self { device: int_tensor(host.iter().map(|&offset| offset as i32).collect(), device), host }
+        let on_device = int_tensor(host.iter().map(|&offset| offset as i32).collect(), device);
+        Self { device: on_device, host: Arc::new(host.into()) }
+    }
+
+    /// Known to the device that made them; on the host too, if they are the same whatever was assigned.
+    #[cfg(feature = "_gpu")]
+    fn on_device(device: Tensor<1, Int>, host: HostOffsets) -> Self {
+        Self { device, host: Arc::new(host.map_or_else(OnceLock::new, Into::into)) }
+    }
+
+    /// On the host; waits for the device if they are not known yet.
+    pub(crate) fn host(&self) -> &Arc<[usize]> {
+        self.host.get_or_init(|| {
+            let offsets = self.device.clone().try_into_vec_as::<i32>().expect("offsets are integers");
+            offsets.into_iter().map(|offset| offset as usize).collect()
+        })
+    }
+
+    /// On the host, unless products of `rows` manage without.
+    #[cfg(any(feature = "_gpu", feature = "flex"))]
+    fn for_products_of(&self, rows: &Tensor<2>) -> HostOffsets {
+        #[cfg(feature = "_gpu")]
+        if !choice::products_need_host_offsets(rows, self.device.dims()[0] - 1) {
+            return self.host.get().cloned();
+        }
+        let _ = rows;
+        Some(self.host().clone())
     }
 
     /// Whether every expert has as many rows.
     fn are_even(&self) -> bool {
-        let num_experts = self.host.len() - 1;
-        reference::most_rows(&self.host) * num_experts == self.host[num_experts]
+        let (host, num_experts) = (self.host(), self.host().len() - 1);
+        reference::most_rows(host) * num_experts == host[num_experts]
     }
 }
 
@@ -57,7 +87,8 @@ pub(crate) fn int_tensor(values: Vec<i32>, device: &Device) -> Tensor<1, Int> {
 pub(crate) struct RowIndex {
     /// Where each expert's rows begin.
     pub offsets: Offsets,
-    /// Choice of each row, `t · M + m`, `[R]`; −1 for a row without one, which holds zeros. Only slots that a device assigned have such rows.
+    /// Choice of each row, `t · M + m`, `[R]`; −1 for a row without one, which holds zeros. Only what a device assigned has such rows: empty
+    /// slots, and those behind the last expert's rows.
     pub row_choice: Tensor<1, Int>,
     /// Row of each choice, `[T · M]`; −1 for a choice without one, or [`NON_FINITE`].
     pub choice_row: Tensor<1, Int>,
@@ -66,36 +97,26 @@ pub(crate) struct RowIndex {
 impl RowIndex {
     /// Rows in all, `R`.
     pub(crate) fn num_rows(&self) -> usize {
-        self.offsets.host.last().copied().unwrap_or(0)
+        self.row_choice.dims()[0]
+    }
+
+    /// Without the empty rows behind the last expert's. Waits for the device, and leaves one row where there is none.
+    pub(crate) fn without_rows_behind(self) -> Self {
+        let num_rows = self.offsets.host().last().copied().unwrap_or(0).max(1);
+        Self { row_choice: self.row_choice.narrow(0, 0, num_rows), ..self }
     }
 }
 
 /// Marks all choices of a valid token whose scores are not finite, where a device assigns the slots; combining sets the token's output to NaN.
 pub(crate) const NON_FINITE: i32 = -2;
 
-/// Slots that were assigned on a device, equally many for each expert.
+/// Slots that were assigned on a device. With a limit, each expert has a row for each of its slots, taken or not; without, only for what it has.
 #[derive(Clone, Debug)]
 pub(crate) struct DeviceSlots {
     /// Expert of each choice, `[T · K]`; −1 for padding, or [`NON_FINITE`].
     pub chosen: Tensor<1, Int>,
-    /// Slot of each choice, `[T · K]`; −1 for a choice without one, or [`NON_FINITE`].
-    pub choice_slot: Tensor<1, Int>,
-    /// Choice of each slot, `[E · S]`; −1 for an empty one.
-    pub slot_choice: Tensor<1, Int>,
-    /// Slots of each expert, `S`, all groups together.
-    pub slots: usize,
-}
-
-impl DeviceSlots {
-    /// Slots as rows.
-    pub(crate) fn index(&self, num_experts: usize, device: &Device) -> RowIndex {
-        let offsets: Vec<usize> = (0..=num_experts).map(|expert| expert * self.slots).collect();
-        RowIndex {
-            offsets: Offsets::new(offsets, device),
-            row_choice: self.slot_choice.clone(),
-            choice_row: self.choice_slot.clone(),
-        }
-    }
+    /// Their rows.
+    pub index: RowIndex,
 }
 
 /// What a router says of each expert, `x · weight` in f32.
@@ -137,12 +158,20 @@ pub(crate) struct SlotRules {
     pub top_k: usize,
     /// Tokens that compete with each other, in order.
     pub group_size: usize,
-    /// Slots of each expert in each group.
-    pub slots: usize,
+    /// Slots of each expert in each group; as many as it needs without.
+    pub slots: Option<usize>,
     /// All choices of a token before the next one; otherwise all first choices, then all second ones, ….
     pub token_major: bool,
     /// Whether some tokens get their slots before all others.
     pub protects: bool,
+}
+
+#[cfg(feature = "_gpu")]
+impl SlotRules {
+    /// Rows of all experts: all slots, or as many as there are choices.
+    fn num_rows(&self, num_tokens: usize, num_experts: usize) -> usize {
+        self.slots.map_or(num_tokens * self.top_k, |slots| num_experts * slots * num_tokens / self.group_size)
+    }
 }
 
 /// Assigns slots on the device: the experts of highest score for each token, ties to the lower one, in the order of the rules.
@@ -150,6 +179,7 @@ pub(crate) struct SlotRules {
 /// # Shapes
 /// - scores: `[T, E]`, f32, what experts are chosen by
 /// - states: `[T]`, 0 for padding, 1 for other tokens, 2 for those that get their slots first
+/// - row_choice: `[E · slots]`, or `[T · K]` without a limit
 #[cfg(feature = "_gpu")]
 pub(crate) fn assign_slots(scores: Tensor<2>, states: Tensor<1, Int>, rules: SlotRules) -> DeviceSlots {
     use burn::backend::Dispatch;
@@ -158,11 +188,10 @@ pub(crate) fn assign_slots(scores: Tensor<2>, states: Tensor<1, Int>, rules: Slo
     let [num_tokens, num_experts] = scores.dims();
     // No gradient passes through the assignment.
     let (scores, states) = (scores.inner().into_dispatch(), states.inner().into_dispatch());
-    let (chosen, choice_slot, slot_choice) = Dispatch::moe_assign_slots(scores, states, rules);
-    let [chosen, choice_slot, slot_choice] = [chosen, choice_slot, slot_choice].map(Tensor::from_dispatch);
-    let slots = rules.slots * num_tokens / rules.group_size;
-    debug_assert_eq!(slot_choice.dims(), [num_experts * slots]);
-    DeviceSlots { chosen, choice_slot, slot_choice, slots }
+    let (chosen, choice_row, row_choice, offsets) = Dispatch::moe_assign_slots(scores, states, rules);
+    let [chosen, choice_row, row_choice, offsets] = [chosen, choice_row, row_choice, offsets].map(Tensor::from_dispatch);
+    let host = rules.slots.map(|slots| (0..=num_experts).map(|expert| expert * slots * num_tokens / rules.group_size).collect());
+    DeviceSlots { chosen, index: RowIndex { offsets: Offsets::on_device(offsets, host), row_choice, choice_row } }
 }
 
 #[cfg(not(feature = "_gpu"))]
@@ -182,10 +211,10 @@ pub(crate) fn dispatch(tokens: Tensor<2>, index: &RowIndex) -> Tensor<2> {
 /// Runs `body`, which maps rows `[R, D] -> [R, D']` by [`grouped_linear`], on rows as the reference takes them where there are no kernels: as many
 /// for each expert.
 pub(crate) fn with_even_rows(rows: Tensor<2>, offsets: &Offsets, body: impl FnOnce(Tensor<2>, &Offsets) -> Tensor<2>) -> Tensor<2> {
-    if offsets.are_even() || has_kernels(&rows.device(), rows.dtype()) {
+    if has_kernels(&rows.device(), rows.dtype()) || offsets.are_even() {
         return body(rows, offsets);
     }
-    reference::with_even_rows(rows, &offsets.host, body)
+    reference::with_even_rows(rows, offsets.host(), body)
 }
 
 /// One linear map and activation per expert: `out[r] = act(rows[r] · weight[e(r)] + bias[e(r)])`.
@@ -317,12 +346,13 @@ mod kernel {
     ) -> Tensor<2> {
         let [num_experts, _, d_out] = weight.dims();
         let bias = bias.unwrap_or_else(|| Tensor::zeros([num_experts, d_out], &weight.device()));
+        let host_offsets = offsets.for_products_of(&rows);
         Tensor::from_dispatch(Dispatch::moe_grouped_linear(
             rows.into_dispatch(),
             weight.into_dispatch(),
             bias.into_dispatch(),
             offsets.device.into_dispatch(),
-            offsets.host,
+            host_offsets,
             activation,
         ))
     }

@@ -71,16 +71,16 @@ impl Dispatcher {
         self.index.is_none()
     }
 
-    /// Rows of all experts: `R`, plus the empty slots if a GPU assigned the slots.
+    /// Rows of all experts: `R`, plus empty ones if a GPU assigned the slots.
     pub fn num_rows(&self) -> usize {
         self.index.as_ref().map_or(0, RowIndex::num_rows)
     }
 
-    /// The range of rows of each expert, `[E]`. Rows of empty slots do not affect the output.
+    /// The range of rows of each expert, `[E]`; waits for the device that assigned them. Rows of empty slots do not affect the output.
     pub fn ranges(&self) -> Vec<Range<usize>> {
         match self.offsets() {
             None => vec![0..0; self.num_experts],
-            Some(offsets) => offsets.host.windows(2).map(|pair| pair[0]..pair[1]).collect(),
+            Some(offsets) => offsets.host().windows(2).map(|pair| pair[0]..pair[1]).collect(),
         }
     }
 

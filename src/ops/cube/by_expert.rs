@@ -20,7 +20,7 @@ use super::{
 };
 
 /// Mean rows of an expert from which the launches are worth it.
-const MIN_ROWS: usize = 128;
+pub(in crate::ops) const MIN_ROWS: usize = 128;
 /// Where a part of a buffer may begin, in bytes, on every device.
 const ALIGNMENT: usize = 256;
 

@@ -2,7 +2,7 @@
 //!
 //! f32, f16 and bf16, with sums in f32. The library has validated everything by the time a kernel runs.
 
-mod by_expert;
+pub(super) mod by_expert;
 mod grouped;
 mod launch;
 mod pointwise;
@@ -12,13 +12,11 @@ mod slots;
 mod sums;
 mod tensor_cores;
 
-use std::sync::Arc;
-
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::{
-    Activation, SlotRules,
+    Activation, HostOffsets, SlotRules,
     extension::{MoeBackwardOps, MoeOps, RouterBackwardOps, RouterOps, SlotOps},
 };
 use grouped::{Linear, Maps};
@@ -49,7 +47,7 @@ impl MoeOps for CubeBackend {
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
         offsets: IntTensor<Self>,
-        host_offsets: Arc<[usize]>,
+        host_offsets: HostOffsets,
         activation: Option<Activation>,
     ) -> FloatTensor<Self> {
         let (weight, bias) = (into_contiguous(weight), Some(into_contiguous(bias)));
@@ -63,7 +61,7 @@ impl MoeBackwardOps for CubeBackend {
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
         offsets: IntTensor<Self>,
-        host_offsets: Arc<[usize]>,
+        host_offsets: HostOffsets,
         activation: Activation,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let (weight, bias, activation) = (into_contiguous(weight), Some(into_contiguous(bias)), Some(activation));
@@ -100,7 +98,7 @@ impl MoeBackwardOps for CubeBackend {
         grad: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         offsets: IntTensor<Self>,
-        host_offsets: Arc<[usize]>,
+        host_offsets: HostOffsets,
     ) -> FloatTensor<Self> {
         let maps = Maps { weight: into_contiguous(weight), transposed: true, bias: None, activation: None, keep_pre: false };
         linear(grad, maps, offsets, &host_offsets).out
@@ -110,12 +108,12 @@ impl MoeBackwardOps for CubeBackend {
         x: FloatTensor<Self>,
         grad: FloatTensor<Self>,
         offsets: IntTensor<Self>,
-        host_offsets: Arc<[usize]>,
+        host_offsets: HostOffsets,
     ) -> FloatTensor<Self> {
         let (x, grad, offsets) = (into_contiguous(x), into_contiguous(grad), into_contiguous(offsets));
         match Products::of(&x, grad.meta.shape()[1], &host_offsets) {
             Products::TensorCores => tensor_cores::weight_gradient(x, grad, offsets),
-            Products::ByExpert => by_expert::weight_gradient(x, grad, &host_offsets),
+            Products::ByExpert(host_offsets) => by_expert::weight_gradient(x, grad, host_offsets),
             Products::Tiled => grouped::weight_gradient(x, grad, offsets),
         }
     }
@@ -123,7 +121,7 @@ impl MoeBackwardOps for CubeBackend {
     fn moe_grouped_linear_backward_bias(
         grad: FloatTensor<Self>,
         offsets: IntTensor<Self>,
-        _host_offsets: Arc<[usize]>,
+        _host_offsets: HostOffsets,
     ) -> FloatTensor<Self> {
         sums::by_expert(into_contiguous(grad), into_contiguous(offsets))
     }
@@ -150,41 +148,41 @@ impl SlotOps for CubeBackend {
         scores: FloatTensor<Self>,
         states: IntTensor<Self>,
         rules: SlotRules,
-    ) -> (IntTensor<Self>, IntTensor<Self>, IntTensor<Self>) {
+    ) -> (IntTensor<Self>, IntTensor<Self>, IntTensor<Self>, IntTensor<Self>) {
         slots::assign(into_contiguous(scores), into_contiguous(states), rules)
     }
 }
 
 /// `[R, K] -> [R, N]` by each row's expert.
-fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor, host_offsets: &[usize]) -> Linear {
+fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor, host_offsets: &HostOffsets) -> Linear {
     let (x, offsets) = (into_contiguous(x), into_contiguous(offsets));
     match Products::of(&x, maps.columns(), host_offsets) {
         Products::TensorCores => tensor_cores::linear(x, maps, offsets),
-        Products::ByExpert => by_expert::linear(x, maps, offsets, host_offsets),
+        Products::ByExpert(host_offsets) => by_expert::linear(x, maps, offsets, host_offsets),
         Products::Tiled => grouped::linear(x, maps, offsets),
     }
 }
 
 /// How the experts' products are computed.
-enum Products {
+enum Products<'a> {
     /// One launch, on tensor cores.
     TensorCores,
-    /// One of the backend's products for each expert.
-    ByExpert,
+    /// One of the backend's products for each expert, whose rows begin there.
+    ByExpert(&'a [usize]),
     /// One launch, in tiles.
     Tiled,
 }
 
-impl Products {
+impl<'a> Products<'a> {
     /// For rows `[R, D]` and others of a width.
-    fn of(x: &CubeTensor, width: usize, host_offsets: &[usize]) -> Self {
+    fn of(x: &CubeTensor, width: usize, host_offsets: &'a HostOffsets) -> Self {
         let widths = [x.meta.shape()[1], width];
         if tensor_cores::are_usable(x, widths) {
-            Self::TensorCores
-        } else if by_expert::is_worth_it(x, widths, host_offsets) {
-            Self::ByExpert
-        } else {
-            Self::Tiled
+            return Self::TensorCores;
+        }
+        match host_offsets {
+            Some(offsets) if by_expert::is_worth_it(x, widths, offsets) => Self::ByExpert(offsets),
+            _ => Self::Tiled,
         }
     }
 }

@@ -11,6 +11,8 @@ use crate::ops::{NON_FINITE, SlotRules};
 
 /// The most tokens of a block.
 const MAX_BLOCK: usize = 256;
+/// Units that share the counts of an expert; a power of two.
+const SUM_UNITS: usize = 256;
 
 /// All bits of the exponent: set in what is not finite. A comparison would not do, as a compiler may take every number for finite.
 const EXPONENT: u32 = 0x7f80_0000;
@@ -168,18 +170,27 @@ fn choose_kernel<F: Float, I: Int>(
     }
 }
 
-/// In place of each count, the sum of those before it, and in `requested [groups, E]` the sum of all. A unit for each expert of each group.
+/// In place of each count, the sum of those before it, and in `requested [groups, E]` the sum of all; `offsets [E + 1]` are those of full slots. A unit
+/// for each expert of each group.
 #[cube(launch)]
 fn sum_kernel<I: Int>(
     counts: &mut Tensor<I>,
     requested: &mut Tensor<I>,
+    offsets: &mut Tensor<I>,
     num_experts: usize,
     counts_each: usize,
+    slots_each: usize,
     total: usize,
     #[define(I)] _dtype: ElemType,
 ) {
     if ABSOLUTE_POS >= total {
         terminate!();
+    }
+    if ABSOLUTE_POS < num_experts {
+        offsets[ABSOLUTE_POS] = I::cast_from(ABSOLUTE_POS * slots_each);
+        if ABSOLUTE_POS == num_experts - 1 {
+            offsets[num_experts] = I::cast_from(num_experts * slots_each);
+        }
     }
     let first = ABSOLUTE_POS / num_experts * counts_each * num_experts + ABSOLUTE_POS % num_experts;
     let mut sum = i32::new(0);
@@ -192,20 +203,75 @@ fn sum_kernel<I: Int>(
     requested[ABSOLUTE_POS] = I::cast_from(sum);
 }
 
-/// `choice_slot [T, K]` and `slot_choice [E, groups, slots]`, −1 where there is none; `NON_FINITE` stays.
+/// Without a limit on slots: in place of each of the `num_counts` counts of an expert, the row of the first choice that it counts, and where each
+/// expert's rows begin, `offsets [E + 1]`. One cube, whose units share the counts of an expert.
+#[cube(launch)]
+fn first_rows_kernel<I: Int>(
+    counts: &mut Tensor<I>,
+    offsets: &mut Tensor<I>,
+    num_experts: usize,
+    num_counts: usize,
+    #[define(I)] _dtype: ElemType,
+) {
+    let mut sums = Shared::<[u32]>::new_slice(SUM_UNITS);
+    let unit = UNIT_POS as usize;
+    let each = num_counts.div_ceil(SUM_UNITS);
+    let first = (unit * each).min(num_counts);
+    let end = (first + each).min(num_counts);
+    let mut expert_row = 0u32;
+    for e in 0..num_experts {
+        let mut own = 0u32;
+        for i in first..end {
+            own += u32::cast_from(counts[i * num_experts + e]);
+        }
+        sums[unit] = own;
+        sync_cube();
+        // After each step, a unit has the sum of itself and those before it over twice as many.
+        #[unroll]
+        for step in 0..comptime!(SUM_UNITS.ilog2() as usize) {
+            let distance = comptime!(1 << step);
+            let mut before = 0u32;
+            if unit >= distance {
+                before = sums[unit - distance];
+            }
+            sync_cube();
+            sums[unit] += before;
+            sync_cube();
+        }
+        let mut row = expert_row + sums[unit] - own;
+        for i in first..end {
+            let count = u32::cast_from(counts[i * num_experts + e]);
+            counts[i * num_experts + e] = I::cast_from(row);
+            row += count;
+        }
+        if unit == 0 {
+            offsets[e] = I::cast_from(expert_row);
+        }
+        expert_row += sums[SUM_UNITS - 1];
+        sync_cube();
+    }
+    if unit == 0 {
+        offsets[num_experts] = I::cast_from(expert_row);
+    }
+}
+
+/// `choice_row [T, K]` and `row_choice`, −1 where there is none; `NON_FINITE` stays. With a limit there is a row for each slot,
+/// `[E, groups, slots]`, and `before` counts within an expert of a group; without, rows have no gaps and `before` is one. `ends` is what was
+/// `requested [groups, E]`, or the experts' `offsets [E + 1]`.
 #[cube(launch)]
 fn slot_kernel<I: Int>(
     chosen: &Tensor<I>,
     states: &Tensor<I>,
     before: &Tensor<I>,
-    requested: &Tensor<I>,
-    choice_slot: &mut Tensor<I>,
-    slot_choice: &mut Tensor<I>,
+    ends: &Tensor<I>,
+    choice_row: &mut Tensor<I>,
+    row_choice: &mut Tensor<I>,
     num_experts: usize,
     group_size: usize,
     blocks: usize,
     slots: usize,
     num_tokens: usize,
+    #[comptime] has_limit: bool,
     #[comptime] order: Order,
     #[define(I)] _dtype: ElemType,
 ) {
@@ -233,32 +299,38 @@ fn slot_kernel<I: Int>(
             let class = comptime!(if order.token_major { 0 } else { k });
             let expert = choices[k * order.block + unit];
             let choice = block.token * order.top_k + k;
-            let mut slot = expert;
+            let mut row_of_choice = expert;
             if expert >= 0 {
-                slot = i32::new(-1);
+                row_of_choice = i32::new(-1);
                 let e = usize::cast_from(expert);
                 let row = (block.group * order.rounds + round as usize) * classes + class;
                 let mut position = usize::cast_from(before[(row * blocks + block.index) * num_experts + e]);
                 for other in 0..unit {
                     position += requests(&choices, &rounds, other, expert, round, class, order) as usize;
                 }
-                if position < slots {
-                    let at = (e * groups + block.group) * slots + position;
-                    slot = i32::cast_from(at);
-                    slot_choice[at] = I::cast_from(choice);
+                if !has_limit || position < slots {
+                    if has_limit {
+                        position += (e * groups + block.group) * slots;
+                    }
+                    row_of_choice = i32::cast_from(position);
+                    row_choice[position] = I::cast_from(choice);
                 }
             }
-            choice_slot[choice] = I::cast_from(slot);
+            choice_row[choice] = I::cast_from(row_of_choice);
+            // As many rows as choices: those behind the last expert's are empty.
+            if !has_limit && choice >= usize::cast_from(ends[num_experts]) {
+                row_choice[choice] = I::cast_from(i32::new(-1));
+            }
         }
     }
     // The blocks of a group share the work of marking what stays empty.
-    if block.group < groups {
+    if has_limit && block.group < groups {
         let mut at = block.index * order.block + unit;
         while at < num_experts * slots {
             let e = at / slots;
             let position = at % slots;
-            if position >= usize::cast_from(requested[block.group * num_experts + e]) {
-                slot_choice[(e * groups + block.group) * slots + position] = I::cast_from(i32::new(-1));
+            if position >= usize::cast_from(ends[block.group * num_experts + e]) {
+                row_choice[(e * groups + block.group) * slots + position] = I::cast_from(i32::new(-1));
             }
             at += blocks * order.block;
         }
@@ -266,7 +338,7 @@ fn slot_kernel<I: Int>(
 }
 
 /// See [`SlotOps`](crate::ops::extension::SlotOps).
-pub(super) fn assign(scores: CubeTensor, states: CubeTensor, rules: SlotRules) -> (CubeTensor, CubeTensor, CubeTensor) {
+pub(super) fn assign(scores: CubeTensor, states: CubeTensor, rules: SlotRules) -> (CubeTensor, CubeTensor, CubeTensor, CubeTensor) {
     let [num_tokens, num_experts] = scores.meta.shape().dims();
     let SlotRules { top_k, group_size, slots, token_major, protects } = rules;
     let groups = num_tokens / group_size;
@@ -280,9 +352,9 @@ pub(super) fn assign(scores: CubeTensor, states: CubeTensor, rules: SlotRules) -
     let counts_each = order.rounds * order.classes() * blocks;
     let indices =
         |count: usize| empty_device_contiguous_dtype(states.client.clone(), states.device.clone(), [count].into(), states.dtype);
-    let (chosen, choice_slot) = (indices(num_tokens * top_k), indices(num_tokens * top_k));
-    let slot_choice = indices(num_experts * groups * slots);
-    let (counts, requested) = (indices(groups * counts_each * num_experts), indices(groups * num_experts));
+    let (chosen, choice_row) = (indices(num_tokens * top_k), indices(num_tokens * top_k));
+    let (row_choice, offsets) = (indices(rules.num_rows(num_tokens, num_experts)), indices(num_experts + 1));
+    let counts = indices(groups * counts_each * num_experts);
     let dtypes = elem_pair(&scores, &states);
     let dim = CubeDim::new_1d(order.block as u32);
     let client = chosen.client.clone();
@@ -302,18 +374,39 @@ pub(super) fn assign(scores: CubeTensor, states: CubeTensor, rules: SlotRules) -
         order,
         dtypes,
     );
-    let grid = Elementwise::new(&requested, groups * num_experts);
-    sum_kernel::launch(
-        &client,
-        grid.count,
-        grid.dim,
-        counts.clone().into_tensor_arg(),
-        requested.clone().into_tensor_arg(),
-        num_experts,
-        counts_each,
-        grid.total,
-        dtypes[1],
-    );
+    let ends = match slots {
+        Some(slots) => {
+            let requested = indices(groups * num_experts);
+            let grid = Elementwise::new(&requested, groups * num_experts);
+            sum_kernel::launch(
+                &client,
+                grid.count,
+                grid.dim,
+                counts.clone().into_tensor_arg(),
+                requested.clone().into_tensor_arg(),
+                offsets.clone().into_tensor_arg(),
+                num_experts,
+                counts_each,
+                groups * slots,
+                grid.total,
+                dtypes[1],
+            );
+            requested
+        }
+        None => {
+            first_rows_kernel::launch(
+                &client,
+                CubeCount::new_single(),
+                CubeDim::new_1d(SUM_UNITS as u32),
+                counts.clone().into_tensor_arg(),
+                offsets.clone().into_tensor_arg(),
+                num_experts,
+                groups * counts_each,
+                dtypes[1],
+            );
+            offsets.clone()
+        }
+    };
     slot_kernel::launch(
         &client,
         count(),
@@ -321,16 +414,17 @@ pub(super) fn assign(scores: CubeTensor, states: CubeTensor, rules: SlotRules) -
         chosen.clone().into_tensor_arg(),
         states.into_tensor_arg(),
         counts.into_tensor_arg(),
-        requested.into_tensor_arg(),
-        choice_slot.clone().into_tensor_arg(),
-        slot_choice.clone().into_tensor_arg(),
+        ends.into_tensor_arg(),
+        choice_row.clone().into_tensor_arg(),
+        row_choice.clone().into_tensor_arg(),
         num_experts,
         group_size,
         blocks,
-        slots,
+        slots.unwrap_or(0),
         num_tokens,
+        slots.is_some(),
         order,
         dtypes[1],
     );
-    (chosen, choice_slot, slot_choice)
+    (chosen, choice_row, row_choice, offsets)
 }

@@ -7,8 +7,6 @@ mod grouped;
 mod pointwise;
 mod rows;
 
-use std::sync::Arc;
-
 use burn::backend::{
     Flex,
     flex::{FlexTensor, Layout},
@@ -17,7 +15,7 @@ use burn::backend::{
 use burn::tensor::DType;
 
 use super::{
-    Activation, AttentionShape,
+    Activation, AttentionShape, HostOffsets,
     extension::{AttentionBackwardOps, AttentionOps, MoeBackwardOps, MoeOps},
 };
 use buffer::Buffer;
@@ -56,10 +54,10 @@ impl MoeOps for Flex {
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
         _offsets: IntTensor<Self>,
-        host_offsets: Arc<[usize]>,
+        host_offsets: HostOffsets,
         activation: Option<Activation>,
     ) -> FloatTensor<Self> {
-        grouped_linear(x, weight, bias, &host_offsets, activation, false).0
+        grouped_linear(x, weight, bias, known(&host_offsets), activation, false).0
     }
 }
 
@@ -69,10 +67,10 @@ impl MoeBackwardOps for Flex {
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
         _offsets: IntTensor<Self>,
-        host_offsets: Arc<[usize]>,
+        host_offsets: HostOffsets,
         activation: Activation,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let (out, pre) = grouped_linear(x, weight, bias, &host_offsets, Some(activation), true);
+        let (out, pre) = grouped_linear(x, weight, bias, known(&host_offsets), Some(activation), true);
         (out, pre.expect("it was kept"))
     }
 
@@ -114,36 +112,37 @@ impl MoeBackwardOps for Flex {
         grad: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         _offsets: IntTensor<Self>,
-        host_offsets: Arc<[usize]>,
+        host_offsets: HostOffsets,
     ) -> FloatTensor<Self> {
         let (grad, weight) = (grad.to_contiguous(), weight.to_contiguous());
         let ([num_rows, _], [_, d_in, d_out]) = (grad.layout().shape().dims(), weight.layout().shape().dims());
         let maps = grouped::Maps { weight: floats(&weight), d_in, d_out };
-        tensor(grouped::backward_x(floats(&grad), &maps, &host_offsets), &[num_rows, d_in])
+        tensor(grouped::backward_x(floats(&grad), &maps, known(&host_offsets)), &[num_rows, d_in])
     }
 
     fn moe_grouped_linear_backward_weight(
         x: FloatTensor<Self>,
         grad: FloatTensor<Self>,
         _offsets: IntTensor<Self>,
-        host_offsets: Arc<[usize]>,
+        host_offsets: HostOffsets,
     ) -> FloatTensor<Self> {
         let (x, grad) = (x.to_contiguous(), grad.to_contiguous());
         let ([_, d_in], [_, d_out]) = (x.layout().shape().dims(), grad.layout().shape().dims());
         tensor(
-            grouped::backward_weight(floats(&x), floats(&grad), [d_in, d_out], &host_offsets),
-            &[host_offsets.len() - 1, d_in, d_out],
+            grouped::backward_weight(floats(&x), floats(&grad), [d_in, d_out], known(&host_offsets)),
+            &[known(&host_offsets).len() - 1, d_in, d_out],
         )
     }
 
     fn moe_grouped_linear_backward_bias(
         grad: FloatTensor<Self>,
         _offsets: IntTensor<Self>,
-        host_offsets: Arc<[usize]>,
+        host_offsets: HostOffsets,
     ) -> FloatTensor<Self> {
         let grad = grad.to_contiguous();
         let [_, d_out] = grad.layout().shape().dims();
-        tensor(grouped::backward_bias(floats(&grad), d_out, &host_offsets), &[host_offsets.len() - 1, d_out])
+        let offsets = known(&host_offsets);
+        tensor(grouped::backward_bias(floats(&grad), d_out, offsets), &[offsets.len() - 1, d_out])
     }
 }
 
@@ -174,6 +173,11 @@ impl AttentionBackwardOps for Flex {
         let [query, key, value] = gradients.map(|gradient| tensor(gradient, &dims));
         (query, key, value)
     }
+}
+
+/// Offsets, which this backend's index tensors are never made without.
+fn known(offsets: &HostOffsets) -> &[usize] {
+    offsets.as_deref().expect("the host made the offsets")
 }
 
 /// Also what the activation was applied to, if it is kept.

@@ -123,19 +123,23 @@ impl TokenChoiceConfig {
             return None;
         }
         // More slots than tokens are never taken.
-        let slots = capacity.slots(group_size, self.top_k, num_experts)?.min(group_size);
+        let slots = capacity.slots(group_size, self.top_k, num_experts).map(|slots| slots.min(group_size));
         // Empty slots are computed too: from twice as many slots as choices on, waiting for the host costs less.
-        if num_experts * slots > 2 * self.top_k * group_size {
+        if slots.is_some_and(|slots| num_experts * slots > 2 * self.top_k * group_size) {
             return None;
         }
         let token_major = self.fill_order == FillOrder::TokenMajor;
         let rules = SlotRules { top_k: self.top_k, group_size, slots, token_major, protects: input.protected.is_some() };
-        let assigned = ops::assign_slots(input.selection_scores(), token_states(input), rules);
+        let mut assigned = ops::assign_slots(input.selection_scores(), token_states(input), rules);
+        if slots.is_none() && input.valid.is_some() {
+            // Padding can be most of a batch: its share of rows is worth waiting for the number of the others.
+            assigned.index = assigned.index.without_rows_behind();
+        }
 
         let shape = [num_tokens, self.top_k];
         // A token without a request still needs an index to gather; its gate is masked to zero below.
         let raw = input.scores.clone().gather(1, assigned.chosen.clone().clamp_min(0).reshape(shape));
-        let gates = self.gates(raw, Some(assigned.choice_slot.clone().lower_elem(0).reshape(shape)));
+        let gates = self.gates(raw, Some(assigned.index.choice_row.clone().lower_elem(0).reshape(shape)));
         Some(DispatchPlan::on_device(num_experts, assigned, gates))
     }
 

@@ -72,22 +72,22 @@ impl HostSlots {
 /// row's position is its rank among those taken.
 pub(super) fn read_slots(slots: &DeviceSlots, num_choices: usize) -> (Vec<ChoiceOutcome>, Vec<usize>) {
     let read = |x: &Tensor<1, Int>| x.clone().try_into_vec_as::<i32>().expect("indices are integers");
-    let (chosen, choice_slot, slot_choice) = (read(&slots.chosen), read(&slots.choice_slot), read(&slots.slot_choice));
-    let mut position_of_slot = vec![0; slot_choice.len()];
-    let per_expert = slots.slots.max(1);
-    for (slots, positions) in slot_choice.chunks(per_expert).zip(position_of_slot.chunks_mut(per_expert)) {
+    let index = &slots.index;
+    let (chosen, choice_row, row_choice) = (read(&slots.chosen), read(&index.choice_row), read(&index.row_choice));
+    let mut position_of_row = vec![0; row_choice.len()];
+    for rows in index.offsets.host().windows(2) {
         let mut taken = 0;
-        for (choice, position) in slots.iter().zip(positions) {
-            *position = taken;
-            taken += usize::from(*choice != NONE);
+        for row in rows[0]..rows[1] {
+            position_of_row[row] = taken;
+            taken += usize::from(row_choice[row] != NONE);
         }
     }
-    let outcome = |(&chosen, &slot): (&i32, &i32)| match (usize::try_from(chosen), usize::try_from(slot)) {
+    let outcome = |(&chosen, &row): (&i32, &i32)| match (usize::try_from(chosen), usize::try_from(row)) {
         (Err(_), _) => ChoiceOutcome::NotRequested,
         (Ok(expert), Err(_)) => ChoiceOutcome::Dropped { expert },
-        (Ok(expert), Ok(slot)) => ChoiceOutcome::Kept { expert, position: position_of_slot[slot] },
+        (Ok(expert), Ok(row)) => ChoiceOutcome::Kept { expert, position: position_of_row[row] },
     };
     let non_finite_tokens =
         chosen.chunks(num_choices).enumerate().filter(|(_, choices)| choices[0] == NON_FINITE).map(|(token, _)| token);
-    (chosen.iter().zip(&choice_slot).map(outcome).collect(), non_finite_tokens.collect())
+    (chosen.iter().zip(&choice_row).map(outcome).collect(), non_finite_tokens.collect())
 }

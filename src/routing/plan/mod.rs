@@ -17,8 +17,8 @@ use host::{HostSlots, NONE, read_slots};
 /// filled. Rows of expert `e` are `offsets[e]..offsets[e + 1]`, so nothing is padded. The inverse map, from choices to rows, makes combining
 /// a gather.
 ///
-/// Positions are data, not parameters: only [`gates`](Self::gates) carries a gradient. If a GPU assigned the slots (token choice with a
-/// limited capacity), the host reads them once, at the first call that needs them.
+/// Positions are data, not parameters: only [`gates`](Self::gates) carries a gradient. If a GPU assigned the slots (token choice), the host reads
+/// them once, at the first call that needs them.
 #[derive(Debug, Clone)]
 pub struct DispatchPlan {
     num_tokens: usize,
@@ -209,7 +209,7 @@ impl DispatchPlan {
     /// assigned stay there; the reference takes rows without gaps.
     pub(crate) fn row_index(&self, device: &Device, kernels: bool) -> (RowIndex, Option<Tensor<2, Bool>>) {
         match &self.slots {
-            Slots::Device(device_slots) if kernels => (device_slots.slots.index(self.num_experts, device), None),
+            Slots::Device(device_slots) if kernels => (device_slots.slots.index.clone(), None),
             _ => (self.host_index(device), self.non_finite(device)),
         }
     }
@@ -287,7 +287,7 @@ mod tests {
 
         let ids = |t: Tensor<1, Int>| t.try_into_vec_as::<i32>().unwrap();
         let index = plan.host_index(&device);
-        assert_eq!(index.offsets.host[..], [0, 1, 3, 3]);
+        assert_eq!(index.offsets.host()[..], [0, 1, 3, 3]);
         assert_eq!(ids(index.row_choice), [1, 4, 0]);
         assert_eq!(ids(index.choice_row), plan.choice_row());
     }

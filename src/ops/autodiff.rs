@@ -9,8 +9,6 @@ use burn::backend::autodiff::{
 };
 use burn::backend::tensor::{FloatTensor, IntTensor};
 
-#[cfg(feature = "_gpu")]
-use super::extension::{RouterBackwardOps, RouterOps};
 use super::{
     Activation, HostOffsets,
     extension::{MoeBackwardOps, MoeOps},
@@ -19,6 +17,11 @@ use super::{
 use super::{
     AttentionShape,
     extension::{AttentionBackwardOps, AttentionOps},
+};
+#[cfg(feature = "_gpu")]
+use super::{
+    GateSum,
+    extension::{RouterBackwardOps, RouterOps},
 };
 
 #[derive(Debug)]
@@ -112,16 +115,34 @@ struct RouterStep;
 
 #[cfg(feature = "_gpu")]
 impl<B: RouterBackwardOps> Backward<B, 2> for RouterStep {
-    type State = (FloatTensor<B>, FloatTensor<B>);
+    type State = (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let ([x_node, weight_node], (x, weight)) = (ops.parents, ops.state);
+        let ([x_node, weight_node], (x, weight, logits)) = (ops.parents, ops.state);
         let grad = grads.consume::<B>(&ops.node);
         if let Some(node) = weight_node {
-            grads.register::<B>(node.id, B::moe_router_logits_backward_weight(grad.clone(), x.clone()));
+            grads.register::<B>(node.id, B::moe_router_logits_backward_weight(grad.clone(), x.clone(), logits.clone()));
         }
         if let Some(node) = x_node {
-            grads.register::<B>(node.id, B::moe_router_logits_backward_x(grad, weight, x));
+            grads.register::<B>(node.id, B::moe_router_logits_backward_x(grad, weight, x, logits));
+        }
+    }
+}
+
+/// Keeps the scores, the choices and their rows.
+#[cfg(feature = "_gpu")]
+#[derive(Debug)]
+struct GatesStep;
+
+#[cfg(feature = "_gpu")]
+impl<B: RouterBackwardOps> Backward<B, 1> for GatesStep {
+    type State = (FloatTensor<B>, IntTensor<B>, IntTensor<B>, GateSum);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let ([node], (scores, chosen, choice_row, rule)) = (ops.parents, ops.state);
+        let grad = grads.consume::<B>(&ops.node);
+        if let Some(node) = node {
+            grads.register::<B>(node.id, B::moe_gates_backward(grad, scores, chosen, choice_row, rule));
         }
     }
 }
@@ -133,7 +154,22 @@ impl<B: RouterOps + RouterBackwardOps, C: CheckpointStrategy> RouterOps for Auto
         let (x, weight) = (x.into_primitive(), weight.into_primitive());
         let out = B::moe_router_logits(x.clone(), weight.clone());
         match step {
-            OpsKind::Tracked(prep) => prep.finish((x, weight), out),
+            OpsKind::Tracked(prep) => prep.finish((x, weight, out.clone()), out),
+            OpsKind::UnTracked(prep) => prep.finish(out),
+        }
+    }
+
+    fn moe_gates(
+        scores: FloatTensor<Self>,
+        chosen: IntTensor<Self>,
+        choice_row: IntTensor<Self>,
+        rule: GateSum,
+    ) -> FloatTensor<Self> {
+        let step = GatesStep.prepare::<C>([scores.node()]).compute_bound().stateful();
+        let scores = scores.into_primitive();
+        let out = B::moe_gates(scores.clone(), chosen.clone(), choice_row.clone(), rule);
+        match step {
+            OpsKind::Tracked(prep) => prep.finish((scores, chosen, choice_row, rule), out),
             OpsKind::UnTracked(prep) => prep.finish(out),
         }
     }

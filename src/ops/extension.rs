@@ -7,9 +7,9 @@ use burn::{backend::fusion::custom::TensorSpec, tensor::Shape};
 
 #[cfg(feature = "flex")]
 use super::AttentionShape;
-#[cfg(feature = "_gpu")]
-use super::SlotRules;
 use super::{Activation, HostOffsets};
+#[cfg(feature = "_gpu")]
+use super::{GateSum, SlotRules};
 
 /// Shapes of outputs, which fusion needs before a kernel runs.
 #[cfg(all(feature = "fusion", feature = "_gpu"))]
@@ -171,26 +171,55 @@ pub(crate) trait MoeBackwardOps: Backend {
     ) -> FloatTensor<Self>;
 }
 
-/// The router's product in f32.
+/// The router's product in f32, and the gates.
 #[cfg(feature = "_gpu")]
 #[backend_extension(Cube: cfg(feature = "_gpu"), Autodiff, Fusion: cfg(all(feature = "fusion", feature = "_gpu")))]
 pub(crate) trait RouterOps: Backend {
-    /// `logits[t, e] = Σ_d x[t, d] · weight[e, d]`: `[T, D], [E, D] -> [T, E]`; all but `x` are f32.
+    /// `logits[t, e] = Σ_d x[t, d] · weight[e, d]`: `[T, D], [E, D] -> [T, E]`; all but `x` are f32. NaN for all experts of a token with a logit that is
+    /// not finite, which no gradient passes.
     #[fusion(dtype = weight, shape = [x[0], weight[0]].into())]
     fn moe_router_logits(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// The scores of the chosen experts, over their sum if the rule says so, 0 for a choice without a row: `[T, E], [T · K], [T · K] -> [T, K]`.
+    #[fusion(dtype = scores, shape = shape::gates(scores, choice_row))]
+    fn moe_gates(
+        scores: FloatTensor<Self>,
+        chosen: IntTensor<Self>,
+        choice_row: IntTensor<Self>,
+        rule: GateSum,
+    ) -> FloatTensor<Self>;
 }
 
 /// The gradients of [`RouterOps`], on the backend below autodiff.
 #[cfg(feature = "_gpu")]
 #[backend_extension(Cube: cfg(feature = "_gpu"), Fusion: cfg(all(feature = "fusion", feature = "_gpu")))]
 pub(crate) trait RouterBackwardOps: Backend {
-    /// `out[t, d] = Σ_e grad[t, e] · weight[e, d]`: `[T, E], [E, D] -> [T, D]`, with the numbers of `x`.
+    /// `out[t, d] = Σ_e grad[t, e] · weight[e, d]`: `[T, E], [E, D] -> [T, D]`, with the numbers of `x`; 0 where `logits` are NaN.
     #[fusion(dtype = x, shape = x)]
-    fn moe_router_logits_backward_x(grad: FloatTensor<Self>, weight: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn moe_router_logits_backward_x(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        logits: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
 
-    /// `out[e, d] = Σ_t grad[t, e] · x[t, d]`: `[T, E], [T, D] -> [E, D]`, f32.
+    /// `out[e, d] = Σ_t grad[t, e] · x[t, d]`: `[T, E], [T, D] -> [E, D]`, f32; without the tokens whose `logits` are NaN.
     #[fusion(dtype = grad, shape = [grad[1], x[1]].into())]
-    fn moe_router_logits_backward_weight(grad: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn moe_router_logits_backward_weight(
+        grad: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        logits: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+
+    /// The gradient of the scores from that of the gates: `[T, K] -> [T, E]`.
+    #[fusion(dtype = scores, shape = scores)]
+    fn moe_gates_backward(
+        grad: FloatTensor<Self>,
+        scores: FloatTensor<Self>,
+        chosen: IntTensor<Self>,
+        choice_row: IntTensor<Self>,
+        rule: GateSum,
+    ) -> FloatTensor<Self>;
 }
 
 /// Assigning slots; no gradient passes through it.

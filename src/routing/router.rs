@@ -173,10 +173,10 @@ impl Router {
         let weight = self.weight.val();
         let [d_model, num_experts] = weight.dims();
         assert_shape!(x, [_, d_model]);
-        // Zero times NaN is NaN: in the weight's gradient, one bad token would spoil all. A kernel that leaves tokens without a gradient out only
-        // needs their logits masked; elsewhere the tokens are set to zero as well. Without gradients there is nothing to guard.
-        let is_guarded = x.device().is_autodiff() && x.dims()[0] > 0;
-        let bad_tokens = (is_guarded && !ops::router_leaves_out_tokens(&x)).then(|| non_finite_rows(x.clone()));
+        // Zero times NaN is NaN: in the weight's gradient, one bad token would spoil all. A kernel sees to that itself; elsewhere the tokens are set to
+        // zero. Without gradients there is nothing to guard.
+        let needs_guard = x.device().is_autodiff() && x.dims()[0] > 0 && !ops::router_is_guarded(&x);
+        let bad_tokens = needs_guard.then(|| non_finite_rows(x.clone()));
         let x = match &bad_tokens {
             Some(bad) => x.mask_fill(bad.clone(), 0.0),
             None => x,
@@ -184,14 +184,11 @@ impl Router {
         // Tokens whose logits are not finite, whether the token is not or only its product: the fill keeps a gradient from passing, and its NaN
         // tells who cannot be routed.
         let guarded = |logits: Tensor<2>| {
-            if !is_guarded {
+            let Some(bad_tokens) = &bad_tokens else {
                 return Guarded { logits, bad: None };
-            }
-            let (scores, _) = self.score.of(logits.clone().detach());
-            let bad = match &bad_tokens {
-                Some(bad) => bad.clone().bool_or(non_finite_rows(scores)),
-                None => non_finite_rows(scores),
             };
+            let (scores, _) = self.score.of(logits.clone().detach());
+            let bad = bad_tokens.clone().bool_or(non_finite_rows(scores));
             Guarded { logits: logits.mask_fill(bad.clone(), 0.0), bad: Some(bad) }
         };
         let logits = ops::router_logits(x.clone(), weight.clone());

@@ -3,6 +3,7 @@
 //! f32, f16 and bf16, with sums in f32. The library has validated everything by the time a kernel runs.
 
 pub(super) mod by_expert;
+mod gates;
 mod grouped;
 mod launch;
 mod pointwise;
@@ -16,7 +17,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::{
-    Activation, HostOffsets, SlotRules,
+    Activation, GateSum, HostOffsets, SlotRules,
     extension::{MoeBackwardOps, MoeOps, RouterBackwardOps, RouterOps, SlotOps},
 };
 use grouped::{Linear, Maps};
@@ -131,15 +132,44 @@ impl RouterOps for CubeBackend {
     fn moe_router_logits(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
         router::logits(into_contiguous(x), into_contiguous(weight))
     }
+
+    fn moe_gates(
+        scores: FloatTensor<Self>,
+        chosen: IntTensor<Self>,
+        choice_row: IntTensor<Self>,
+        rule: GateSum,
+    ) -> FloatTensor<Self> {
+        gates::gates(into_contiguous(scores), into_contiguous(chosen), into_contiguous(choice_row), rule)
+    }
 }
 
 impl RouterBackwardOps for CubeBackend {
-    fn moe_router_logits_backward_x(grad: FloatTensor<Self>, weight: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
-        router::tokens_gradient(into_contiguous(grad), into_contiguous(weight), &x)
+    fn moe_router_logits_backward_x(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        logits: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        router::tokens_gradient(into_contiguous(grad), into_contiguous(weight), &x, into_contiguous(logits))
     }
 
-    fn moe_router_logits_backward_weight(grad: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
-        router::weight_gradient(into_contiguous(grad), into_contiguous(x))
+    fn moe_router_logits_backward_weight(
+        grad: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        logits: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        router::weight_gradient(into_contiguous(grad), into_contiguous(x), into_contiguous(logits))
+    }
+
+    fn moe_gates_backward(
+        grad: FloatTensor<Self>,
+        scores: FloatTensor<Self>,
+        chosen: IntTensor<Self>,
+        choice_row: IntTensor<Self>,
+        rule: GateSum,
+    ) -> FloatTensor<Self> {
+        let (chosen, choice_row) = (into_contiguous(chosen), into_contiguous(choice_row));
+        gates::scores_gradient(into_contiguous(grad), into_contiguous(scores), chosen, choice_row, rule)
     }
 }
 

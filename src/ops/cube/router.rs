@@ -163,6 +163,43 @@ fn weight_kernel<F: Float, N: Size>(
     }
 }
 
+/// All bits of the exponent: set in what is not finite. A comparison would not do, as a compiler may take every number for finite.
+const EXPONENT: u32 = 0x7f80_0000;
+
+/// Whether a value is neither infinite nor NaN.
+#[cube]
+pub(super) fn is_finite(value: f32) -> bool {
+    u32::reinterpret(value) & EXPONENT != EXPONENT
+}
+
+/// NaN for all experts of a token that has a logit that is not finite.
+#[cube(launch)]
+fn mark_kernel(logits: &mut Tensor<f32>, not_a_number: f32, num_experts: usize, total: usize) {
+    if ABSOLUTE_POS >= total {
+        terminate!();
+    }
+    let first = ABSOLUTE_POS * num_experts;
+    let mut is_good = true;
+    for e in 0..num_experts {
+        is_good = is_good && is_finite(logits[first + e]);
+    }
+    if !is_good {
+        for e in 0..num_experts {
+            logits[first + e] = not_a_number;
+        }
+    }
+}
+
+/// The gradient, with zeros for tokens that are marked.
+#[cube(launch)]
+fn unmarked_kernel(grad: &Tensor<f32>, logits: &Tensor<f32>, out: &mut Tensor<f32>, num_experts: usize, total: usize) {
+    if ABSOLUTE_POS >= total {
+        terminate!();
+    }
+    let first = ABSOLUTE_POS / num_experts * num_experts;
+    out[ABSOLUTE_POS] = select(is_finite(logits[first]), grad[ABSOLUTE_POS], 0.0f32);
+}
+
 fn cube_dim() -> CubeDim {
     CubeDim::new_1d((ROWS * LANES) as u32)
 }
@@ -171,7 +208,7 @@ fn empty_f32<const R: usize>(like: &CubeTensor, shape: [usize; R]) -> CubeTensor
     empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape.into(), DType::F32)
 }
 
-/// `[T, D], [E, D] -> [T, E]`.
+/// `[T, D], [E, D] -> [T, E]`, NaN for a token with a logit that is not finite.
 pub(super) fn logits(x: CubeTensor, weight: CubeTensor) -> CubeTensor {
     let [num_tokens, d_model] = x.meta.shape().dims();
     let [num_experts, _] = weight.meta.shape().dims();
@@ -192,11 +229,32 @@ pub(super) fn logits(x: CubeTensor, weight: CubeTensor) -> CubeTensor {
         lanes,
         dtype,
     );
+    let grid = Elementwise::new(&out, num_tokens);
+    mark_kernel::launch(&out.client, grid.count, grid.dim, out.clone().into_tensor_arg(), f32::NAN, num_experts, grid.total);
+    out
+}
+
+fn unmarked(grad: CubeTensor, logits: CubeTensor) -> CubeTensor {
+    let [num_tokens, num_experts] = grad.meta.shape().dims();
+    let out = empty(&grad, [num_tokens, num_experts]);
+    let grid = Elementwise::new(&out, num_tokens * num_experts);
+    let (grad, logits) = (grad.into_tensor_arg(), logits.into_tensor_arg());
+    unmarked_kernel::launch(
+        &out.client,
+        grid.count,
+        grid.dim,
+        grad,
+        logits,
+        out.clone().into_tensor_arg(),
+        num_experts,
+        grid.total,
+    );
     out
 }
 
 /// `[T, E], [E, D] -> [T, D]`, with the numbers of `x`.
-pub(super) fn tokens_gradient(grad: CubeTensor, weight: CubeTensor, x: &CubeTensor) -> CubeTensor {
+pub(super) fn tokens_gradient(grad: CubeTensor, weight: CubeTensor, x: &CubeTensor, logits: CubeTensor) -> CubeTensor {
+    let grad = unmarked(grad, logits);
     let [num_tokens, num_experts] = grad.meta.shape().dims();
     let [_, d_model] = weight.meta.shape().dims();
     let out = empty(x, [num_tokens, d_model]);
@@ -219,7 +277,8 @@ pub(super) fn tokens_gradient(grad: CubeTensor, weight: CubeTensor, x: &CubeTens
 }
 
 /// `[T, E], [T, D] -> [E, D]`.
-pub(super) fn weight_gradient(grad: CubeTensor, x: CubeTensor) -> CubeTensor {
+pub(super) fn weight_gradient(grad: CubeTensor, x: CubeTensor, logits: CubeTensor) -> CubeTensor {
+    let grad = unmarked(grad, logits);
     let [num_tokens, num_experts] = grad.meta.shape().dims();
     let [_, d_model] = x.meta.shape().dims();
     let chunks = num_tokens.div_ceil(CHUNK);

@@ -6,16 +6,16 @@
 use burn_cubecl::{ops::numeric::empty_device_contiguous_dtype, tensor::CubeTensor};
 use cubecl::prelude::*;
 
-use super::launch::{Elementwise, cubes, elem_pair};
+use super::{
+    launch::{Elementwise, cubes, elem_pair},
+    router::is_finite,
+};
 use crate::ops::{NON_FINITE, SlotRules};
 
 /// The most tokens of a block.
 const MAX_BLOCK: usize = 256;
 /// Units that share the counts of an expert; a power of two.
 const SUM_UNITS: usize = 256;
-
-/// All bits of the exponent: set in what is not finite. A comparison would not do, as a compiler may take every number for finite.
-const EXPONENT: u32 = 0x7f80_0000;
 
 /// What decides the order in which slots are filled: by round (protected tokens first, where there are any), by class (the first choices of
 /// all tokens, then the second; or one class for all), by block, by token.
@@ -112,8 +112,7 @@ fn choose_kernel<F: Float, I: Int>(
     // What stands in place of all choices, if not 0.
     let mut instead = i32::new(0);
     for e in 0..num_experts {
-        let bits = u32::reinterpret(f32::cast_from(scores[first + e]));
-        if bits & EXPONENT == EXPONENT {
+        if !is_finite(f32::cast_from(scores[first + e])) {
             instead = i32::new(comptime!(NON_FINITE as i64));
         }
     }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{AssignmentInput, HostInput, TokenGroups};
 use crate::{
-    ops::{self, SlotRules},
+    ops::{self, GateSum, MIN_GATE_SUM, SlotRules},
     routing::{
         capacity::Capacity,
         mask::TokenMask,
@@ -136,10 +136,12 @@ impl TokenChoiceConfig {
             assigned.index = assigned.index.without_rows_behind();
         }
 
-        let shape = [num_tokens, self.top_k];
-        // A token without a request still needs an index to gather; its gate is masked to zero below.
-        let raw = input.scores.clone().gather(1, assigned.chosen.clone().clamp_min(0).reshape(shape));
-        let gates = self.gates(raw, Some(assigned.index.choice_row.clone().lower_elem(0).reshape(shape)));
+        let rule = match self.gate_normalization {
+            GateNormalization::None => GateSum::None,
+            GateNormalization::BeforeDrop => GateSum::OfChosen,
+            GateNormalization::AfterDrop => GateSum::OfKept,
+        };
+        let gates = ops::gates(input.scores.clone(), &assigned, rule);
         Some(DispatchPlan::on_device(num_experts, assigned, gates))
     }
 
@@ -211,10 +213,9 @@ fn token_states(input: &AssignmentInput) -> Tensor<1, Int> {
     }
 }
 
-/// Each score over the sum of its row. A sum can be next to nothing: of an expert whose probability is too small for f32, or of experts that a
-/// balancing bias chose. The floor, whose square f32 can still hold, keeps gates and their gradients finite there.
+/// Each score over the sum of its row.
 fn share(scores: Tensor<2>) -> Tensor<2> {
-    scores.clone() / scores.sum_dim(1).clamp_min(1e-18)
+    scores.clone() / scores.sum_dim(1).clamp_min(MIN_GATE_SUM)
 }
 
 /// The `top_k` experts of each token by descending score, ties to the lower index, `[T · K]`; nothing for a token that is not routed.

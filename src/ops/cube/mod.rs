@@ -3,6 +3,7 @@
 //! f32, f16 and bf16, with sums in f32. The library has validated everything by the time a kernel runs.
 
 pub(super) mod by_expert;
+mod counts;
 mod gates;
 mod grouped;
 mod launch;

@@ -7,15 +7,14 @@ use burn_cubecl::{ops::numeric::empty_device_contiguous_dtype, tensor::CubeTenso
 use cubecl::prelude::*;
 
 use super::{
-    launch::{Elementwise, cubes, elem_pair},
+    counts,
+    launch::{cubes, elem_pair},
     router::is_finite,
 };
 use crate::ops::{NON_FINITE, SlotRules};
 
 /// The most tokens of a block.
 const MAX_BLOCK: usize = 256;
-/// Units that share the counts of an expert; a power of two.
-const SUM_UNITS: usize = 256;
 
 /// What decides the order in which slots are filled: by round (protected tokens first, where there are any), by class (the first choices of
 /// all tokens, then the second; or one class for all), by block, by token.
@@ -169,91 +168,6 @@ fn choose_kernel<F: Float, I: Int>(
     }
 }
 
-/// In place of each count, the sum of those before it, and in `requested [groups, E]` the sum of all; `offsets [E + 1]` are those of full slots. A unit
-/// for each expert of each group.
-#[cube(launch)]
-fn sum_kernel<I: Int>(
-    counts: &mut Tensor<I>,
-    requested: &mut Tensor<I>,
-    offsets: &mut Tensor<I>,
-    num_experts: usize,
-    counts_each: usize,
-    slots_each: usize,
-    total: usize,
-    #[define(I)] _dtype: ElemType,
-) {
-    if ABSOLUTE_POS >= total {
-        terminate!();
-    }
-    if ABSOLUTE_POS < num_experts {
-        offsets[ABSOLUTE_POS] = I::cast_from(ABSOLUTE_POS * slots_each);
-        if ABSOLUTE_POS == num_experts - 1 {
-            offsets[num_experts] = I::cast_from(num_experts * slots_each);
-        }
-    }
-    let first = ABSOLUTE_POS / num_experts * counts_each * num_experts + ABSOLUTE_POS % num_experts;
-    let mut sum = i32::new(0);
-    for i in 0..counts_each {
-        let at = first + i * num_experts;
-        let count = i32::cast_from(counts[at]);
-        counts[at] = I::cast_from(sum);
-        sum += count;
-    }
-    requested[ABSOLUTE_POS] = I::cast_from(sum);
-}
-
-/// Without a limit on slots: in place of each of the `num_counts` counts of an expert, the row of the first choice that it counts, and where each
-/// expert's rows begin, `offsets [E + 1]`. One cube, whose units share the counts of an expert.
-#[cube(launch)]
-fn first_rows_kernel<I: Int>(
-    counts: &mut Tensor<I>,
-    offsets: &mut Tensor<I>,
-    num_experts: usize,
-    num_counts: usize,
-    #[define(I)] _dtype: ElemType,
-) {
-    let mut sums = Shared::<[u32]>::new_slice(SUM_UNITS);
-    let unit = UNIT_POS as usize;
-    let each = num_counts.div_ceil(SUM_UNITS);
-    let first = (unit * each).min(num_counts);
-    let end = (first + each).min(num_counts);
-    let mut expert_row = 0u32;
-    for e in 0..num_experts {
-        let mut own = 0u32;
-        for i in first..end {
-            own += u32::cast_from(counts[i * num_experts + e]);
-        }
-        sums[unit] = own;
-        sync_cube();
-        // After each step, a unit has the sum of itself and those before it over twice as many.
-        #[unroll]
-        for step in 0..comptime!(SUM_UNITS.ilog2() as usize) {
-            let distance = comptime!(1 << step);
-            let mut before = 0u32;
-            if unit >= distance {
-                before = sums[unit - distance];
-            }
-            sync_cube();
-            sums[unit] += before;
-            sync_cube();
-        }
-        let mut row = expert_row + sums[unit] - own;
-        for i in first..end {
-            let count = u32::cast_from(counts[i * num_experts + e]);
-            counts[i * num_experts + e] = I::cast_from(row);
-            row += count;
-        }
-        if unit == 0 {
-            offsets[e] = I::cast_from(expert_row);
-        }
-        expert_row += sums[SUM_UNITS - 1];
-        sync_cube();
-    }
-    if unit == 0 {
-        offsets[num_experts] = I::cast_from(expert_row);
-    }
-}
-
 /// `choice_row [T, K]` and `row_choice`, −1 where there is none; `NON_FINITE` stays. With a limit there is a row for each slot,
 /// `[E, groups, slots]`, and `before` counts within an expert of a group; without, rows have no gaps and `before` is one. `ends` is what was
 /// `requested [groups, E]`, or the experts' `offsets [E + 1]`.
@@ -374,37 +288,8 @@ pub(super) fn assign(scores: CubeTensor, states: CubeTensor, rules: SlotRules) -
         dtypes,
     );
     let ends = match slots {
-        Some(slots) => {
-            let requested = indices(groups * num_experts);
-            let grid = Elementwise::new(&requested, groups * num_experts);
-            sum_kernel::launch(
-                &client,
-                grid.count,
-                grid.dim,
-                counts.clone().into_tensor_arg(),
-                requested.clone().into_tensor_arg(),
-                offsets.clone().into_tensor_arg(),
-                num_experts,
-                counts_each,
-                groups * slots,
-                grid.total,
-                dtypes[1],
-            );
-            requested
-        }
-        None => {
-            first_rows_kernel::launch(
-                &client,
-                CubeCount::new_single(),
-                CubeDim::new_1d(SUM_UNITS as u32),
-                counts.clone().into_tensor_arg(),
-                offsets.clone().into_tensor_arg(),
-                num_experts,
-                groups * counts_each,
-                dtypes[1],
-            );
-            offsets.clone()
-        }
+        Some(slots) => counts::slots_before(&counts, &offsets, groups, groups * slots),
+        None => counts::rows_before(&counts, &offsets),
     };
     slot_kernel::launch(
         &client,

@@ -137,7 +137,7 @@ impl Gallery {
                 let set = set.clone().with_preprocessing(*preprocessing);
                 let batches = (0..set.len()).step_by(batch_size).map(|start| {
                     let images = set.images(start..(start + batch_size).min(set.len()), device);
-                    vision.forward(images).embedding
+                    vision.embedding(images)
                 });
                 Ok((Tensor::cat(batches.collect(), 0), (0..set.len()).collect()))
             }

@@ -4,6 +4,7 @@ mod it {
     mod bad_input;
     mod clip;
     mod edge_cases;
+    mod embedding;
     mod fixtures;
     mod input;
     mod kernels;

@@ -101,7 +101,7 @@ impl ImageEmbedder {
                 done += 1;
             }
             if !images.is_empty() {
-                rows.add(self.tower.forward(self.preprocessor.tensor(&images, &self.device)).embedding);
+                rows.add(self.tower.embedding(self.preprocessor.tensor(&images, &self.device)));
             }
             progress(done);
         }
@@ -135,7 +135,7 @@ impl TextEmbedder {
         for batch in texts.chunks(self.batch_size) {
             let tokens = self.tokenizer.tokenize(batch, self.context_length);
             truncated += tokens.truncated;
-            rows.add(self.tower.forward(tokens.tensor(&self.device)).embedding);
+            rows.add(self.tower.embedding(tokens.tensor(&self.device)));
             progress(rows.count);
         }
         TextEmbeddings { embeddings: rows.into_tensor(&self.device), truncated }

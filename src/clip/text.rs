@@ -155,7 +155,25 @@ impl TextTower {
         self.project(self.encoder.forward(x, marks, true), end)
     }
 
-    /// The same with a router of your own for the routed blocks; see [`Encoder::forward_with`].
+    /// The embeddings of texts alone: those of [`forward`](Self::forward) to rounding, from what they depend on. On a CPU, what follows the end of a
+    /// text costs nothing, and the last block is computed for that end only. On an autodiff device, all is computed.
+    ///
+    /// # Shapes
+    /// - tokens: `[B, N]` token ids with start and end tokens, `N` at most `context_length`
+    /// - output: `[B, P]`, not normalised
+    ///
+    /// # Panics
+    /// As [`forward`](Self::forward).
+    pub fn embedding(&self, tokens: Tensor<2, Int>) -> Tensor<2> {
+        let (x, marks, end) = self.embed(tokens);
+        if x.device().is_autodiff() {
+            return self.project(self.encoder.forward(x, marks, true), end).embedding;
+        }
+        let ends = self.encoder.forward_at(x, marks, true, end);
+        self.projection.forward(self.norm_final.forward(ends))
+    }
+
+    /// The same as [`forward`](Self::forward) with a router of your own for the routed blocks; see [`Encoder::forward_with`].
     ///
     /// # Panics
     /// As [`forward`](Self::forward), and when a plan does not fit its block.

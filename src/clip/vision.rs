@@ -137,6 +137,24 @@ impl VisionTower {
         self.project(self.encoder.forward(tokens, marks, false))
     }
 
+    /// The embeddings of images alone: those of [`forward`](Self::forward) to rounding, with the last block computed for the class token only. On an
+    /// autodiff device, all is computed.
+    ///
+    /// # Shapes
+    /// - images: `[B, channels, image_size, image_size]`, normalised
+    /// - output: `[B, P]`, not normalised
+    ///
+    /// # Panics
+    /// As [`forward`](Self::forward).
+    pub fn embedding(&self, images: Tensor<4>) -> Tensor<2> {
+        let (tokens, marks) = self.embed(images, None);
+        if tokens.device().is_autodiff() {
+            return self.project(self.encoder.forward(tokens, marks, false)).embedding;
+        }
+        let class = Tensor::zeros([tokens.dims()[0], 1], &tokens.device());
+        self.projection.forward(self.norm_post.forward(self.encoder.forward_at(tokens, marks, false, class)))
+    }
+
     /// Embeds images of which only some patches are looked at, beside the class token: for training with patch dropout (FLIP,
     /// [arXiv 2212.00794](https://arxiv.org/abs/2212.00794)).
     ///
@@ -151,7 +169,7 @@ impl VisionTower {
         self.project(self.encoder.forward(tokens, marks, false))
     }
 
-    /// The same with a router of your own for the routed blocks; see [`Encoder::forward_with`].
+    /// The same as [`forward`](Self::forward) with a router of your own for the routed blocks; see [`Encoder::forward_with`].
     ///
     /// # Panics
     /// As [`forward`](Self::forward), and when a plan does not fit its block.

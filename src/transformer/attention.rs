@@ -2,7 +2,7 @@
 
 use burn::nn::Linear;
 use burn::nn::attention::{MhaInput, MultiHeadAttention};
-use burn::tensor::{Tensor, module::attention, ops::AttentionModuleOptions};
+use burn::tensor::{Bool, IndexingUpdateOp, Int, Tensor, module::attention, ops::AttentionModuleOptions};
 
 use super::layout::{Layout, Looks};
 use crate::ops::{self, AttentionShape};
@@ -16,7 +16,6 @@ const LONGEST: usize = 128;
 /// attention, which has no gradient, at inference.
 pub(super) fn self_attention(weights: &MultiHeadAttention, rows: Tensor<2>, layout: &Layout) -> Tensor<2> {
     let device = rows.device();
-    let linear = |x, linear: &Linear| ops::linear(x, linear.weight.val(), linear.bias.as_ref().map(|bias| bias.val()), None);
     let project =
         |rows: &Tensor<2>| [&weights.query, &weights.key, &weights.value].map(|projection| linear(rows.clone(), projection));
     let causal = match layout.looks {
@@ -38,16 +37,51 @@ pub(super) fn self_attention(weights: &MultiHeadAttention, rows: Tensor<2>, layo
         };
         return layout.rows(weights.forward(input).context);
     }
-    let [num_rows, d_model] = rows.dims();
-    let [batch, len] = layout.dims();
-    let heads = weights.n_heads;
-    let by_head = |x: Tensor<2>| layout.tokens(x).reshape([batch, len, heads, weights.d_k]).swap_dims(1, 2);
-    let [query, key, value] = project(&rows).map(by_head);
-    let mask = mask.map(|mask| mask.unsqueeze_dim::<4>(1).expand([batch, heads, len, len]));
-    let context = attention(query, key, value, mask, None, AttentionModuleOptions::default());
-    let context = layout.rows(context.swap_dims(1, 2).reshape([batch, len, d_model]));
-    debug_assert_eq!(context.dims(), [num_rows, d_model]);
+    let [query, key, value] = project(&rows).map(|x| layout.tokens(x));
+    linear(layout.rows(by_heads(weights, query, key, value, mask)), &weights.output)
+}
+
+/// [`self_attention`] of one token of each sample, at inference: `[R, D], [B, 1] -> [B, D]`.
+pub(super) fn attention_at(weights: &MultiHeadAttention, rows: Tensor<2>, layout: &Layout, at: &Tensor<2, Int>) -> Tensor<2> {
+    let ([batch, len], device) = (layout.dims(), rows.device());
+    let chosen = layout.rows_at(at);
+    let query = linear(rows.clone().select(0, chosen.clone()), &weights.query);
+    let [key, value] = [&weights.key, &weights.value].map(|projection| linear(rows.clone(), projection));
+    let context = if layout.is_packed() {
+        // The kernel takes a query for every key; those of other tokens are zeros.
+        let query = Tensor::zeros_like(&key).select_assign(0, chosen.clone(), query, IndexingUpdateOp::Add);
+        let shape =
+            AttentionShape { samples: layout.samples.clone(), width: weights.d_model, heads: weights.n_heads, causal: true };
+        ops::attention(query, key, value, shape).select(0, chosen)
+    } else {
+        let places = || Tensor::<1, Int>::arange(0..len as i64, &device).unsqueeze::<2>().expand([batch, len]);
+        let mask = match layout.looks {
+            Looks::AtAll => None,
+            _ => Some(places().greater(at.clone().expand([batch, len])).unsqueeze_dim(1)),
+        };
+        by_heads(weights, query.unsqueeze_dim(1), layout.tokens(key), layout.tokens(value), mask).squeeze_dim(1)
+    };
     linear(context, &weights.output)
+}
+
+fn linear(x: Tensor<2>, linear: &Linear) -> Tensor<2> {
+    ops::linear(x, linear.weight.val(), linear.bias.as_ref().map(|bias| bias.val()), None)
+}
+
+/// burn's fused attention, which has no gradient: `[B, Q, D], [B, N, D], [B, N, D] -> [B, Q, D]`; the mask, `[B, Q, N]`, is true where a query must not look.
+fn by_heads(
+    weights: &MultiHeadAttention,
+    query: Tensor<3>,
+    key: Tensor<3>,
+    value: Tensor<3>,
+    mask: Option<Tensor<3, Bool>>,
+) -> Tensor<3> {
+    let ([batch, queries, d_model], [_, len, _], heads) = (query.dims(), key.dims(), weights.n_heads);
+    let [query, key, value] =
+        [query, key, value].map(|x| x.reshape([batch as i32, -1, heads as i32, weights.d_k as i32]).swap_dims(1, 2));
+    let mask = mask.map(|mask| mask.unsqueeze_dim::<4>(1).expand([batch, heads, queries, len]));
+    let context = attention(query, key, value, mask, None, AttentionModuleOptions::default());
+    context.swap_dims(1, 2).reshape([batch, queries, d_model])
 }
 
 #[cfg(test)]

@@ -3,16 +3,16 @@
 use burn::module::Module;
 use burn::nn::LayerNorm;
 use burn::nn::attention::MultiHeadAttention;
-use burn::tensor::{Bool, Tensor};
+use burn::tensor::{Bool, Int, Tensor};
 
 use super::{
     Mlp,
-    attention::self_attention,
+    attention::{attention_at, self_attention},
     layout::{Layout, Looks},
 };
 use crate::{
     layer::{moe::MoeFeedForward, soft_moe::SoftMoeFeedForward},
-    routing::{MoeInput, Phase, Routing, TokenMask},
+    routing::{MoeInput, Phase, Routing, TokenMask, assignment::AssignmentConfig, capacity::Capacity},
 };
 
 /// The feed-forward network of a block.
@@ -123,9 +123,35 @@ impl TransformerBlock {
         };
         (rows + output, routing)
     }
+
+    /// [`run`](Self::run) for one token of each sample, at inference: `[R, D], [B, 1] -> [B, D]`. The feed-forward network must take each token by
+    /// itself.
+    pub(super) fn run_at(&self, rows: Tensor<2>, layout: &Layout, at: &Tensor<2, Int>) -> Tensor<2> {
+        let attended = attention_at(&self.attention, self.norm_attention.forward(rows.clone()), layout, at);
+        let rows = rows.select(0, layout.rows_at(at)) + attended;
+        let normed = self.norm_feed_forward.forward(rows.clone());
+        let output = match &self.feed_forward {
+            FeedForward::Dense(mlp) => mlp.forward(normed),
+            FeedForward::Moe(moe) => moe.forward(normed).output,
+            FeedForward::SoftMoe(_) => unreachable!("soft experts mix tokens"),
+        };
+        rows + output
+    }
 }
 
 impl FeedForward {
+    /// Whether, at inference, the output of a token depends on that token alone.
+    pub(super) fn is_token_by_token(&self) -> bool {
+        match self {
+            Self::Dense(_) => true,
+            Self::Moe(moe) => match &moe.assignment {
+                AssignmentConfig::TokenChoice(config) => config.inference_capacity == Capacity::Dropless,
+                _ => false,
+            },
+            Self::SoftMoe(_) => false,
+        }
+    }
+
     /// The network alone, `[B, N, D] -> [B, N, D]`; also the routing if tokens are routed.
     fn forward(
         &self,

@@ -4,7 +4,7 @@ use burn::config::Config;
 use burn::module::Module;
 use burn::nn::attention::MultiHeadAttentionConfig;
 use burn::nn::{LayerNorm, LayerNormConfig};
-use burn::tensor::{Bool, Device, Tensor, assert_shape};
+use burn::tensor::{Bool, Device, Int, Tensor, assert_shape};
 
 use super::{
     BlockRouter, FeedForward, MlpConfig, Padding, Protection, SparseEncoderConfig, SparseLayer, TokenMarks, TransformerBlock,
@@ -281,8 +281,8 @@ impl Encoder {
         inputs
     }
 
-    /// How the tokens lie in rows; of the marks, those stay that this encoder heeds.
-    pub(super) fn lay_out(&self, x: &Tensor<3>, marks: &mut TokenMarks, causal: bool) -> Layout {
+    /// How the tokens lie in rows, those of padding left out if it `packs` and can; of the marks, those stay that this encoder heeds.
+    pub(super) fn lay_out(&self, x: &Tensor<3>, marks: &mut TokenMarks, causal: bool, packs: bool) -> Layout {
         let [batch, num_tokens, _] = x.dims();
         for mark in [&marks.valid, &marks.protected].into_iter().flatten() {
             assert_shape!(mark, [batch, num_tokens]);
@@ -293,7 +293,11 @@ impl Encoder {
         if self.padding == Padding::Routed {
             marks.valid = None;
         }
-        if causal { Layout::packed(x, marks) } else { Layout::whole([batch, num_tokens], Looks::AtAll) }
+        match (causal, packs) {
+            (false, _) => Layout::whole([batch, num_tokens], Looks::AtAll),
+            (true, false) => Layout::whole([batch, num_tokens], Looks::Back),
+            (true, true) => Layout::packed(x, marks),
+        }
     }
 
     /// All blocks in turn; `observe` sees what each feed-forward network reads.
@@ -305,7 +309,8 @@ impl Encoder {
         mut router: Option<&mut dyn BlockRouter>,
         mut observe: Option<&mut dyn FnMut(Tensor<3>)>,
     ) -> EncoderOutput {
-        let layout = self.lay_out(&x, &mut marks, causal);
+        // At inference a row for every token, as in PyTorch's models, whose last states of padding some programs compare.
+        let layout = self.lay_out(&x, &mut marks, causal, x.device().is_autodiff());
         let mut rows = layout.rows(x);
         let mut routings = Vec::new();
         for (index, block) in self.blocks.iter().enumerate() {
@@ -316,6 +321,27 @@ impl Encoder {
             routings.extend(routing);
         }
         EncoderOutput { hidden: layout.tokens(rows), routings }
+    }
+
+    /// One token of each sample, at inference: [`forward`](Self::forward) without what that token does not depend on. Padding is not computed where
+    /// there is attention for samples of different lengths, and the last block is computed for this token alone, unless what its experts do depends
+    /// on other tokens.
+    ///
+    /// # Shapes
+    /// - at: `[B, 1]`, places of tokens that are not padding
+    /// - output: `[B, D]`
+    pub(crate) fn forward_at(&self, x: Tensor<3>, mut marks: TokenMarks, causal: bool, at: Tensor<2, Int>) -> Tensor<2> {
+        let layout = self.lay_out(&x, &mut marks, causal, true);
+        let mut rows = layout.rows(x);
+        let (last, before) = self.blocks.split_last().expect("an encoder has blocks");
+        for block in before {
+            (rows, _) = block.run(rows, &layout, &marks, None, None);
+        }
+        if last.feed_forward.is_token_by_token() {
+            return last.run_at(rows, &layout, &at);
+        }
+        let (rows, _) = last.run(rows, &layout, &marks, None, None);
+        rows.select(0, layout.rows_at(&at))
     }
 }
 

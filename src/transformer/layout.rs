@@ -46,14 +46,12 @@ impl Layout {
         Self { batch, num_tokens, looks, samples, packed: None, causal_mask: OnceCell::new() }
     }
 
-    /// In training a row for every token that is not padding, if that changes nothing for the others: where padding is behind them, and they look
-    /// back. At inference a row for every token, as in PyTorch's models, whose last states of padding some programs compare.
+    /// A row for every token that is not padding, if that changes nothing for the others: where padding is behind them, and they look back.
     pub(super) fn packed(x: &Tensor<3>, marks: &TokenMarks) -> Self {
         let [batch, num_tokens, _] = x.dims();
         let mut layout = Self::whole([batch, num_tokens], Looks::Back);
         let device = &x.device();
-        let packs = device.is_autodiff() && has_attention(device, x.dtype());
-        let Some(valid) = marks.valid.as_ref().filter(|_| packs) else { return layout };
+        let Some(valid) = marks.valid.as_ref().filter(|_| has_attention(device, x.dtype())) else { return layout };
         let valid: Vec<bool> = valid.clone().into_data().iter::<bool>().collect();
         let (mut samples, mut token_of_row, mut row_of_token) = (vec![0], Vec::new(), Vec::new());
         for (sample, valid) in valid.chunks(num_tokens.max(1)).enumerate() {
@@ -75,6 +73,17 @@ impl Layout {
         layout.packed =
             Some(Packed { token_of_row: int_tensor(token_of_row, device), row_of_token: int_tensor(row_of_token, device) });
         layout
+    }
+
+    /// The rows of one token of each sample, which is not padding: `[B, 1] -> [B]`.
+    pub(super) fn rows_at(&self, at: &Tensor<2, Int>) -> Tensor<1, Int> {
+        let first = self.samples[..self.batch].iter().map(|&row| row as i32).collect();
+        int_tensor(first, &at.device()) + at.clone().reshape([self.batch])
+    }
+
+    /// Whether padding has no rows.
+    pub(super) fn is_packed(&self) -> bool {
+        self.packed.is_some()
     }
 
     /// Samples, and tokens of each with padding.

@@ -26,7 +26,7 @@ pub(crate) struct Part<T> {
 impl Encoder {
     /// A pass without gradients; arguments as for [`forward`](Self::forward). `before` is called with the index of each block before it is computed.
     pub(crate) fn forward_keeping(&self, x: Tensor<3>, mut marks: TokenMarks, causal: bool, before: &dyn Fn(usize)) -> KeptInputs {
-        let layout = self.lay_out(&x, &mut marks, causal);
+        let layout = self.lay_out(&x, &mut marks, causal, true);
         let mut rows = vec![layout.rows(x)];
         let mut routings = Vec::new();
         for (index, block) in self.blocks.iter().enumerate() {

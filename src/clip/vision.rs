@@ -224,7 +224,7 @@ impl VisionTower {
             channels * patch * patch,
         ]);
         let class = self.class_embedding.val().reshape([1, 1, d_model]).expand([batch, 1, d_model]);
-        let positions = self.position_embedding.val();
+        let positions = self.position_embedding.val().dequantize();
         let (patches, positions) = match kept {
             None => (patches, positions.unsqueeze()),
             Some(kept) => {

@@ -129,7 +129,7 @@ impl SoftMoeFeedForward {
         let [_, num_slots] = self.slots.shape().dims();
         let device = tokens.x.device();
 
-        let logits = tokens.x.clone().cast(FloatDType::F32).matmul(self.slots.val().cast(FloatDType::F32));
+        let logits = tokens.x.clone().cast(FloatDType::F32).matmul(self.slots.val().dequantize().cast(FloatDType::F32));
         let invalid = tokens.valid.as_ref().map(|valid| valid.unset(&device));
         let over_tokens = match &invalid {
             // Far below any logit, and finite: a sample without a valid token must not divide zero by zero.

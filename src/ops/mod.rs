@@ -128,7 +128,7 @@ pub(crate) fn with_even_rows(rows: Tensor<2>, offsets: &Offsets, body: impl FnOn
     reference::with_even_rows(rows, offsets.host(), body)
 }
 
-/// One linear map and activation per expert: `out[r] = act(rows[r] · weight[e(r)] + bias[e(r)])`.
+/// One linear map and activation per expert: `out[r] = act(rows[r] · weight[e(r)] + bias[e(r)])`. What burn quantized is brought back to floats.
 ///
 /// # Shapes
 /// - rows: `[R, D]`
@@ -142,6 +142,7 @@ pub(crate) fn grouped_linear(
     activation: Option<Activation>,
     offsets: &Offsets,
 ) -> Tensor<2> {
+    let (weight, bias) = (weight.dequantize(), bias.map(Tensor::dequantize));
     if has_kernels(&rows.device(), rows.dtype()) {
         return kernel::grouped_linear(rows, weight, bias, activation, offsets.clone());
     }
@@ -184,6 +185,7 @@ pub(crate) fn activation<const R: usize>(x: Tensor<R>, activation: Activation) -
 /// - bias: `[F]`
 /// - output: `[T, F]`
 pub(crate) fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>, act: Option<Activation>) -> Tensor<2> {
+    let (weight, bias) = (weight.dequantize(), bias.map(Tensor::dequantize));
     if has_dense_kernels(&x.device(), x.dtype()) {
         let offsets = Offsets::new([0, x.dims()[0]], &x.device());
         return kernel::grouped_linear(x, weight.unsqueeze_dim(0), bias.map(|b| b.unsqueeze_dim(0)), act, offsets);

@@ -22,7 +22,7 @@ pub(crate) struct DeviceSlots {
 /// - weight: `[D, E]`
 /// - output: `[T, E]`, f32
 pub(crate) fn router_logits(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
-    let weight = weight.cast(DType::F32);
+    let weight = weight.dequantize().cast(DType::F32);
     if x.dims()[0] == 0 {
         return Tensor::zeros([0, weight.dims()[1]], (&x.device(), DType::F32));
     }

@@ -582,7 +582,14 @@ fn images_prepared_in_another_way_than_the_model_expects_are_refused() {
 
 #[test]
 fn the_recipe_trains_the_same_with_gradient_checkpointing() {
-    let config = TrainConfig::new(6).with_eval_every(6);
+    for config in
+        [TrainConfig::new(6), TrainConfig::new(3).with_micro_batch(Some(2)), TrainConfig::new(3).with_recompute_blocks(true)]
+    {
+        checkpointing_changes_nothing(&config.with_eval_every(6));
+    }
+}
+
+fn checkpointing_changes_nothing(config: &TrainConfig) {
     let plain = Device::default();
     let arms = arms(&plain);
     let run = |device: &Device| {
@@ -590,7 +597,7 @@ fn the_recipe_trains_the_same_with_gradient_checkpointing() {
             arms: arms.clone(),
             data: TrainData::Set { set: &colours(), batch: batches() },
             test: Some(&first_shades()),
-            config: &config,
+            config,
             checkpointing: None,
             ranks: &Solo,
             device,

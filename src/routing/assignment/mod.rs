@@ -75,7 +75,7 @@ impl AssignmentInput {
     fn selection_scores(&self) -> Tensor<2> {
         match &self.selection_bias {
             None => self.scores.clone(),
-            Some(bias) => self.scores.clone() + bias.clone().cast(FloatDType::F32).unsqueeze(),
+            Some(bias) => self.scores.clone() + bias.clone().dequantize().cast(FloatDType::F32).unsqueeze(),
         }
     }
 

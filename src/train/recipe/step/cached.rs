@@ -35,8 +35,17 @@ impl Cached {
         let [mut image_gradients, mut text_gradients] = [&images, &texts].map(|embeddings| embeddings.zeros_like());
         for first in own.clone().step_by(rows) {
             let rows = first..(first + rows).min(own.end);
-            let leaves = [&images, &texts].map(|embeddings| Tensor::from_inner(embeddings.clone()).require_grad());
             let scale = model.scale().cast(DType::F32);
+            // What is multiplied must have one checkpointing strategy.
+            let leaf = |embeddings: &Tensor<2>| {
+                let leaf = Tensor::from_inner(embeddings.clone());
+                match scale.gradient_checkpointing_strategy() {
+                    Some(strategy) => leaf.with_gradient_checkpointing_strategy(strategy),
+                    None => leaf,
+                }
+                .require_grad()
+            };
+            let leaves = [&images, &texts].map(leaf);
             let logits = |from: &Tensor<2>, to: &Tensor<2>| {
                 from.clone().slice([rows.clone()]).matmul(to.clone().transpose()) * scale.clone().unsqueeze()
             };

@@ -42,6 +42,7 @@ pub mod clip;
 pub mod train;
 
 pub use layer::experts::{Activation, ExpertMlp, ExpertMlpConfig, ExpertOptions, FeedForwardForm};
+pub use layer::lora::{ExpertLora, LoraOptions};
 pub use layer::moe::{MoeFeedForward, MoeFeedForwardConfig};
 pub use layer::soft_moe::{SoftMoeFeedForward, SoftMoeFeedForwardConfig, SoftMoeOutput};
 pub use loss::{AuxiliaryLoss, AuxiliaryLossConfig};

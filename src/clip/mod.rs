@@ -3,6 +3,7 @@
 mod auxiliary;
 mod config;
 mod image;
+mod lora;
 mod loss;
 mod memory;
 mod model;

@@ -6,6 +6,7 @@ use burn::nn::Initializer;
 use burn::tensor::{Device, Tensor, assert_shape};
 use serde::{Deserialize, Serialize};
 
+use super::lora::{ExpertLora, LoraOptions, adapted};
 pub use crate::ops::Activation;
 use crate::{
     ops::{self, Offsets},
@@ -167,17 +168,63 @@ impl ExpertMlp {
     /// `[R, D] -> [R, D]`
     fn grouped(&self, rows: Tensor<2>, offsets: &Offsets) -> Tensor<2> {
         ops::with_even_rows(rows, offsets, |rows, offsets| {
-            let bias = |bias: &Option<Param<Tensor<2>>>| bias.as_ref().map(|b| b.val());
+            let bias = |bias: &Option<Param<Tensor<2>>>| {
+                let bias = bias.as_ref()?;
+                assert!(
+                    bias.adapter().is_none(),
+                    "burn's `apply_lora` took the experts' biases for matrices: leave experts out of its group of parameters, and use \
+                     `ExpertMlp::with_lora` for them"
+                );
+                Some(bias.val())
+            };
             let hidden = match &self.w_gate {
-                None => ops::grouped_linear(rows, self.w_in.val(), bias(&self.b_in), Some(self.activation), offsets),
+                None => map(rows, &self.w_in, bias(&self.b_in), Some(self.activation), offsets),
                 Some(w_gate) => {
-                    let activation = Some(self.activation);
-                    let gate = ops::grouped_linear(rows.clone(), w_gate.val(), bias(&self.b_gate), activation, offsets);
-                    gate * ops::grouped_linear(rows, self.w_in.val(), bias(&self.b_in), None, offsets)
+                    let gate = map(rows.clone(), w_gate, bias(&self.b_gate), Some(self.activation), offsets);
+                    gate * map(rows, &self.w_in, bias(&self.b_in), None, offsets)
                 }
             };
-            ops::grouped_linear(hidden, self.w_out.val(), bias(&self.b_out), None, offsets)
+            map(hidden, &self.w_out, bias(&self.b_out), None, offsets)
         })
+    }
+
+    /// The experts frozen, each with low-rank adapters of its own on its maps: `W[e] + alpha / r · A[e] · B[e]`. They start as no change, are trained
+    /// and saved like other parameters, at `w_in.lora.a` and so on, and become part of the weights by burn's
+    /// [`materialize`](burn::module::Module::materialize).
+    ///
+    /// burn's own `apply_lora` knows matrices only: it would freeze stacked weights without an adapter, and take their biases for matrices. Call
+    /// it before this, on a group of parameters that leaves experts out; experts whose biases it adapted refuse to compute.
+    ///
+    /// # Panics
+    /// When the options cannot be used, or there are adapters already.
+    #[track_caller]
+    pub fn with_lora(mut self, options: &LoraOptions) -> Self {
+        let frozen = |bias: Option<Param<Tensor<2>>>| bias.map(|bias| bias.set_require_grad(false));
+        self.w_in = adapted(self.w_in, options);
+        self.w_out = adapted(self.w_out, options);
+        self.w_gate = self.w_gate.map(|w_gate| adapted(w_gate, options));
+        (self.b_in, self.b_gate, self.b_out) = (frozen(self.b_in), frozen(self.b_gate), frozen(self.b_out));
+        self
+    }
+}
+
+/// One map of every expert, with its adapter, if it has one.
+fn map(
+    rows: Tensor<2>,
+    weight: &Param<Tensor<3>>,
+    bias: Option<Tensor<2>>,
+    activation: Option<Activation>,
+    offsets: &Offsets,
+) -> Tensor<2> {
+    let Some(lora) = weight.reparameterization::<ExpertLora>() else {
+        return ops::grouped_linear(rows, weight.val(), bias, activation, offsets);
+    };
+    let low = ops::grouped_linear(rows.clone(), lora.a.val(), None, None, offsets);
+    let change = ops::grouped_linear(low, lora.b.val(), None, None, offsets) * lora.scale;
+    let out = ops::grouped_linear(rows, weight.base(), bias, None, offsets) + change;
+    match activation {
+        Some(activation) => ops::activation(out, activation),
+        None => out,
     }
 }
 

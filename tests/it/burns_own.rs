@@ -1,18 +1,18 @@
 //! burn's own tools on our modules: quantization of weights, and LoRA.
 
-use burn::module::{Module, Quantizer};
+use burn::module::{Lora, Module, ModuleMapper, Param, ParamGroup, Quantizer};
 use burn::tensor::{
     Device, Int, Tensor,
     quantization::{Calibration, QuantScheme},
 };
 use burn_moe::{
-    ExpertOptions, MoeFeedForwardConfig, RouterOptions, SoftMoeFeedForwardConfig,
+    ExpertLora, ExpertOptions, LoraOptions, MoeFeedForward, MoeFeedForwardConfig, RouterOptions, SoftMoeFeedForwardConfig,
     clip::{ClipConfig, SparseClipConfig, TextConfig, VisionConfig},
     kernels::{Kernels, with_kernels},
     transformer::{EncoderConfig, MlpConfig},
 };
 
-use super::support::{numbers, values};
+use super::support::{numbers, panic_of, values};
 
 fn quantizer() -> Quantizer {
     Quantizer::new(Calibration::MinMax, QuantScheme::default())
@@ -66,4 +66,95 @@ fn a_quantized_clip_computes_nearly_the_same() {
             Tensor::cat(vec![model.encode_image(images).embedding, model.text.embedding(tokens)], 0)
         },
     );
+}
+
+/// Adapters that change something: those of the second factor start at zero.
+struct Changed;
+
+impl ModuleMapper for Changed {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if !param.is_require_grad() {
+            return param;
+        }
+        param.map(|value| (numbers::<D>(value.dims(), 7, &value.device()) * 0.3).detach().require_grad())
+    }
+}
+
+#[test]
+fn adapters_of_experts_are_a_low_rank_change_and_only_they_are_trained() {
+    let device = Device::default().autodiff();
+    let x = numbers::<2>([20, 16], 3, &device);
+    let near = |a: &[f32], b: &[f32]| assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5), "{a:?} {b:?}");
+    for experts in [ExpertOptions::new(), ExpertOptions::swiglu(), ExpertOptions::new().with_bias(false)] {
+        for kernels in [Kernels::Fastest, Kernels::Reference] {
+            let config = MoeFeedForwardConfig::new(16, 24, 4).with_experts(experts.clone());
+            let plain = config.init(&device);
+            let forward = |layer: &MoeFeedForward| with_kernels(kernels, || layer.forward(x.clone()).output);
+            let mut layer = plain.clone();
+            layer.experts = layer.experts.with_lora(&LoraOptions::new().with_rank(3));
+            near(&values(&forward(&layer)), &values(&forward(&plain)));
+
+            layer.experts = layer.experts.map(&mut Changed);
+            let output = forward(&layer);
+            assert_ne!(values(&output), values(&forward(&plain)));
+            // The same with the change in the weights, and its gradients by the factors.
+            let mut merged = layer.clone();
+            merged.experts = merged.experts.materialize();
+            assert_eq!(merged.experts.num_params(), plain.experts.num_params());
+            near(&values(&output), &values(&forward(&merged)));
+
+            let gradients = output.square().sum().backward();
+            let experts = &layer.experts;
+            assert!(experts.w_in.base().grad(&gradients).is_none());
+            assert!(experts.b_in.as_ref().is_none_or(|bias| bias.val().grad(&gradients).is_none()));
+            let lora = experts.w_in.reparameterization::<ExpertLora>().unwrap();
+            assert_eq!((lora.a.dims(), lora.b.dims()), ([4, 16, 3], [4, 3, 24]));
+            merged.experts.w_in = merged.experts.w_in.set_require_grad(true);
+            let merged_gradients = forward(&merged).square().sum().backward();
+            let of_weight = merged.experts.w_in.val().grad(&merged_gradients).unwrap();
+            let (a, b) = (lora.a.val().inner(), lora.b.val().inner());
+            let expected = [of_weight.clone().matmul(b.transpose()) * lora.scale, a.transpose().matmul(of_weight) * lora.scale];
+            for (found, expected) in [&lora.a, &lora.b].map(|factor| factor.val().grad(&gradients).unwrap()).iter().zip(&expected) {
+                let scale = expected.clone().abs().max().into_scalar::<f32>();
+                assert!((found.clone() - expected.clone()).abs().max().into_scalar::<f32>() < 1e-4 * scale);
+            }
+        }
+    }
+}
+
+#[test]
+fn adapters_of_a_clip_are_saved_and_loaded_alone() {
+    let device = Device::default().autodiff();
+    let encoder = || EncoderConfig::new(16, 2, 2, 32);
+    let text = TextConfig::new(encoder()).with_vocab_size(50).with_context_length(6);
+    let config = ClipConfig::new(VisionConfig::new(encoder(), 8, 4), text, 10).sparse(SparseClipConfig::clip_up());
+    let plain = config.init(&device);
+    let images = numbers([2, 3, 8, 8], 4, &device);
+    let embeds = |model: &burn_moe::clip::Clip| values(&model.vision.embedding(images.clone()));
+    let options = LoraOptions::new().with_rank(2);
+    let model = plain.clone().with_lora(&options).map(&mut Changed);
+    assert_ne!(embeds(&model), embeds(&plain));
+
+    let bytes = model.clone().into_record_group(ParamGroup::from_predicate(".lora.")).into_bytes().unwrap();
+    assert!(bytes.len() < 4 * plain.num_params() / 2, "{} bytes", bytes.len());
+    let record = burn::store::ModuleRecord::from_bytes(bytes).unwrap();
+    let again = plain.clone().with_lora(&options).load_record(record.allow_partial(true));
+    assert_eq!(embeds(&again), embeds(&model));
+    let merged = again.materialize();
+    assert_eq!(merged.num_params(), plain.num_params());
+    assert!(embeds(&merged).iter().zip(embeds(&model)).all(|(a, b)| (a - b).abs() < 1e-4));
+}
+
+#[test]
+fn adapters_that_burn_would_put_across_experts_are_refused() {
+    let device = Device::default();
+    let layer = MoeFeedForwardConfig::new(4, 8, 2).init(&device).apply_lora(Lora::new(2, 4.0));
+    let panic = panic_of(|| layer.forward(numbers::<2>([3, 4], 1, &device)).output);
+    assert!(panic.starts_with("burn's `apply_lora` took the experts' biases for matrices: leave experts out"), "{panic}");
+
+    let layer = MoeFeedForwardConfig::new(4, 8, 2).init(&device);
+    let panic = panic_of(|| layer.experts.clone().with_lora(&LoraOptions::new().with_rank(0)));
+    assert_eq!(panic, "`rank` must be at least 1, got 0");
+    let panic = panic_of(|| layer.experts.clone().with_lora(&LoraOptions::new()).with_lora(&LoraOptions::new()));
+    assert_eq!(panic, "the experts have an adapter already: merge it first, by `materialize`");
 }

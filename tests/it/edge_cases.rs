@@ -1,7 +1,5 @@
 //! Empty batches, tokens that are not finite, half precision, and public pieces given sizes that do not fit.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use burn::module::{Module, ModuleMapper, Param};
 use burn::nn::{
     activation::ActivationConfig,
@@ -20,20 +18,10 @@ use burn_moe::{
     upcycle::Probe,
 };
 
-use super::support::{numbers, values};
+use super::support::{numbers, panic_of, values};
 
 fn flags<const N: usize>(flags: [bool; N]) -> Option<TokenMask> {
     Some(TokenMask::new(Tensor::<1, Bool>::from_data(flags, &Device::default())))
-}
-
-/// The text of a panic.
-fn panic_of<R>(body: impl FnOnce() -> R) -> String {
-    let Err(panic) = catch_unwind(AssertUnwindSafe(body)) else { return "no panic".into() };
-    panic
-        .downcast_ref::<String>()
-        .cloned()
-        .or_else(|| panic.downcast_ref::<&str>().map(|text| text.to_string()))
-        .unwrap_or_default()
 }
 
 #[test]

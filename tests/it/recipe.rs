@@ -1,8 +1,9 @@
 //! The recipe on small data.
 
-use burn::tensor::Device;
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{Device, Tensor};
 use burn_moe::{
-    AuxiliaryLossConfig, Capacity, RouterOptions, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
+    AuxiliaryLossConfig, Capacity, LoraOptions, RouterOptions, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{
         Clip, ClipAuxiliaryLossConfig, ClipConfig, ImageEmbedder, ImagePreprocessing, Interpolation, ResizeMode, RetrievalMetrics,
         SparseClipConfig, TextConfig, TextEmbedder, VisionConfig,
@@ -578,6 +579,53 @@ fn images_prepared_in_another_way_than_the_model_expects_are_refused() {
     let expected = "arm: the model expects images prepared with mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5], resize Squash, interpolation \
                     Bilinear; the data has mean [0.4814546";
     assert!(error.starts_with(expected), "{error}");
+}
+
+#[test]
+fn a_model_with_adapters_trains_these_alone() {
+    struct Parameters(Vec<(String, Vec<f32>)>, Vec<String>);
+    impl ModuleVisitor for Parameters {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.1.push(name.into());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.1.pop();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.0.push((self.1.join("."), values(&param.base())));
+        }
+    }
+    let parameters = |model: &Clip| {
+        let mut parameters = Parameters(Vec::new(), Vec::new());
+        model.visit(&mut parameters);
+        parameters.0
+    };
+    let device = Device::default();
+    for config in
+        [TrainConfig::new(4), TrainConfig::new(4).with_micro_batch(Some(2)), TrainConfig::new(4).with_recompute_blocks(true)]
+    {
+        let mut arms = arms(&device);
+        for arm in &mut arms {
+            arm.model = arm.model.clone().with_lora(&LoraOptions::new().with_rank(2));
+        }
+        let input = TrainInput {
+            arms: arms.clone(),
+            data: TrainData::Set { set: &colours(), batch: batches() },
+            test: Some(&first_shades()),
+            config: &config.with_eval_every(4),
+            checkpointing: None,
+            ranks: &Solo,
+            device: &device,
+            observer: &mut (),
+        };
+        for (arm, before) in train(input).unwrap().into_iter().zip(arms) {
+            let (before, after) = (parameters(&before.model), parameters(&arm.model));
+            assert_eq!(before.len(), after.len());
+            for ((path, before), (_, after)) in before.iter().zip(&after) {
+                assert_eq!(before != after, path.contains(".lora."), "{path}");
+            }
+        }
+    }
 }
 
 #[test]

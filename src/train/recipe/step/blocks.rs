@@ -1,10 +1,11 @@
 //! Passes that keep what goes into each block, and compute the block again on the way back.
 
+use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Gradients, Int, Tensor};
 
 use super::{StepSetting, embedded, scalar, seen_patches, towards};
 use crate::{
-    clip::Clip,
+    clip::{Clip, VisionTower},
     routing::{BatchTotals, Routing},
     train::data::Batch,
     transformer::{Encoder, EncoderOutput, KeptInputs, Part},
@@ -80,26 +81,48 @@ impl<'a> Recomputable<'a> {
         let Self { vision_kept, text_kept, end, draws, .. } = self;
         let frozen = |tower, kept: &KeptInputs| draws.losses(tower, &kept.routings, totals);
         let mut auxiliary = 0.0;
-        if model.vision.projection.weight.val().is_require_grad() {
+        if has_trained(&model.vision) {
             let project = |hidden| model.vision.project(EncoderOutput { hidden, routings: Vec::new() }).embedding;
             let (rows, value) = draws.encoder(0, &model.vision.encoder, &vision_kept, project, image, totals, add);
-            let (tokens, _) = draws.vision_tokens(model, piece);
-            add(towards(vision_kept.rows(tokens), rows).backward());
+            let VisionTower { patch_embedding, class_embedding, position_embedding, norm_pre, .. } = &model.vision;
+            if has_trained(patch_embedding)
+                || has_trained(class_embedding)
+                || has_trained(position_embedding)
+                || has_trained(norm_pre)
+            {
+                let (tokens, _) = draws.vision_tokens(model, piece);
+                add(towards(vision_kept.rows(tokens), rows).backward());
+            }
             auxiliary += value;
         } else {
             auxiliary += frozen(0, &vision_kept);
         }
-        if model.text.projection.weight.val().is_require_grad() {
+        if has_trained(&model.text) {
             let project = |hidden| model.text.project(EncoderOutput { hidden, routings: Vec::new() }, end).embedding;
             let (rows, value) = draws.encoder(1, &model.text.encoder, &text_kept, project, text, totals, add);
-            let (tokens, ..) = model.text.embed(piece.tokens(draws.setting.device));
-            add(towards(text_kept.rows(tokens), rows).backward());
+            if has_trained(&model.text.token_embedding) || has_trained(&model.text.position_embedding) {
+                let (tokens, ..) = model.text.embed(piece.tokens(draws.setting.device));
+                add(towards(text_kept.rows(tokens), rows).backward());
+            }
             auxiliary += value;
         } else {
             auxiliary += frozen(1, &text_kept);
         }
         auxiliary
     }
+}
+
+/// Whether some parameter of a module gets a gradient: all of a tower, adapters of a frozen one, or none.
+fn has_trained<M: Module>(module: &M) -> bool {
+    struct Any(bool);
+    impl ModuleVisitor for Any {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.0 |= param.is_require_grad();
+        }
+    }
+    let mut any = Any(false);
+    module.visit(&mut any);
+    any.0
 }
 
 impl Draws<'_> {

@@ -4,7 +4,7 @@ use super::{cached::LOGITS, *};
 use burn::module::{ModuleVisitor, Param};
 
 use crate::{
-    AuxiliaryLossConfig, Capacity, RouterOptions, TokenChoiceConfig,
+    AuxiliaryLossConfig, Capacity, LoraOptions, RouterOptions, TokenChoiceConfig,
     clip::{ClipAuxiliaryLossConfig, ClipConfig, SparseClipConfig, tokenizer::TokenizedTexts},
     train::{
         data::Pixels,
@@ -192,6 +192,13 @@ fn blocks_that_are_computed_again_have_the_same_gradients() {
         assert!((found.auxiliary / expected.auxiliary - 1.0).abs() < 1e-6);
         assert_eq!((&found.totals, &found.kept), (&expected.totals, &expected.kept));
     }
+    // Adapters of frozen towers get theirs.
+    let adapted = model.clone().with_lora(&LoraOptions::new().with_rank(2));
+    let expected = gradients(&adapted, &pieces(&batch, 8), setting).unwrap();
+    let found = gradients(&adapted, &pieces(&batch, 8), StepSetting { recompute_blocks: true, ..setting }).unwrap();
+    let all = values(&adapted, &expected);
+    assert!(all.iter().any(|(_, gradient)| gradient.is_empty()) && all.iter().any(|(_, gradient)| !gradient.is_empty()));
+    assert!(difference(&values(&adapted, &expected), &values(&adapted, &found)) < 1e-5);
     // A tower that is frozen gets no gradient.
     let half = Clip { vision: model.vision.clone().freeze(), ..model.clone() };
     let expected = gradients(&half, &pieces(&batch, 8), setting).unwrap();

@@ -1,4 +1,4 @@
-//! A sparse ViT-B/16 CLIP against the dense one, forward, batch 8.
+//! A sparse ViT-B/16 CLIP against the dense one, forward, batch 8; and embeddings alone against whole forward passes of the towers.
 //!
 //! ```sh
 //! cargo bench --bench clip
@@ -26,6 +26,32 @@ fn clip(criterion: &mut Criterion) {
     let (dense, sparse) = (dense.init(&device), sparse.init(&device));
     let run = |model: &Clip| finish(|| model.forward(images.clone(), text.clone()).logits_per_image, &device);
     paired(criterion, "clip/b16/forward", 1.0, Some(flops), &mut || run(&dense), &mut || run(&sparse));
+
+    // Captions of 5 to 15 words, about as many tokens, with start and end.
+    let short: Vec<i64> = (0..64)
+        .flat_map(|i| {
+            (0..77).map(move |place| if place > 6 + i * 7 % 11 { 49407 * i64::from(place == 7 + i * 7 % 11) } else { 1 + place })
+        })
+        .collect();
+    let short = Tensor::<1, Int>::from_ints(&short[..], &device).reshape([64, 77]);
+    for (name, model) in [("dense", &dense), ("sparse", &sparse)] {
+        for batch in [1, 8] {
+            let images = images.clone().narrow(0, 0, batch);
+            let [mut all, mut alone]: [Box<dyn FnMut() -> f64>; 2] = [
+                Box::new(|| finish(|| model.vision.forward(images.clone()).embedding, &device)),
+                Box::new(|| finish(|| model.vision.embedding(images.clone()), &device)),
+            ];
+            paired(criterion, &format!("clip/b16/{name}/image-{batch}"), 1.0, None, &mut all, &mut alone);
+        }
+        for (kind, text, batch) in [("full", &text, 1), ("full", &text, 8), ("short", &short, 1), ("short", &short, 64)] {
+            let text = text.clone().narrow(0, 0, batch);
+            let [mut all, mut alone]: [Box<dyn FnMut() -> f64>; 2] = [
+                Box::new(|| finish(|| model.text.forward(text.clone()).embedding, &device)),
+                Box::new(|| finish(|| model.text.embedding(text.clone()), &device)),
+            ];
+            paired(criterion, &format!("clip/b16/{name}/text-{kind}-{batch}"), 1.0, None, &mut all, &mut alone);
+        }
+    }
 }
 
 criterion_group!(benches, clip);

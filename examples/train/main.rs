@@ -29,7 +29,7 @@ use std::{
     time::Instant,
 };
 
-use burn::module::Module;
+use burn::module::{Module, ParamGroup};
 use burn::tensor::Device;
 use burn_moe::{
     UpcycleFromDense, UpcycleOptions,
@@ -133,16 +133,28 @@ fn start(args: &Args, device: &Device, speaks: bool) -> Result<Start, Box<dyn Er
     // Every process draws the same router.
     device.seed(args.seed);
     let ClipCheckpoint { config, model } = ClipCheckpoint::load_with_image_size(&args.dense, args.image_size, device)?;
-    if config.is_sparse() || args.keep_dense {
-        return Ok(Start { config, model });
-    }
-    let sparse = args.sparse_config(&config)?;
-    let upcycled = sparse.init(device).upcycle_from_dense(&model, &UpcycleOptions::default())?;
-    if speaks {
-        println!("{}", upcycled.report);
-    }
+    let Start { config, model } = if config.is_sparse() || args.keep_dense {
+        Start { config, model }
+    } else {
+        let sparse = args.sparse_config(&config)?;
+        let upcycled = sparse.init(device).upcycle_from_dense(&model, &UpcycleOptions::default())?;
+        if speaks {
+            println!("{}", upcycled.report);
+        }
+        Start { config: sparse, model: upcycled.model }
+    };
+    let model = match args.lora()? {
+        None => model,
+        Some(options) => {
+            let (before, model) = (model.num_params(), model.with_lora(&options));
+            if speaks {
+                println!("{} parameters of adapters are trained, {before} are frozen", model.num_params() - before);
+            }
+            model
+        }
+    };
     // With every number drawn.
-    Ok(Start { config: sparse, model: upcycled.model.fork(device) })
+    Ok(Start { config, model: model.fork(device) })
 }
 
 /// One rank.
@@ -214,7 +226,13 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
     };
     let [TrainedArm { model, average, truncated, .. }] = <[TrainedArm; 1]>::try_from(trained).expect("one arm was trained");
     if is_first {
-        let checkpoint = ClipCheckpoint { config, model: average.unwrap_or(model).valid() };
+        let model = average.unwrap_or(model).valid();
+        if let Some(options) = args.lora()? {
+            let adapters = model.clone().into_record_group(ParamGroup::from_predicate(".lora.")).into_bytes()?;
+            write_atomic(out.join("adapters.bpk"), &adapters)?;
+            write_atomic(out.join("adapters.json"), options.to_string().as_bytes())?;
+        }
+        let checkpoint = ClipCheckpoint { config, model: model.materialize() };
         checkpoint.save_sparse(out.join("model"), Precision::F32)?;
         if let Some(test) = test.as_ref().filter(|_| checkpoint.config.is_sparse()) {
             let tokenizer = ClipTokenizer::for_model(&checkpoint.model.text)?;

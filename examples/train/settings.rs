@@ -4,7 +4,7 @@ use std::{error::Error, path::PathBuf};
 
 use burn::tensor::Device;
 use burn_moe::{
-    Capacity, TokenChoiceConfig,
+    Capacity, LoraOptions, TokenChoiceConfig,
     clip::{
         ClipConfig, SparseClipConfig,
         lists::{Columns, ListOptions},
@@ -35,6 +35,12 @@ pub(crate) struct Args {
     /// Train the dense model as it is, without upcycling
     #[arg(long)]
     pub(crate) keep_dense: bool,
+    /// Freeze the model and train low-rank adapters of this rank: on attention, feed-forward networks and each expert
+    #[arg(long, value_name = "RANK")]
+    lora: Option<usize>,
+    /// What the change by adapters is multiplied by, times the rank [default: twice the rank]
+    #[arg(long, requires = "lora")]
+    lora_alpha: Option<f64>,
     /// What to train on: tar shards ('shards/{000..012}.tar'), a folder of them, a list, a folder of images with a .txt beside each, or - for a tar
     /// archive on standard input; shards may be named several times
     #[arg(long, required_unless_present = "report")]
@@ -190,6 +196,13 @@ impl Args {
 
     pub(crate) fn frozen(&self) -> Option<Tower> {
         self.freeze.map(|tower| if tower == Frozen::Vision { Tower::Vision } else { Tower::Text })
+    }
+
+    pub(crate) fn lora(&self) -> Result<Option<LoraOptions>, Box<dyn Error>> {
+        let Some(rank) = self.lora else { return Ok(None) };
+        let options = LoraOptions::new().with_rank(rank).with_alpha(self.lora_alpha.unwrap_or(2.0 * rank as f64));
+        options.validate()?;
+        Ok(Some(options))
     }
 
     pub(crate) fn crop(&self) -> Result<Option<RandomCropConfig>, Box<dyn Error>> {

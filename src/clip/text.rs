@@ -156,7 +156,7 @@ impl TextTower {
     }
 
     /// The embeddings of texts alone: those of [`forward`](Self::forward) to rounding, from what they depend on. On a CPU, what follows the end of a
-    /// text costs nothing, and the last block is computed for that end only. On an autodiff device, all is computed.
+    /// text costs nothing, and the last block is computed for that end only (on an autodiff device, in whole).
     ///
     /// # Shapes
     /// - tokens: `[B, N]` token ids with start and end tokens, `N` at most `context_length`
@@ -166,9 +166,6 @@ impl TextTower {
     /// As [`forward`](Self::forward).
     pub fn embedding(&self, tokens: Tensor<2, Int>) -> Tensor<2> {
         let (x, marks, end) = self.embed(tokens);
-        if x.device().is_autodiff() {
-            return self.project(self.encoder.forward(x, marks, true), end).embedding;
-        }
         let ends = self.encoder.forward_at(x, marks, true, end);
         self.projection.forward(self.norm_final.forward(ends))
     }

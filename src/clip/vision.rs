@@ -137,8 +137,8 @@ impl VisionTower {
         self.project(self.encoder.forward(tokens, marks, false))
     }
 
-    /// The embeddings of images alone: those of [`forward`](Self::forward) to rounding, with the last block computed for the class token only. On an
-    /// autodiff device, all is computed.
+    /// The embeddings of images alone: those of [`forward`](Self::forward) to rounding, with the last block computed for the class token only (on an
+    /// autodiff device, in whole).
     ///
     /// # Shapes
     /// - images: `[B, channels, image_size, image_size]`, normalised
@@ -148,9 +148,6 @@ impl VisionTower {
     /// As [`forward`](Self::forward).
     pub fn embedding(&self, images: Tensor<4>) -> Tensor<2> {
         let (tokens, marks) = self.embed(images, None);
-        if tokens.device().is_autodiff() {
-            return self.project(self.encoder.forward(tokens, marks, false)).embedding;
-        }
         let class = Tensor::zeros([tokens.dims()[0], 1], &tokens.device());
         self.projection.forward(self.norm_post.forward(self.encoder.forward_at(tokens, marks, false, class)))
     }

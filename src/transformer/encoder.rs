@@ -323,21 +323,27 @@ impl Encoder {
         EncoderOutput { hidden: layout.tokens(rows), routings }
     }
 
-    /// One token of each sample, at inference: [`forward`](Self::forward) without what that token does not depend on. Padding is not computed where
-    /// there is attention for samples of different lengths, and the last block is computed for this token alone, unless what its experts do depends
-    /// on other tokens.
+    /// One token of each sample: what [`forward`](Self::forward) makes of it, to rounding, without what it does not depend on. Padding is not computed
+    /// where there is attention for samples of different lengths (burn's CPU backend), and the last block is computed for this token alone, unless what
+    /// its experts do depends on other tokens, or the input is on an autodiff device.
     ///
     /// # Shapes
+    /// - x, marks: as for [`forward`](Self::forward)
     /// - at: `[B, 1]`, places of tokens that are not padding
     /// - output: `[B, D]`
-    pub(crate) fn forward_at(&self, x: Tensor<3>, mut marks: TokenMarks, causal: bool, at: Tensor<2, Int>) -> Tensor<2> {
+    ///
+    /// # Panics
+    /// When a shape does not fit.
+    pub fn forward_at(&self, x: Tensor<3>, mut marks: TokenMarks, causal: bool, at: Tensor<2, Int>) -> Tensor<2> {
+        let (is_training, [batch, _, _]) = (x.device().is_autodiff(), x.dims());
+        assert_shape!(at, [batch, 1]);
         let layout = self.lay_out(&x, &mut marks, causal, true);
         let mut rows = layout.rows(x);
         let (last, before) = self.blocks.split_last().expect("an encoder has blocks");
         for block in before {
             (rows, _) = block.run(rows, &layout, &marks, None, None);
         }
-        if last.feed_forward.is_token_by_token() {
+        if !is_training && last.feed_forward.is_token_by_token() {
             return last.run_at(rows, &layout, &at);
         }
         let (rows, _) = last.run(rows, &layout, &marks, None, None);

@@ -12,7 +12,10 @@ use burn_moe::{
     transformer::{EncoderConfig, MlpConfig},
 };
 
-use super::support::{numbers, panic_of, values};
+use super::{
+    edge_cases::panic_of,
+    support::{numbers, values},
+};
 
 fn quantizer() -> Quantizer {
     Quantizer::new(Calibration::MinMax, QuantScheme::default())

@@ -18,10 +18,20 @@ use burn_moe::{
     upcycle::Probe,
 };
 
-use super::support::{numbers, panic_of, values};
+use super::support::{numbers, values};
 
 fn flags<const N: usize>(flags: [bool; N]) -> Option<TokenMask> {
     Some(TokenMask::new(Tensor::<1, Bool>::from_data(flags, &Device::default())))
+}
+
+/// The text of a panic.
+pub(crate) fn panic_of<R>(body: impl FnOnce() -> R) -> String {
+    let Err(panic) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)) else { return "no panic".into() };
+    panic
+        .downcast_ref::<String>()
+        .cloned()
+        .or_else(|| panic.downcast_ref::<&str>().map(|text| text.to_string()))
+        .unwrap_or_default()
 }
 
 #[test]

@@ -30,13 +30,3 @@ pub(crate) fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |max, d| if d > max || d.is_nan() { d } else { max })
 }
-
-/// The text of a panic.
-pub(crate) fn panic_of<R>(body: impl FnOnce() -> R) -> String {
-    let Err(panic) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)) else { return "no panic".into() };
-    panic
-        .downcast_ref::<String>()
-        .cloned()
-        .or_else(|| panic.downcast_ref::<&str>().map(|text| text.to_string()))
-        .unwrap_or_default()
-}

@@ -6,10 +6,11 @@ use burn::tensor::{
     quantization::{Calibration, QuantScheme},
 };
 use burn_moe::{
-    ExpertLora, ExpertOptions, LoraOptions, MoeFeedForward, MoeFeedForwardConfig, RouterOptions, SoftMoeFeedForwardConfig,
+    AssignmentConfig, ExpertLora, ExpertOptions, LoraOptions, MoeFeedForward, MoeFeedForwardConfig, RouterOptions,
+    SoftMoeFeedForwardConfig, TokenChoiceConfig,
     clip::{ClipConfig, SparseClipConfig, TextConfig, VisionConfig},
     kernels::{Kernels, with_kernels},
-    transformer::{EncoderConfig, MlpConfig},
+    transformer::{EncoderConfig, MlpConfig, RoutedLayerConfig, SparseEncoderConfig},
 };
 
 use super::{
@@ -25,6 +26,11 @@ fn cosine(a: &Tensor<2>, b: &Tensor<2>) -> f32 {
     let (a, b) = (values(a), values(b));
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
     dot(&a, &b) / (dot(&a, &a) * dot(&b, &b)).sqrt()
+}
+
+/// Every token goes to all experts: the rounding of a router may change who is chosen, which is not what is compared here.
+fn all_experts(num_experts: usize) -> AssignmentConfig {
+    TokenChoiceConfig::of_top_k(num_experts).into()
 }
 
 /// `forward` of a module and of the same with burn's 8-bit weights, with and without kernels, and where there could be gradients.
@@ -46,7 +52,7 @@ fn quantized_layers_compute_nearly_the_same() {
     let x = |device: &Device| numbers::<2>([20, 16], 3, device);
     for experts in [ExpertOptions::new(), ExpertOptions::swiglu(), ExpertOptions::new().with_bias(false)] {
         let config = MoeFeedForwardConfig::new(16, 24, 4).with_experts(experts).with_router(router.clone());
-        let config = config.with_shared_expert(Some(8));
+        let config = config.with_assignment(all_experts(4)).with_shared_expert(Some(8));
         nearly_the_same(|device| config.init(device), |layer, device| layer.forward(x(device)).output);
     }
     nearly_the_same(
@@ -60,7 +66,10 @@ fn quantized_layers_compute_nearly_the_same() {
 fn a_quantized_clip_computes_nearly_the_same() {
     let encoder = || EncoderConfig::new(16, 2, 2, 32);
     let text = TextConfig::new(encoder()).with_vocab_size(50).with_context_length(6);
-    let config = ClipConfig::new(VisionConfig::new(encoder(), 8, 4), text, 10).sparse(SparseClipConfig::clip_up());
+    let layer = RoutedLayerConfig::new().with_assignment(all_experts(2));
+    let sparse = Some(SparseEncoderConfig::new().with_num_experts(2).with_layer(layer.into()));
+    let sparse = SparseClipConfig::new().with_vision(sparse.clone()).with_text(sparse);
+    let config = ClipConfig::new(VisionConfig::new(encoder(), 8, 4), text, 10).sparse(sparse);
     nearly_the_same(
         |device| config.init(device),
         |model, device| {

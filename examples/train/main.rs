@@ -32,7 +32,7 @@ use std::{
 use burn::module::{Module, ParamGroup};
 use burn::tensor::Device;
 use burn_moe::{
-    UpcycleFromDense, UpcycleOptions,
+    LoraOptions, UpcycleFromDense, UpcycleOptions,
     clip::{
         Clip, ClipConfig,
         checkpoint::{ClipCheckpoint, Precision},
@@ -167,6 +167,10 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
     };
     fs::create_dir_all(out).map_err(|error| format!("{}: {error}", out.display()))?;
     let Start { config, model } = start;
+    let adapters = args.lora()?;
+    if is_first {
+        keep_adapter_options(out, adapters.as_ref())?;
+    }
     let mut arm = Arm::new("model", model, args.optimizer());
     arm.frozen = args.frozen();
 
@@ -227,10 +231,9 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
     let [TrainedArm { model, average, truncated, .. }] = <[TrainedArm; 1]>::try_from(trained).expect("one arm was trained");
     if is_first {
         let model = average.unwrap_or(model).valid();
-        if let Some(options) = args.lora()? {
+        if adapters.is_some() {
             let adapters = model.clone().into_record_group(ParamGroup::from_predicate(".lora.")).into_bytes()?;
             write_atomic(out.join("adapters.bpk"), &adapters)?;
-            write_atomic(out.join("adapters.json"), options.to_string().as_bytes())?;
         }
         let checkpoint = ClipCheckpoint { config, model: model.materialize() };
         checkpoint.save_sparse(out.join("model"), Precision::F32)?;
@@ -245,6 +248,26 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
         println!("the model is in {}, the log and the report beside it", out.join("model").display());
     }
     Ok(())
+}
+
+/// Writes rank and scale of the adapters, which no checkpoint holds, or compares them with those of the run that goes on.
+fn keep_adapter_options(out: &Path, options: Option<&LoraOptions>) -> Result<(), Box<dyn Error>> {
+    let path = out.join("adapters.json");
+    let asked = options.map(ToString::to_string);
+    if out.join("checkpoints").exists() {
+        let kept = path.exists().then(|| fs::read_to_string(&path)).transpose()?;
+        if kept != asked {
+            let text = |options: Option<String>| options.unwrap_or_else(|| "no adapters".into());
+            let (kept, asked) = (text(kept), text(asked));
+            return Err(
+                format!("{}: the run in this folder has {kept}, and this one {asked}; take another --out", out.display()).into()
+            );
+        }
+    }
+    match asked {
+        Some(options) => Ok(write_atomic(path, options.as_bytes())?),
+        None => Ok(()),
+    }
 }
 
 fn describe(config: &ClipConfig) -> String {

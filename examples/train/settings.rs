@@ -38,7 +38,7 @@ pub(crate) struct Args {
     /// Freeze the model and train low-rank adapters of this rank: on attention, feed-forward networks and each expert
     #[arg(long, value_name = "RANK")]
     lora: Option<usize>,
-    /// What the change by adapters is multiplied by, times the rank [default: twice the rank]
+    /// The change by adapters is multiplied by this over their rank [default: twice the rank]
     #[arg(long, requires = "lora")]
     lora_alpha: Option<f64>,
     /// What to train on: tar shards ('shards/{000..012}.tar'), a folder of them, a list, a folder of images with a .txt beside each, or - for a tar
@@ -266,6 +266,9 @@ impl Args {
         }
         if self.every == 0 || self.checkpoint_every() == 0 || self.keep == 0 || self.batch_size == 0 || self.shuffle == 0 {
             return Err("--every, --checkpoint-every, --keep, --batch-size and --shuffle are at least 1".into());
+        }
+        if self.lora.is_some() && self.router_rate.is_some() {
+            return Err("--router-rate is about routers, which --lora freezes".into());
         }
         if self.nccl && (self.device != "cuda" || self.mpi || self.device_numbers()?.len() < 2) {
             return Err("--nccl is for several cards of this machine: --device cuda --devices 0-7".into());

@@ -1,9 +1,22 @@
 //! Low-rank adapters for a whole CLIP.
 
-use burn::module::{Lora, Module, ParamGroup};
+use burn::module::{Lora, Module, ModuleVisitor, ParamGroup};
 
 use super::Clip;
-use crate::{LoraOptions, transformer::FeedForward};
+use crate::{LoraOptions, support::error::expect_valid, transformer::FeedForward};
+
+/// Whether some parameter has an adapter of low rank, burn's or ours.
+fn has_adapters(model: &Clip) -> bool {
+    struct Adapters(bool);
+    impl ModuleVisitor for Adapters {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.0 |= name == "lora";
+        }
+    }
+    let mut adapters = Adapters(false);
+    model.visit(&mut adapters);
+    adapters.0
+}
 
 impl Clip {
     /// The model frozen, with low-rank adapters on attention, dense feed-forward networks and experts: only these are trained. Routers stay as they
@@ -33,9 +46,9 @@ impl Clip {
     /// When the options cannot be used, or there are adapters already.
     #[track_caller]
     pub fn with_lora(self, options: &LoraOptions) -> Self {
-        if let Err(error) = options.validate() {
-            panic!("{error}");
-        }
+        expect_valid(options.validate());
+        // burn would freeze the old ones and adapt them in turn.
+        assert!(!has_adapters(&self), "the model has adapters already: merge them first, by `materialize`");
         let matrices = ParamGroup::from_any_predicates(vec![".attention.", ".linear_in.", ".linear_out."]);
         let mut adapted = self.apply_lora(Lora::new(options.rank, options.alpha).set_param_group(matrices));
         for encoder in [&mut adapted.vision.encoder, &mut adapted.text.encoder] {

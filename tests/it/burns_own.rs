@@ -152,6 +152,8 @@ fn adapters_of_a_clip_are_saved_and_loaded_alone() {
     let record = burn::store::ModuleRecord::from_bytes(bytes).unwrap();
     let again = plain.clone().with_lora(&options).load_record(record.allow_partial(true));
     assert_eq!(embeds(&again), embeds(&model));
+    let panic = panic_of(|| again.clone().with_lora(&options));
+    assert_eq!(panic, "the model has adapters already: merge them first, by `materialize`");
     let merged = again.materialize();
     assert_eq!(merged.num_params(), plain.num_params());
     assert!(embeds(&merged).iter().zip(embeds(&model)).all(|(a, b)| (a - b).abs() < 1e-4));

@@ -29,6 +29,7 @@ use std::{
     time::Instant,
 };
 
+use burn::config::Config;
 use burn::module::{Module, ParamGroup};
 use burn::tensor::Device;
 use burn_moe::{
@@ -253,19 +254,24 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
 /// Writes rank and scale of the adapters, which no checkpoint holds, or compares them with those of the run that goes on.
 fn keep_adapter_options(out: &Path, options: Option<&LoraOptions>) -> Result<(), Box<dyn Error>> {
     let path = out.join("adapters.json");
-    let asked = options.map(ToString::to_string);
     if out.join("checkpoints").exists() {
-        let kept = path.exists().then(|| fs::read_to_string(&path)).transpose()?;
-        if kept != asked {
-            let text = |options: Option<String>| options.unwrap_or_else(|| "no adapters".into());
-            let (kept, asked) = (text(kept), text(asked));
+        let kept = match path.exists() {
+            true => Some(LoraOptions::load(&path).map_err(|error| format!("{}: {error}", path.display()))?),
+            false => None,
+        };
+        if kept.as_ref() != options {
+            let text = |options: Option<&LoraOptions>| match options {
+                Some(LoraOptions { rank, alpha }) => format!("adapters of rank {rank} and alpha {alpha}"),
+                None => "no adapters".into(),
+            };
+            let (folder, kept, asked) = (out.display(), text(kept.as_ref()), text(options));
             return Err(
-                format!("{}: the run in this folder has {kept}, and this one {asked}; take another --out", out.display()).into()
+                format!("{folder}: the run in this folder has {kept}, and {asked} are asked for: take another --out").into()
             );
         }
     }
-    match asked {
-        Some(options) => Ok(write_atomic(path, options.as_bytes())?),
+    match options {
+        Some(options) => Ok(write_atomic(path, options.to_string().as_bytes())?),
         None => Ok(()),
     }
 }

@@ -44,8 +44,11 @@ pub mod train;
 pub use layer::experts::{Activation, ExpertMlp, ExpertMlpConfig, ExpertOptions, FeedForwardForm};
 pub use layer::lora::{ExpertLora, LoraOptions};
 pub use layer::moe::{MoeFeedForward, MoeFeedForwardConfig};
+#[cfg(feature = "flex")]
+pub use layer::packed::{PackedWeight, pack_weights};
 pub use layer::soft_moe::{SoftMoeFeedForward, SoftMoeFeedForwardConfig, SoftMoeOutput};
 pub use loss::{AuxiliaryLoss, AuxiliaryLossConfig};
+pub use ops::Precision;
 pub use routing::assignment::{AssignmentConfig, ExpertChoiceConfig, FillOrder, GateNormalization, TokenChoiceConfig, TokenGroups};
 pub use routing::capacity::Capacity;
 pub use routing::router::{Router, RouterConfig, RouterOptions, RouterScore};

@@ -13,6 +13,7 @@ mod it {
     mod lists;
     mod losses;
     mod outcome;
+    mod packed;
     mod published;
     mod recipe;
     mod streams;

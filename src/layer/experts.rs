@@ -6,7 +6,10 @@ use burn::nn::Initializer;
 use burn::tensor::{Device, Tensor, assert_shape};
 use serde::{Deserialize, Serialize};
 
-use super::lora::{ExpertLora, LoraOptions, adapted};
+use super::{
+    lora::{ExpertLora, LoraOptions, adapted},
+    packed::packed_product,
+};
 pub use crate::ops::Activation;
 use crate::{
     ops::{self, Offsets},
@@ -208,7 +211,7 @@ impl ExpertMlp {
     }
 }
 
-/// One map of every expert, with its adapter, if it has one.
+/// One map of every expert, packed or with its adapter, if it is or has one.
 fn map(
     rows: Tensor<2>,
     weight: &Param<Tensor<3>>,
@@ -216,6 +219,9 @@ fn map(
     activation: Option<Activation>,
     offsets: &Offsets,
 ) -> Tensor<2> {
+    if let Some(out) = packed_product(&rows, weight, &bias, activation, offsets) {
+        return out;
+    }
     let Some(lora) = weight.reparameterization::<ExpertLora>() else {
         return ops::grouped_linear(rows, weight.val(), bias, activation, offsets);
     };

@@ -3,4 +3,5 @@
 pub(crate) mod experts;
 pub(crate) mod lora;
 pub(crate) mod moe;
+pub(crate) mod packed;
 pub(crate) mod soft_moe;

@@ -94,6 +94,18 @@ pub(crate) fn has_attention(device: &Device, dtype: DType) -> bool {
     has(device, dtype) == Has::ExpertsAndDense
 }
 
+/// Whether a device is burn's CPU backend.
+#[cfg(feature = "flex")]
+pub(crate) fn is_flex(device: &Device) -> bool {
+    matches!(device.clone().inner().as_dispatch(), burn::backend::DispatchDevice::Flex(_))
+}
+
+/// Whether products with packed weights have a kernel: they have no gradient.
+#[cfg(feature = "flex")]
+pub(crate) fn has_packed(device: &Device, dtype: DType) -> bool {
+    !device.is_autodiff() && has(device, dtype) == Has::ExpertsAndDense
+}
+
 /// Whether products of rows `[R, D]` may need to know on the host where each expert's begin: those that are launched expert by expert. In 16 bits,
 /// CUDA has one launch for all.
 #[cfg(feature = "_gpu")]

@@ -6,8 +6,11 @@ use burn::backend::{Backend, backend_extension};
 use burn::{backend::fusion::custom::TensorSpec, tensor::Shape};
 
 #[cfg(feature = "flex")]
-use super::AttentionShape;
+use std::sync::Arc;
+
 use super::{Activation, HostOffsets};
+#[cfg(feature = "flex")]
+use super::{AttentionShape, PackedMaps};
 #[cfg(feature = "_gpu")]
 use super::{GateSum, SlotRules};
 
@@ -261,4 +264,18 @@ pub(crate) trait AttentionBackwardOps: Backend {
         grad: FloatTensor<Self>,
         shape: AttentionShape,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+}
+
+/// Products with packed weights, which have no gradient.
+#[cfg(feature = "flex")]
+#[backend_extension(Flex: cfg(feature = "flex"))]
+pub(crate) trait PackedOps: Backend {
+    /// `out[r] = act(x[r] · weight[e(r)] + bias[e(r)])`: `[R, D], [E, F] -> [R, F]`.
+    fn moe_packed_linear(
+        x: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        weight: Arc<PackedMaps>,
+        host_offsets: Arc<[usize]>,
+        activation: Option<Activation>,
+    ) -> FloatTensor<Self>;
 }

@@ -4,6 +4,7 @@
 
 mod activation;
 mod choice;
+mod precision;
 mod reference;
 mod router;
 
@@ -24,6 +25,11 @@ pub use activation::Activation;
 use choice::has_dense_kernels;
 pub use choice::{Kernels, release_idle_memory, with_kernels};
 pub(crate) use choice::{can_assign_slots, chosen_kernels, has_attention, has_kernels};
+#[cfg(feature = "flex")]
+pub(crate) use choice::{has_packed, is_flex};
+#[cfg(feature = "flex")]
+pub(crate) use flex::PackedMaps;
+pub use precision::Precision;
 pub(crate) use router::{DeviceSlots, GateSum, MIN_GATE_SUM, SlotRules, assign_slots, gates, router_is_guarded, router_logits};
 
 /// First row of each expert and the end, `[E + 1]`, on the host; `None` where only the device knows them.
@@ -195,6 +201,29 @@ pub(crate) fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>, a
         Some(act) => reference::activation(out, act),
         None => out,
     }
+}
+
+/// [`grouped_linear`] with packed weights, without gradients; only where [`has_packed`] says so.
+#[cfg(feature = "flex")]
+pub(crate) fn packed_linear(
+    rows: Tensor<2>,
+    weight: &Arc<PackedMaps>,
+    bias: Option<Tensor<2>>,
+    activation: Option<Activation>,
+    host_offsets: Arc<[usize]>,
+) -> Tensor<2> {
+    use burn::backend::Dispatch;
+    use extension::PackedOps;
+
+    let [num_experts, _, d_out] = weight.dims();
+    let bias = bias.unwrap_or_else(|| Tensor::zeros([num_experts, d_out], &rows.device()));
+    Tensor::from_dispatch(Dispatch::moe_packed_linear(
+        rows.into_dispatch(),
+        bias.into_dispatch(),
+        weight.clone(),
+        host_offsets,
+        activation,
+    ))
 }
 
 /// The samples that attention keeps apart, and how their tokens look at each other.

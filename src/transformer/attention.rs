@@ -1,14 +1,18 @@
 //! Self-attention, with the weights of burn's module.
 
-use burn::nn::Linear;
 use burn::nn::attention::{MhaInput, MultiHeadAttention};
 use burn::tensor::{Bool, IndexingUpdateOp, Int, Tensor, module::attention, ops::AttentionModuleOptions};
 
 use super::layout::{Layout, Looks};
-use crate::ops::{self, AttentionShape};
+use crate::{
+    layer::packed::linear,
+    ops::{self, AttentionShape},
+};
 
-/// The longest samples that the kernel is faster for than burn's own attention.
+/// The longest samples whose gradients, or whose narrow heads, the kernel is faster for than burn's own attention.
 const LONGEST: usize = 128;
+/// Heads of this width have a kernel at inference that is faster for samples of any length.
+const WIDE: usize = 32;
 
 /// `[R, D] -> [R, D]`
 ///
@@ -17,16 +21,17 @@ const LONGEST: usize = 128;
 pub(super) fn self_attention(weights: &MultiHeadAttention, rows: Tensor<2>, layout: &Layout) -> Tensor<2> {
     let device = rows.device();
     let project =
-        |rows: &Tensor<2>| [&weights.query, &weights.key, &weights.value].map(|projection| linear(rows.clone(), projection));
+        |rows: &Tensor<2>| [&weights.query, &weights.key, &weights.value].map(|projection| linear(rows.clone(), projection, None));
     let causal = match layout.looks {
         Looks::AtAll => Some(false),
         Looks::Back => Some(true),
         Looks::Mask(_) => None,
     };
-    if let Some(causal) = causal.filter(|_| layout.longest() <= LONGEST && ops::has_attention(&device, rows.dtype())) {
+    let is_faster = layout.longest() <= LONGEST || (weights.d_k >= WIDE && !device.is_autodiff());
+    if let Some(causal) = causal.filter(|_| is_faster && ops::has_attention(&device, rows.dtype())) {
         let [query, key, value] = project(&rows);
         let shape = AttentionShape { samples: layout.samples.clone(), width: weights.d_model, heads: weights.n_heads, causal };
-        return linear(ops::attention(query, key, value, shape), &weights.output);
+        return linear(ops::attention(query, key, value, shape), &weights.output, None);
     }
     let mask = layout.mask(&device);
     if device.is_autodiff() {
@@ -38,15 +43,15 @@ pub(super) fn self_attention(weights: &MultiHeadAttention, rows: Tensor<2>, layo
         return layout.rows(weights.forward(input).context);
     }
     let [query, key, value] = project(&rows).map(|x| layout.tokens(x));
-    linear(layout.rows(by_heads(weights, query, key, value, mask)), &weights.output)
+    linear(layout.rows(by_heads(weights, query, key, value, mask)), &weights.output, None)
 }
 
 /// [`self_attention`] of one token of each sample, at inference: `[R, D], [B, 1] -> [B, D]`.
 pub(super) fn attention_at(weights: &MultiHeadAttention, rows: Tensor<2>, layout: &Layout, at: &Tensor<2, Int>) -> Tensor<2> {
     let ([batch, len], device) = (layout.dims(), rows.device());
     let chosen = layout.rows_at(at);
-    let query = linear(rows.clone().select(0, chosen.clone()), &weights.query);
-    let [key, value] = [&weights.key, &weights.value].map(|projection| linear(rows.clone(), projection));
+    let query = linear(rows.clone().select(0, chosen.clone()), &weights.query, None);
+    let [key, value] = [&weights.key, &weights.value].map(|projection| linear(rows.clone(), projection, None));
     let context = if layout.is_packed() {
         // The kernel takes a query for every key; those of other tokens are zeros.
         let query = Tensor::zeros_like(&key).select_assign(0, chosen.clone(), query, IndexingUpdateOp::Add);
@@ -61,11 +66,7 @@ pub(super) fn attention_at(weights: &MultiHeadAttention, rows: Tensor<2>, layout
         };
         by_heads(weights, query.unsqueeze_dim(1), layout.tokens(key), layout.tokens(value), mask).squeeze_dim(1)
     };
-    linear(context, &weights.output)
-}
-
-fn linear(x: Tensor<2>, linear: &Linear) -> Tensor<2> {
-    ops::linear(x, linear.weight.val(), linear.bias.as_ref().map(|bias| bias.val()), None)
+    linear(context, &weights.output, None)
 }
 
 /// burn's fused attention, which has no gradient: `[B, Q, D], [B, N, D], [B, N, D] -> [B, Q, D]`; the mask, `[B, Q, N]`, is true where a query must not look.
@@ -93,11 +94,11 @@ mod tests {
     use burn::tensor::{Device, Distribution};
 
     /// Outputs, and gradients with respect to the input and the weights of the query.
-    fn compare(len: usize, heads: usize, causal: bool) {
+    fn compare(len: usize, width: usize, heads: usize, causal: bool) {
         let device = Device::default().autodiff();
-        let weights = MultiHeadAttentionConfig::new(24, heads).with_dropout(0.0).init(&device);
-        let x = Tensor::<3>::random([2, len, 24], Distribution::Normal(0.0, 1.0), &device);
-        let target = Tensor::<3>::random([2, len, 24], Distribution::Normal(0.0, 1.0), &device);
+        let weights = MultiHeadAttentionConfig::new(width, heads).with_dropout(0.0).init(&device);
+        let x = Tensor::<3>::random([2, len, width], Distribution::Normal(0.0, 1.0), &device);
+        let target = Tensor::<3>::random([2, len, width], Distribution::Normal(0.0, 1.0), &device);
         let looks = || if causal { Looks::Back } else { Looks::AtAll };
         let results = [false, true].map(|ours| {
             let x = x.clone().require_grad();
@@ -119,19 +120,21 @@ mod tests {
         });
         let [burns, ours] = results;
         let difference = (ours - burns).abs().max().into_scalar::<f32>();
-        assert!(difference < 2e-5, "{len} tokens, {heads} heads, causal {causal}: {difference}");
+        assert!(difference < 2e-5, "{len} tokens, {heads} heads of {width}, causal {causal}: {difference}");
     }
 
     #[test]
     fn it_is_burns_own_attention() {
         for len in [1, 7, 16, 33, 70, 150] {
             for causal in [false, true] {
-                compare(len, 3, causal);
+                for (width, heads) in [(24, 3), (64, 2), (80, 2)] {
+                    compare(len, width, heads, causal);
+                }
             }
         }
         // A head of 24 and one of 1: wider than a vector, and narrower.
-        compare(5, 1, true);
-        compare(5, 24, false);
+        compare(5, 24, 1, true);
+        compare(5, 24, 24, false);
     }
 
     #[test]

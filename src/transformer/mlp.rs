@@ -5,7 +5,7 @@ use burn::module::{Content, DisplaySettings, Module, ModuleDisplay};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Tensor, assert_shape};
 
-use crate::{layer::experts::Activation, ops};
+use crate::layer::{experts::Activation, packed::linear};
 
 /// Configuration of an [`Mlp`].
 #[derive(Config, Debug)]
@@ -61,9 +61,6 @@ impl Mlp {
             return x;
         }
         let tokens = x.reshape([shape.num_elements() / d_model, d_model]);
-        let linear = |x, linear: &Linear, activation| {
-            ops::linear(x, linear.weight.val(), linear.bias.as_ref().map(|bias| bias.val()), activation)
-        };
         let hidden = linear(tokens, &self.linear_in, Some(self.activation));
         linear(hidden, &self.linear_out, None).reshape(shape)
     }

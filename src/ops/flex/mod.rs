@@ -4,8 +4,13 @@ mod attention;
 mod buffer;
 mod gemm;
 mod grouped;
+mod packed;
 mod pointwise;
 mod rows;
+mod tiled_attention;
+mod tiles;
+
+use std::sync::Arc;
 
 use burn::backend::{
     Flex,
@@ -16,9 +21,10 @@ use burn::tensor::DType;
 
 use super::{
     Activation, AttentionShape, HostOffsets,
-    extension::{AttentionBackwardOps, AttentionOps, MoeBackwardOps, MoeOps},
+    extension::{AttentionBackwardOps, AttentionOps, MoeBackwardOps, MoeOps, PackedOps},
 };
 use buffer::Buffer;
+pub(crate) use packed::PackedMaps;
 
 pub(super) fn release_idle_memory() {
     buffer::release_idle();
@@ -146,6 +152,20 @@ impl MoeBackwardOps for Flex {
     }
 }
 
+impl PackedOps for Flex {
+    fn moe_packed_linear(
+        x: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        weight: Arc<PackedMaps>,
+        host_offsets: Arc<[usize]>,
+        activation: Option<Activation>,
+    ) -> FloatTensor<Self> {
+        let (x, bias) = (x.to_contiguous(), bias.to_contiguous());
+        let ([num_rows, _], [_, _, d_out]) = (x.layout().shape().dims(), weight.dims());
+        tensor(packed::linear(floats(&x), &weight, Some(floats(&bias)), &host_offsets, activation), &[num_rows, d_out])
+    }
+}
+
 impl AttentionOps for Flex {
     fn moe_attention(
         query: FloatTensor<Self>,
@@ -154,7 +174,12 @@ impl AttentionOps for Flex {
         shape: AttentionShape,
     ) -> FloatTensor<Self> {
         let [query, key, value] = [query, key, value].map(|x| x.to_contiguous());
-        let out = attention::forward(floats(&query), floats(&key), floats(&value), &shape);
+        let (query_rows, key, value) = (floats(&query), floats(&key), floats(&value));
+        let out = if tiled_attention::is_faster(&shape) {
+            tiled_attention::forward(query_rows, key, value, &shape)
+        } else {
+            attention::forward(query_rows, key, value, &shape)
+        };
         tensor(out, &query.layout().shape().to_vec())
     }
 }

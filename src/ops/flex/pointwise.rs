@@ -32,10 +32,10 @@ pub(super) fn apply(out: &mut [f32], x: &[f32], activation: Activation) {
 }
 
 /// `out = act(x)`; a type of its own, as the compiler may leave a closure of this size out of the code for wider instructions.
-struct Values<'a> {
-    out: &'a mut [f32],
-    x: &'a [f32],
-    activation: Activation,
+pub(super) struct Values<'a> {
+    pub out: &'a mut [f32],
+    pub x: &'a [f32],
+    pub activation: Activation,
 }
 
 impl WithSimd for Values<'_> {

@@ -1,0 +1,222 @@
+//! Weights packed for inference.
+
+#[cfg(feature = "flex")]
+use std::sync::Arc;
+
+use burn::module::Param;
+#[cfg(feature = "flex")]
+use burn::module::{Module, ModuleMapper, Reparameterization, Reparameterizer};
+use burn::nn::Linear;
+use burn::tensor::Tensor;
+#[cfg(feature = "flex")]
+use burn::tensor::{Device, Slice, TensorData};
+
+use crate::ops::{self, Activation, Offsets};
+#[cfg(feature = "flex")]
+use crate::ops::{PackedMaps, Precision};
+
+/// The module with the weights of experts, of [`Mlp`](crate::transformer::Mlp) and of a [`TransformerBlock`](crate::transformer::TransformerBlock)'s attention
+/// packed for inference on burn's CPU backend: in the order in which products read them, in `precision`. Other parameters, routers among them, stay as they
+/// are.
+///
+/// Products are then faster, most of all where experts have few rows, and with less than 32 bits the weights need less memory. The plain weights are not kept:
+/// where something else reads them (another backend, [`Kernels::Reference`](crate::kernels::Kernels::Reference), a record), they are unpacked for it.
+/// Packed weights are not trained: gradients pass them and are not taken. burn's [`materialize`](burn::module::Module::materialize) makes them plain again, with
+/// what rounding has done to them. Adapters are merged first.
+///
+/// `F32` computes the same to rounding; `F16` and `BF16` round the weights and compute in f32. With `Int8`, each row of activations is rounded to 8 bits as well
+/// (to 7 on x86 processors without VNNI), with a scale of its own, and products are of integers. In every precision, the result of a row does not depend on
+/// the rows beside it.
+///
+/// ```
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use burn_moe::{MoeFeedForwardConfig, Precision, pack_weights};
+///
+/// let device = Device::flex();
+/// let layer = MoeFeedForwardConfig::new(64, 256, 8).init(&device);
+/// let packed = pack_weights(layer.clone(), Precision::Int8);
+/// let x = Tensor::<2>::random([10, 64], Distribution::Normal(0.0, 1.0), &device);
+/// let (exact, rounded) = (layer.forward(x.clone()).output, packed.forward(x).output);
+/// let error = (exact.clone() - rounded).powi_scalar(2).sum() / exact.powi_scalar(2).sum();
+/// assert!(error.into_scalar::<f32>() < 1e-3);
+/// ```
+///
+/// # Panics
+/// When such a weight is on another backend, is not finite or beyond the precision, or has more than 65,536 rows with `Int8`.
+#[cfg(feature = "flex")]
+#[track_caller]
+pub fn pack_weights<M: Module>(module: M, precision: Precision) -> M {
+    module.materialize().map(&mut Pack { precision, inside: Vec::new() })
+}
+
+/// A weight that was packed by [`pack_weights`], attached to a parameter that has a placeholder in its place.
+#[cfg(feature = "flex")]
+#[derive(Module, Debug)]
+pub struct PackedWeight {
+    #[module(skip)]
+    maps: Arc<PackedMaps>,
+}
+
+#[cfg(feature = "flex")]
+impl PackedWeight {
+    pub(crate) fn new(maps: PackedMaps) -> Self {
+        Self { maps: Arc::new(maps) }
+    }
+
+    /// How its numbers are stored.
+    pub fn precision(&self) -> Precision {
+        self.maps.precision()
+    }
+
+    /// Its numbers in 8 bits and the scale of each output column, if they are stored so.
+    #[cfg(feature = "store")]
+    pub(crate) fn bytes(&self) -> Option<(Vec<i8>, &[f32])> {
+        self.maps.bytes()
+    }
+
+    fn unpacked<const D: usize>(&self, dims: [usize; D], device: &Device) -> Tensor<D> {
+        Tensor::from_data(TensorData::new(self.maps.unpacked(), dims), device)
+    }
+}
+
+#[cfg(feature = "flex")]
+impl Reparameterization for PackedWeight {
+    const NAME: &'static str = "packed";
+
+    /// The weight, unpacked; `base`, if it was loaded or trained since.
+    fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
+        if is_placeholder(&base) { self.unpacked(base.dims(), &base.device()) } else { base }
+    }
+}
+
+/// Not a number in the shape of a weight, in the memory of one.
+#[cfg(feature = "flex")]
+fn placeholder<const D: usize>(dims: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::<D>::full([1; D], f32::NAN, device).expand(dims)
+}
+
+#[cfg(feature = "flex")]
+fn is_placeholder<const D: usize>(base: &Tensor<D>) -> bool {
+    let first = base.clone().slice(std::array::from_fn::<_, D, _>(|_| Slice::from(0..1)));
+    first.into_data().iter::<f32>().next().is_some_and(f32::is_nan)
+}
+
+/// A parameter whose weight is packed.
+#[cfg(feature = "flex")]
+pub(crate) fn with_packed<const D: usize>(param: Param<Tensor<D>>, packed: PackedWeight) -> Param<Tensor<D>> {
+    struct Attach(Option<PackedWeight>);
+    impl Reparameterizer for Attach {
+        type Reparam = PackedWeight;
+
+        fn reparameterize<const D: usize>(&mut self, _: &str, param: Param<Tensor<D>>) -> (Param<Tensor<D>>, Option<PackedWeight>) {
+            (param, self.0.take())
+        }
+    }
+    let (id, dims, device) = (param.id, param.lazy_shape().dims(), param.lazy_device());
+    let saved = packed.clone();
+    let param = param.transform_for_load(placeholder(dims, &device), id);
+    // Records hold plain weights.
+    param.save_mapper(move |base| saved.apply(base)).apply_reparameterization(Attach(Some(packed)))
+}
+
+/// Finds the weights that are packed by the modules that they are in.
+#[cfg(feature = "flex")]
+struct Pack {
+    precision: Precision,
+    /// The names of fields and the types that they belong to, from the outermost.
+    inside: Vec<(String, String)>,
+}
+
+#[cfg(feature = "flex")]
+impl Pack {
+    fn is_packed(&self, rank: usize) -> bool {
+        let is_in = |name: &str| self.inside.iter().any(|(_, module)| module.strip_prefix("Struct:") == Some(name));
+        match (rank, self.inside.last()) {
+            (3, Some((field, _))) => is_in("ExpertMlp") && ["w_in", "w_gate", "w_out"].contains(&&**field),
+            (2, Some((field, module))) => {
+                field == "weight" && module == "Struct:Linear" && (is_in("Mlp") || is_in("TransformerBlock"))
+            }
+            _ => false,
+        }
+    }
+}
+
+#[cfg(feature = "flex")]
+impl ModuleMapper for Pack {
+    fn enter_module(&mut self, name: &str, container_type: &str) {
+        self.inside.push((name.to_string(), container_type.to_string()));
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.inside.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if !self.is_packed(D) {
+            return param;
+        }
+        let shape = param.lazy_shape();
+        let dims = match D {
+            2 => [1, shape[0], shape[1]],
+            _ => [shape[0], shape[1], shape[2]],
+        };
+        let name = || self.inside.iter().map(|(field, _)| &**field).collect::<Vec<_>>().join(".");
+        assert!(
+            ops::is_flex(&param.lazy_device()),
+            "the weight `{}` is on {:?}: packed weights are for burn's CPU backend, `Device::flex()`",
+            name(),
+            param.lazy_device()
+        );
+        let values: Vec<f32> = param.val().detach().dequantize().try_into_vec_as().expect("weights are floats");
+        let bad = values.iter().filter(|value| !self.precision.holds(**value)).count();
+        assert!(
+            bad == 0,
+            "{bad} of {} values of the weight `{}` are not finite, or too large for {:?}",
+            values.len(),
+            name(),
+            self.precision
+        );
+        with_packed(param, PackedWeight::new(PackedMaps::new(&values, dims, self.precision)))
+    }
+}
+
+/// `act(rows[r] · weight[e(r)] + bias[e(r)])` by packed weights, if they are packed and may be used.
+#[cfg(feature = "flex")]
+pub(crate) fn packed_product<const D: usize>(
+    rows: &Tensor<2>,
+    weight: &Param<Tensor<D>>,
+    bias: &Option<Tensor<2>>,
+    activation: Option<Activation>,
+    offsets: &Offsets,
+) -> Option<Tensor<2>> {
+    let packed = weight.reparameterization::<PackedWeight>()?;
+    if !ops::has_packed(&rows.device(), rows.dtype()) || !is_placeholder(&weight.base()) {
+        return None;
+    }
+    Some(ops::packed_linear(rows.clone(), &packed.maps, bias.clone(), activation, offsets.host().clone()))
+}
+
+#[cfg(not(feature = "flex"))]
+pub(crate) fn packed_product<const D: usize>(
+    _: &Tensor<2>,
+    _: &Param<Tensor<D>>,
+    _: &Option<Tensor<2>>,
+    _: Option<Activation>,
+    _: &Offsets,
+) -> Option<Tensor<2>> {
+    None
+}
+
+/// burn's linear map and an activation: `[R, D] -> [R, F]`.
+pub(crate) fn linear(x: Tensor<2>, linear: &Linear, activation: Option<Activation>) -> Tensor<2> {
+    let bias = linear.bias.as_ref().map(|bias| bias.val());
+    #[cfg(feature = "flex")]
+    if linear.weight.reparameterization::<PackedWeight>().is_some() {
+        let offsets = Offsets::new([0, x.dims()[0]], &x.device());
+        let bias = bias.clone().map(|bias| bias.dequantize().unsqueeze_dim(0));
+        if let Some(out) = packed_product(&x, &linear.weight, &bias, activation, &offsets) {
+            return out;
+        }
+    }
+    ops::linear(x, linear.weight.val(), bias, activation)
+}

@@ -1,0 +1,222 @@
+//! `act(x · weight + bias)` with packed weights.
+
+use std::cell::RefCell;
+
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::{
+    PackedMaps, Panels,
+    dot::{Dot, GROUP},
+    of_panel,
+    pieces::{Piece, outputs, pieces},
+    quantized::{Quantize, QuantizedRows, RowScale, dequantize},
+    sixteen,
+};
+use crate::ops::{
+    Activation,
+    flex::{
+        buffer::Buffer,
+        pointwise,
+        tiles::{self, Line, PANEL, TILE_ROWS},
+    },
+};
+
+/// Rows that are multiplied by one panel before the next: few enough to stay in a cache beside it.
+const BLOCK_ROWS: usize = 192;
+/// Inner indices that are added up in one go: a panel of so many stays in the second-level cache.
+const BLOCK_INNER: usize = 4096;
+
+/// `out[r] = act(x[r] · weight[e(r)] + bias[e(r)])`: `[R, D] -> [R, F]`.
+pub(in crate::ops::flex) fn linear(
+    x: &[f32],
+    maps: &PackedMaps,
+    bias: Option<&[f32]>,
+    offsets: &[usize],
+    activation: Option<Activation>,
+) -> Buffer {
+    let mut out = Buffer::new(offsets[offsets.len() - 1] * maps.d_out);
+    let epilogue = Epilogue { bias, activation };
+    let pieces = pieces(offsets, maps.panels_of_one(), rayon::current_num_threads());
+    let mut queue: Vec<_> = pieces.iter().zip(outputs(&pieces, &mut out, maps.d_out)).collect();
+    let run = |(piece, out): (&Piece, Vec<&mut [f32]>)| compute(x, maps, &epilogue, piece, out);
+    if queue.len() < 2 {
+        queue.into_iter().for_each(run);
+    } else {
+        // Threads take the pieces one by one, small ones last, so that they end together.
+        queue.sort_by_key(|(piece, _)| std::cmp::Reverse(piece.work()));
+        queue.into_iter().par_bridge().for_each(run);
+    }
+    out
+}
+
+/// What follows the product.
+struct Epilogue<'a> {
+    /// `[E, F]`
+    bias: Option<&'a [f32]>,
+    activation: Option<Activation>,
+}
+
+/// Memory of a thread that is used again.
+#[derive(Default)]
+struct Scratch {
+    rows: Vec<f32>,
+    lines: Vec<Line<f32>>,
+    bytes: QuantizedRows,
+}
+
+fn compute(x: &[f32], maps: &PackedMaps, epilogue: &Epilogue, piece: &Piece, out: Vec<&mut [f32]>) {
+    thread_local! {
+        static SCRATCH: RefCell<Scratch> = RefCell::default();
+    }
+    SCRATCH.with_borrow_mut(|scratch| {
+        let x = &x[piece.rows.start * maps.d_in..piece.rows.end * maps.d_in];
+        let part = Part { x, maps, epilogue, piece, out, scratch };
+        match &maps.panels {
+            Panels::Int8 { .. } => part.in_bytes(Dot::fastest()),
+            _ => Arch::new().dispatch(part),
+        }
+    });
+}
+
+/// One piece of the work.
+struct Part<'a> {
+    x: &'a [f32],
+    maps: &'a PackedMaps,
+    epilogue: &'a Epilogue<'a>,
+    piece: &'a Piece,
+    out: Vec<&'a mut [f32]>,
+    scratch: &'a mut Scratch,
+}
+
+impl WithSimd for Part<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { x, maps, epilogue, piece, mut out, scratch } = self;
+        let (d_in, height) = (maps.d_in, tiles::tile_rows(S::F32_LANES));
+        for (x, out) in x.chunks((BLOCK_ROWS * d_in).max(1)).zip(out.chunks_mut(BLOCK_ROWS)) {
+            tiles::interleave(x, d_in, height, &mut scratch.rows);
+            for (place, panel) in piece.panels.clone().enumerate() {
+                let at = piece.expert * maps.panels_of_one() + panel;
+                let lines = match &maps.panels {
+                    Panels::F32(lines) => of_panel(lines, at, d_in),
+                    Panels::F16(lines) => sixteen::unpacked(of_panel(lines, at, d_in), sixteen::of_f16, &mut scratch.lines),
+                    Panels::BF16(lines) => sixteen::unpacked(of_panel(lines, at, d_in), sixteen::of_bf16, &mut scratch.lines),
+                    Panels::Int8 { .. } => unreachable!("bytes have a product of their own"),
+                };
+                for (tile, out) in scratch.rows.chunks((height * d_in).max(1)).zip(out.chunks_mut(height)) {
+                    let height = out.len();
+                    let mut sums = [[0.0; PANEL]; TILE_ROWS];
+                    let sums = &mut sums[..height];
+                    for (tile, lines) in tile.chunks(BLOCK_INNER * height).zip(lines.chunks(BLOCK_INNER)) {
+                        tiles::multiply(simd, tile, height, lines, sums);
+                    }
+                    epilogue.apply(simd, sums, maps, piece.expert, panel);
+                    write(sums, out, place);
+                }
+            }
+        }
+    }
+}
+
+impl Part<'_> {
+    fn in_bytes(self, dot: Dot) {
+        let Self { x, maps, epilogue, piece, mut out, scratch } = self;
+        let Panels::Int8 { lines, scales, sums: byte_sums } = &maps.panels else { unreachable!("weights are bytes") };
+        let (d_in, len) = (maps.d_in, maps.d_in.div_ceil(GROUP));
+        for (x, out) in x.chunks((BLOCK_ROWS * d_in).max(1)).zip(out.chunks_mut(BLOCK_ROWS)) {
+            let bytes = &mut scratch.bytes;
+            Arch::new().dispatch(Quantize { rows: x, d_in, largest: dot.largest(), out: bytes });
+            for (place, panel) in piece.panels.clone().enumerate() {
+                let lines = of_panel(lines, piece.expert * maps.panels_of_one() + panel, len);
+                let columns = maps.columns(piece.expert, panel);
+                let of_columns = (&scales[columns.clone()], &byte_sums[columns]);
+                let tiles = bytes.tiles.chunks((TILE_ROWS * len).max(1)).zip(bytes.scales.chunks(TILE_ROWS));
+                for ((tile, rows), out) in tiles.zip(out.chunks_mut(TILE_ROWS)) {
+                    let height = out.len();
+                    let mut sums = [[0; PANEL]; TILE_ROWS];
+                    dot.multiply(tile, height, lines, &mut sums[..height]);
+                    Arch::new().dispatch(Finish {
+                        sums: &sums[..height],
+                        rows,
+                        of_columns,
+                        epilogue,
+                        maps,
+                        piece,
+                        panel,
+                        out,
+                        place,
+                    });
+                }
+            }
+        }
+    }
+}
+
+impl PackedMaps {
+    /// The columns of a panel among those of all experts.
+    fn columns(&self, expert: usize, panel: usize) -> std::ops::Range<usize> {
+        let (start, end) = (panel * PANEL, ((panel + 1) * PANEL).min(self.d_out));
+        expert * self.d_out + start..expert * self.d_out + end
+    }
+}
+
+/// From products of bytes to results.
+struct Finish<'a, 'b, 'c> {
+    sums: &'a [[i32; PANEL]],
+    rows: &'a [RowScale],
+    of_columns: (&'a [f32], &'a [i32]),
+    epilogue: &'a Epilogue<'a>,
+    maps: &'a PackedMaps,
+    piece: &'a Piece,
+    panel: usize,
+    out: &'b mut [&'c mut [f32]],
+    place: usize,
+}
+
+impl WithSimd for Finish<'_, '_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let mut values = [[0.0; PANEL]; TILE_ROWS];
+        let values = &mut values[..self.sums.len()];
+        dequantize(self.sums, self.rows, self.of_columns, values);
+        self.epilogue.apply(simd, values, self.maps, self.piece.expert, self.panel);
+        write(values, self.out, self.place);
+    }
+}
+
+impl Epilogue<'_> {
+    #[inline(always)]
+    fn apply<S: Simd>(&self, simd: S, values: &mut [[f32; PANEL]], maps: &PackedMaps, expert: usize, panel: usize) {
+        if let Some(bias) = self.bias {
+            let bias = &bias[maps.columns(expert, panel)];
+            for values in values.iter_mut() {
+                for (value, bias) in values.iter_mut().zip(bias) {
+                    *value += bias;
+                }
+            }
+        }
+        if let Some(activation) = self.activation {
+            let mut before = [[0.0; PANEL]; TILE_ROWS];
+            let before = &mut before[..values.len()];
+            before.copy_from_slice(values);
+            pointwise::Values { out: values.as_flattened_mut(), x: before.as_flattened(), activation }.with_simd(simd);
+        }
+    }
+}
+
+/// Writes a tile to the columns of a piece's panel, all but the last of which are whole.
+#[inline(always)]
+fn write(values: &[[f32; PANEL]], out: &mut [&mut [f32]], panel: usize) {
+    for (values, out) in values.iter().zip(out) {
+        let out = &mut out[panel * PANEL..];
+        match out.first_chunk_mut::<PANEL>() {
+            Some(out) => *out = *values,
+            None => out.copy_from_slice(&values[..out.len()]),
+        }
+    }
+}

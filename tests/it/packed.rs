@@ -1,0 +1,210 @@
+//! Weights packed for inference compute what the plain ones do.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::nn::attention::MultiHeadAttentionConfig;
+use burn::tensor::{Device, Int, Tensor};
+use burn_moe::{
+    Activation, ExpertOptions, LoraOptions, MoeFeedForward, MoeFeedForwardConfig, PackedWeight, Precision, RouterOptions,
+    SoftMoeFeedForwardConfig, TokenChoiceConfig,
+    clip::{Clip, ClipConfig, SparseClipConfig, TextConfig, VisionConfig},
+    kernels::{Kernels, with_kernels},
+    pack_weights,
+    transformer::{EncoderConfig, MlpConfig, RoutedLayerConfig, SparseEncoderConfig},
+};
+
+use super::{
+    edge_cases::panic_of,
+    support::{numbers, values},
+};
+
+const ALL: [Precision; 4] = [Precision::F32, Precision::F16, Precision::BF16, Precision::Int8];
+
+/// The length of the difference over that of what is expected.
+fn error(found: &[f32], expected: &[f32]) -> f32 {
+    let length = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();
+    length(&mut found.iter().zip(expected).map(|(a, b)| a - b)) / length(&mut expected.iter().copied())
+}
+
+/// How far rounding of weights alone may take a network of two maps, and rounding of rows besides.
+fn bounds(precision: Precision) -> (f32, f32) {
+    match precision {
+        Precision::F32 => (0.0, 1e-6),
+        Precision::F16 => (1e-3, 1e-6),
+        Precision::BF16 => (8e-3, 1e-6),
+        Precision::Int8 => (2e-2, 3e-2),
+    }
+}
+
+/// Packed against the same weights unpacked, and these against the weights that they were made of.
+fn compare<M: Module>(module: &M, forward: impl Fn(&M) -> Tensor<2>) {
+    let expected = values(&forward(module));
+    for precision in ALL {
+        let packed = pack_weights(module.clone(), precision);
+        let found = values(&forward(&packed));
+        let unpacked = values(&forward(&packed.clone().materialize()));
+        let (of_weights, of_rows) = bounds(precision);
+        assert!(error(&unpacked, &expected) <= of_weights, "{precision:?}, weights: {}", error(&unpacked, &expected));
+        assert!(error(&found, &unpacked) <= of_rows, "{precision:?}, rows: {}", error(&found, &unpacked));
+        // Without our kernels weights are unpacked.
+        let reference = values(&with_kernels(Kernels::Reference, || forward(&packed)));
+        assert!(error(&reference, &unpacked) < 1e-6, "{precision:?}, reference: {}", error(&reference, &unpacked));
+        let back = values(&forward(&packed.train().valid()));
+        assert!(back == found, "{precision:?}: packed weights are not lost on the way to training and back");
+    }
+}
+
+#[test]
+fn layers_with_packed_weights_compute_what_plain_ones_do() {
+    let device = Device::flex();
+    // Widths that fill no panel, no group and no vector, and wider ones; few rows and many.
+    for (d_model, d_ff, rows) in [(5, 7, 3), (48, 70, 1), (96, 200, 301)] {
+        let x = || numbers::<2>([rows, d_model], 7, &device);
+        for options in [ExpertOptions::new(), ExpertOptions::swiglu(), ExpertOptions::new().with_bias(false)] {
+            let config = MoeFeedForwardConfig::new(d_model, d_ff, 4).with_experts(options).with_shared_expert(Some(33));
+            compare(&config.init(&device), |layer: &MoeFeedForward| layer.forward(x()).output);
+        }
+        for activation in [Activation::Gelu, Activation::QuickGelu, Activation::Relu] {
+            compare(&MlpConfig::new(d_model, d_ff).with_activation(activation).init(&device), |mlp| mlp.forward(x()));
+        }
+        compare(&SoftMoeFeedForwardConfig::new(d_model, d_ff, 4).init(&device), |layer| layer.forward(x()).output);
+    }
+}
+
+fn clip() -> ClipConfig {
+    let encoder = || EncoderConfig::new(64, 2, 2, 96);
+    let text = TextConfig::new(encoder()).with_vocab_size(50).with_context_length(9);
+    // All experts: rounding changes which ones are chosen, which is not what is compared here.
+    let layer = RoutedLayerConfig::new().with_assignment(TokenChoiceConfig::of_top_k(4).into());
+    let sparse = Some(SparseEncoderConfig::new().with_num_experts(4).with_layer(layer.into()));
+    let towers = SparseClipConfig::new().with_vision(sparse.clone()).with_text(sparse);
+    ClipConfig::new(VisionConfig::new(encoder(), 16, 4), text, 10).sparse(towers)
+}
+
+fn embeddings(model: &Clip, batch: usize) -> [Tensor<2>; 2] {
+    let device = Device::flex();
+    let ids = [[48, 1, 2, 3, 4, 5, 6, 7, 49], [48, 49, 0, 0, 0, 0, 0, 0, 0], [48, 1, 2, 49, 3, 49, 0, 0, 0]];
+    let tokens = Tensor::<2, Int>::from_data(ids, &device).narrow(0, 0, batch);
+    [model.vision.embedding(numbers([3, 3, 16, 16], 4, &device).narrow(0, 0, batch)), model.text.embedding(tokens)]
+}
+
+#[test]
+fn a_packed_clip_embeds_as_the_plain_one_and_each_sample_by_itself() {
+    let model = clip().init(&Device::flex());
+    let expected = embeddings(&model, 3).map(|x| values(&x));
+    for (precision, bound) in ALL.into_iter().zip([1e-6, 2e-3, 1e-2, 3e-2]) {
+        let packed = pack_weights(model.clone(), precision);
+        for ((found, alone), expected) in embeddings(&packed, 3).iter().zip(embeddings(&packed, 1)).zip(&expected) {
+            let found = values(found);
+            assert!(error(&found, expected) < bound, "{precision:?}: {}", error(&found, expected));
+            let alone = values(&alone);
+            assert!(error(&alone, &found[..alone.len()]) < 1e-6, "{precision:?}: {}", error(&alone, &found[..alone.len()]));
+        }
+    }
+}
+
+/// Paths of the packed weights, and numbers that are stored otherwise.
+#[derive(Default)]
+struct Packed {
+    path: Vec<String>,
+    packed: Vec<String>,
+    plain: usize,
+}
+
+impl ModuleVisitor for Packed {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.to_string());
+        if name == "packed" {
+            self.packed.push(self.path.join("."));
+        }
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, _: &Param<Tensor<D>>) {
+        self.plain += 1;
+    }
+}
+
+#[test]
+fn experts_feed_forward_networks_and_attention_are_packed_and_nothing_else() {
+    let model = pack_weights(clip().init(&Device::flex()), Precision::Int8);
+    let of_tower = |packed: &[String], tower: &str| packed.iter().filter(|path| path.starts_with(tower)).count();
+    let mut found = Packed::default();
+    model.visit(&mut found);
+    // Two blocks of attention with four maps, a dense network and experts of two each.
+    assert_eq!((of_tower(&found.packed, "vision."), of_tower(&found.packed, "text.")), (12, 12), "{:?}", found.packed);
+    let weight = &model.vision.encoder.blocks[0].attention.query.weight;
+    assert_eq!(weight.reparameterization::<PackedWeight>().map(PackedWeight::precision), Some(Precision::Int8));
+    // burn's own attention elsewhere has no use for it.
+    let own = pack_weights(MultiHeadAttentionConfig::new(8, 2).init(&Device::flex()), Precision::F32);
+    assert!(own.query.weight.reparameterization::<PackedWeight>().is_none());
+}
+
+#[test]
+fn packed_weights_pass_gradients_and_have_none() {
+    let device = Device::flex();
+    let layer = pack_weights(MoeFeedForwardConfig::new(16, 24, 4).init(&device), Precision::Int8);
+    let plain = layer.clone().materialize();
+    let x = numbers::<2>([20, 16], 3, &device.autodiff());
+    let [(packed, none), (unpacked, some)] = [layer, plain].map(|layer| {
+        let (layer, x) = (layer.train(), x.clone().require_grad());
+        let gradients = layer.forward(x.clone()).output.powi_scalar(2).sum().backward();
+        (values(&x.grad(&gradients).expect("of the input")), layer.experts.w_in.base().grad(&gradients))
+    });
+    assert!(error(&packed, &unpacked) < 1e-6 && none.is_none() && some.is_some());
+}
+
+#[test]
+fn records_of_packed_modules_hold_plain_weights_and_loaded_ones_count() {
+    let device = Device::flex();
+    let config = MoeFeedForwardConfig::new(16, 24, 4);
+    let x = || numbers::<2>([20, 16], 3, &device);
+    let (layer, other) = (config.init(&device), config.init(&device));
+    let [expected, of_other] = [&layer, &other].map(|layer| values(&layer.forward(x()).output));
+    let packed = pack_weights(layer, Precision::F32);
+    let loaded = config.init(&device).load_record(packed.clone().into_record());
+    assert!(error(&values(&loaded.forward(x()).output), &expected) < 1e-6);
+    let changed = packed.load_record(other.into_record());
+    assert!(error(&values(&changed.forward(x()).output), &of_other) < 1e-6);
+    assert!(error(&expected, &of_other) > 0.1);
+}
+
+#[test]
+fn adapters_are_merged_and_packing_twice_rounds_once_more() {
+    let device = Device::flex();
+    let x = || numbers::<2>([20, 16], 3, &device);
+    let mut experts = MoeFeedForwardConfig::new(16, 24, 4).init(&device);
+    experts.experts = experts.experts.with_lora(&LoraOptions::new());
+    let expected = values(&experts.forward(x()).output);
+    let packed = pack_weights(pack_weights(experts, Precision::F32), Precision::F16);
+    assert_eq!(packed.experts.w_in.reparameterization::<PackedWeight>().map(PackedWeight::precision), Some(Precision::F16));
+    assert!(error(&values(&packed.forward(x()).output), &expected) < 1e-3);
+}
+
+#[test]
+fn a_token_that_is_not_finite_spoils_no_other() {
+    let device = Device::flex();
+    let config = MoeFeedForwardConfig::new(16, 24, 4).with_router(RouterOptions::new());
+    let layer = config.init(&device);
+    let x = numbers::<2>([6, 16], 3, &device);
+    let bad = x.clone().slice_fill([2..3, 4..5], f32::NAN);
+    for precision in ALL {
+        let packed = pack_weights(layer.clone(), precision);
+        let [clean, spoiled] = [&x, &bad].map(|x| values(&packed.forward(x.clone()).output));
+        for (token, (a, b)) in clean.chunks(16).zip(spoiled.chunks(16)).enumerate() {
+            assert!(if token == 2 { b.iter().all(|v| v.is_nan()) } else { a == b }, "{precision:?}: token {token}");
+        }
+    }
+}
+
+#[test]
+fn weights_that_cannot_be_stored_are_refused() {
+    let mut mlp = MlpConfig::new(2, 3).init(&Device::flex());
+    mlp.linear_in.weight = mlp.linear_in.weight.map(|weight| weight.slice_fill([0..1, 0..1], 1e5));
+    let message = panic_of(|| {
+        pack_weights(mlp, Precision::F16);
+    });
+    assert!(message.contains("1 of 6 values of the weight `linear_in.weight` are not finite, or too large for F16"), "{message}");
+}

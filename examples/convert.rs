@@ -50,7 +50,8 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
-    let checkpoint = ClipCheckpoint::load_with_image_size(&args.model, args.image_size, &Device::default())?;
+    let checkpoint =
+        ClipCheckpoint::load_with(&args.model, &LoadOptions::new().with_image_size(args.image_size), &Device::default())?;
     let precision = args.precision.into();
     match args.to {
         Layout::HuggingFace => checkpoint.save_hugging_face(&args.out, precision)?,

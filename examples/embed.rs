@@ -96,7 +96,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let mut tensors = Vec::new();
     let mut names = Map::new();
     if let Some(paths) = images {
-        let checkpoint = VisionCheckpoint::load(&args.model.model, args.model.image_size, &device)?;
+        let checkpoint = VisionCheckpoint::load_with(&args.model.model, &args.model.load_options()?, &device)?;
         let preprocessor = args.reading.preprocessor(&checkpoint.config);
         let rate = |start: Instant| paths.len() as f64 / start.elapsed().as_secs_f64();
         if args.rates {
@@ -125,7 +125,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         tensors.push(("image_embeds", found.embeddings));
     }
     if let Some(texts) = texts {
-        let checkpoint = TextCheckpoint::load(&args.model.model, &device)?;
+        let checkpoint = TextCheckpoint::load_with(&args.model.model, &args.model.load_options()?, &device)?;
         let embedder = TextEmbedder::new(&checkpoint.model, &device)?.with_batch_size(args.model.batch_size);
         let bar = progress("texts", texts.len());
         let found = embedder.texts(&texts, |done| bar.set_position(done as u64));

@@ -69,7 +69,7 @@ fn main() -> ExitCode {
 fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     let device = args.model.device()?;
-    let checkpoint = ClipCheckpoint::load_with_image_size(&args.model.model, args.model.image_size, &device)?;
+    let checkpoint = ClipCheckpoint::load_with(&args.model.model, &args.model.load_options()?, &device)?;
     let preprocessor = args.reading.preprocessor(&checkpoint.config.vision);
     let batch_size = args.model.batch_size;
     let images = ImageEmbedder::new(&checkpoint.model.vision, preprocessor, &device).with_batch_size(batch_size);

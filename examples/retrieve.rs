@@ -56,7 +56,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let gallery = Gallery::open(&args)?;
     let mut page = format!("<!doctype html>\n<meta charset=\"utf-8\">\n<title>{0}</title>\n<h1>{0}</h1>\n", escaped(&args.query));
     for folder in [Some(&args.model.model), args.beside.as_ref()].into_iter().flatten() {
-        let checkpoint = ClipCheckpoint::load_with_image_size(folder, args.model.image_size, &device)?;
+        let checkpoint = ClipCheckpoint::load_with(folder, &args.model.load_options()?, &device)?;
         let query = TextEmbedder::new(&checkpoint.model.text, &device)?.texts(&[&args.query], |_| ()).embeddings;
         let (embeddings, kept) = gallery.embed(&checkpoint, &args, &device)?;
         let similarities = normalize(embeddings).matmul(normalize(query).transpose()).try_into_vec_as::<f32>()?;

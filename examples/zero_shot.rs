@@ -40,7 +40,7 @@ fn main() -> ExitCode {
 fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     let device = args.model.device()?;
-    let checkpoint = ClipCheckpoint::load_with_image_size(&args.model.model, args.model.image_size, &device)?;
+    let checkpoint = ClipCheckpoint::load_with(&args.model.model, &args.model.load_options()?, &device)?;
     let texts = TextEmbedder::new(&checkpoint.model.text, &device)?;
     let classifier = ZeroShotClassifier::new(&texts.prompts(&args.labels, &args.templates)?)?;
     let preprocessor = args.reading.preprocessor(&checkpoint.config.vision);

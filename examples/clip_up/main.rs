@@ -26,7 +26,7 @@ use burn_moe::{
     Capacity, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{
         Clip, ClipAuxiliaryLossConfig, ClipConfig, SparseClipConfig,
-        checkpoint::{ClipCheckpoint, Precision},
+        checkpoint::{ClipCheckpoint, LoadOptions, Precision},
         tokenizer::ClipTokenizer,
     },
     train::{
@@ -195,7 +195,7 @@ fn run() -> Result<(), Box<dyn Error>> {
 
     fs::create_dir_all(&args.out)?;
 
-    let dense = ClipCheckpoint::load_with_image_size(&args.dense, args.image_size, &device).map_err(|error| {
+    let dense = ClipCheckpoint::load_with(&args.dense, &LoadOptions::new().with_image_size(args.image_size), &device).map_err(|error| {
         format!("{error}\n(the published package holds no data: `data/clip-emoji` is in the repository, and `--example pretrain` makes one)")
     })?;
     let tokenizer = ClipTokenizer::for_model(&dense.model.text)?;

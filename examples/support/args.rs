@@ -5,7 +5,7 @@ use std::{error::Error, path::PathBuf};
 use burn::tensor::Device;
 use burn_moe::clip::{
     VisionConfig,
-    checkpoint::Precision,
+    checkpoint::{LoadOptions, Precision},
     lists::{CaptionedImages, Columns, ListOptions},
     preprocess::{ImagePreprocessor, Orientation},
 };
@@ -28,11 +28,27 @@ pub(crate) struct ModelArgs {
     /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// What the weights of experts, feed-forward networks and attention are packed in, on cpu [default: f32]
+    #[arg(long)]
+    precision: Option<Stored>,
 }
 
 impl ModelArgs {
     pub(crate) fn device(&self) -> Result<Device, Box<dyn Error>> {
         Ok(device_by_name(&self.device)?)
+    }
+
+    /// With packed weights, which are for the CPU.
+    pub(crate) fn load_options(&self) -> Result<LoadOptions, Box<dyn Error>> {
+        let options = LoadOptions::new().with_image_size(self.image_size);
+        match (&*self.device, self.precision) {
+            #[cfg(feature = "flex")]
+            ("cpu", precision) => Ok(options.with_packed(Some(precision.unwrap_or(Stored::F32).into()))),
+            (_, None) => Ok(options),
+            (device, Some(_)) => {
+                Err(format!("--precision is for --device cpu, not {device}: other devices compute in 32 bits").into())
+            }
+        }
     }
 }
 
@@ -93,6 +109,7 @@ pub(crate) enum Stored {
     F32,
     F16,
     Bf16,
+    Int8,
 }
 
 impl From<Stored> for Precision {
@@ -101,6 +118,7 @@ impl From<Stored> for Precision {
             Stored::F32 => Self::F32,
             Stored::F16 => Self::F16,
             Stored::Bf16 => Self::BF16,
+            Stored::Int8 => Self::Int8,
         }
     }
 }

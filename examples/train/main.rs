@@ -36,7 +36,7 @@ use burn_moe::{
     LoraOptions, UpcycleFromDense, UpcycleOptions,
     clip::{
         Clip, ClipConfig,
-        checkpoint::{ClipCheckpoint, Precision},
+        checkpoint::{ClipCheckpoint, LoadOptions, Precision},
         lists::{CaptionedImages, ListOptions},
         preprocess::{ImagePreprocessor, Orientation},
         tokenizer::ClipTokenizer,
@@ -133,7 +133,8 @@ struct Start {
 fn start(args: &Args, device: &Device, speaks: bool) -> Result<Start, Box<dyn Error>> {
     // Every process draws the same router.
     device.seed(args.seed);
-    let ClipCheckpoint { config, model } = ClipCheckpoint::load_with_image_size(&args.dense, args.image_size, device)?;
+    let ClipCheckpoint { config, model } =
+        ClipCheckpoint::load_with(&args.dense, &LoadOptions::new().with_image_size(args.image_size), device)?;
     let Start { config, model } = if config.is_sparse() || args.keep_dense {
         Start { config, model }
     } else {

@@ -59,19 +59,9 @@ pub struct PackedWeight {
 
 #[cfg(feature = "flex")]
 impl PackedWeight {
-    pub(crate) fn new(maps: PackedMaps) -> Self {
-        Self { maps: Arc::new(maps) }
-    }
-
     /// How its numbers are stored.
     pub fn precision(&self) -> Precision {
         self.maps.precision()
-    }
-
-    /// Its numbers in 8 bits and the scale of each output column, if they are stored so.
-    #[cfg(feature = "store")]
-    pub(crate) fn bytes(&self) -> Option<(Vec<i8>, &[f32])> {
-        self.maps.bytes()
     }
 
     fn unpacked<const D: usize>(&self, dims: [usize; D], device: &Device) -> Tensor<D> {
@@ -101,9 +91,14 @@ fn is_placeholder<const D: usize>(base: &Tensor<D>) -> bool {
     first.into_data().iter::<f32>().next().is_some_and(f32::is_nan)
 }
 
-/// A parameter whose weight is packed.
+/// A parameter with packed weights, `[E, D, F]` or of one map `[1, D, F]`.
 #[cfg(feature = "flex")]
-pub(crate) fn with_packed<const D: usize>(param: Param<Tensor<D>>, packed: PackedWeight) -> Param<Tensor<D>> {
+pub(crate) fn with_packed<const R: usize>(
+    param: Param<Tensor<R>>,
+    weights: &[f32],
+    dims: [usize; 3],
+    precision: Precision,
+) -> Param<Tensor<R>> {
     struct Attach(Option<PackedWeight>);
     impl Reparameterizer for Attach {
         type Reparam = PackedWeight;
@@ -112,6 +107,7 @@ pub(crate) fn with_packed<const D: usize>(param: Param<Tensor<D>>, packed: Packe
             (param, self.0.take())
         }
     }
+    let packed = PackedWeight { maps: Arc::new(PackedMaps::new(weights, dims, precision)) };
     let (id, dims, device) = (param.id, param.lazy_shape().dims(), param.lazy_device());
     let saved = packed.clone();
     let param = param.transform_for_load(placeholder(dims, &device), id);
@@ -176,7 +172,7 @@ impl ModuleMapper for Pack {
             name(),
             self.precision
         );
-        with_packed(param, PackedWeight::new(PackedMaps::new(&values, dims, self.precision)))
+        with_packed(param, &values, dims, self.precision)
     }
 }
 

@@ -30,6 +30,8 @@ pub(crate) use choice::{has_packed, is_flex};
 #[cfg(feature = "flex")]
 pub(crate) use flex::PackedMaps;
 pub use precision::Precision;
+#[cfg(feature = "store")]
+pub(crate) use precision::quantize;
 pub(crate) use router::{DeviceSlots, GateSum, MIN_GATE_SUM, SlotRules, assign_slots, gates, router_is_guarded, router_logits};
 
 /// First row of each expert and the end, `[E + 1]`, on the host; `None` where only the device knows them.

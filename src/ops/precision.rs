@@ -25,3 +25,25 @@ impl Precision {
         }
     }
 }
+
+/// Weights `[E, D, F]` in 8 bits with the scale of each output column, `[E, F]`: the largest of a column is 127 or −127.
+#[cfg(any(feature = "flex", feature = "store"))]
+pub(crate) fn quantize(weights: &[f32], d_in: usize, d_out: usize) -> (Vec<i8>, Vec<f32>) {
+    let (mut bytes, mut all_scales) = (Vec::with_capacity(weights.len()), Vec::new());
+    for weights in weights.chunks_exact((d_in * d_out).max(1)) {
+        let mut scales = vec![0f32; d_out];
+        for row in weights.chunks_exact(d_out) {
+            for (scale, weight) in scales.iter_mut().zip(row) {
+                *scale = scale.max(weight.abs());
+            }
+        }
+        scales.iter_mut().for_each(|scale| *scale /= 127.0);
+        for row in weights.chunks_exact(d_out) {
+            // A column of zeros has a scale of zero.
+            let byte = |(weight, scale): (&f32, &f32)| if *scale > 0.0 { (weight / scale).round() as i8 } else { 0 };
+            bytes.extend(row.iter().zip(&scales).map(byte));
+        }
+        all_scales.extend(scales);
+    }
+    (bytes, all_scales)
+}

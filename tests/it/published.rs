@@ -6,7 +6,7 @@ use burn::tensor::{Device, Tensor};
 use burn_moe::{
     clip::{
         Clip, ClipConfig, EndOfText, PromptError, TextConfig, TextEmbedder, VisionConfig,
-        checkpoint::{ClipCheckpoint, Precision},
+        checkpoint::{ClipCheckpoint, LoadOptions, Precision},
         tokenizer::TokenizerMismatch,
     },
     transformer::EncoderConfig,
@@ -137,7 +137,8 @@ fn sections_of_older_configurations_and_images_that_are_resized_to_more_than_is_
     let error = checkpoint.save_open_clip(tempfile::tempdir().unwrap().path(), Precision::F32).unwrap_err().to_string();
     assert_eq!(error, "open_clip's format has no place for images that are resized to more than is kept");
     // For larger images, both grow.
-    let larger = ClipCheckpoint::load_with_image_size(folder.path(), Some(16), &device).unwrap().config.vision;
+    let larger =
+        ClipCheckpoint::load_with(folder.path(), &LoadOptions::new().with_image_size(Some(16)), &device).unwrap().config.vision;
     assert_eq!((larger.image_size, larger.preprocessing.resize_to), (16, Some(20)));
     for (size, crop, named) in [
         (json!({ "shortest_edge": 6 }), json!(8), "`size` = 6 with a crop of 8 is not supported"),
@@ -153,7 +154,9 @@ fn sections_of_older_configurations_and_images_that_are_resized_to_more_than_is_
         let text = resize_to().unwrap_err().to_string();
         assert!(text.contains(named), "{text}");
     }
-    let error = ClipCheckpoint::load_with_image_size(open_clip(&device).1.path(), Some(9), &device).unwrap_err().to_string();
+    let error = ClipCheckpoint::load_with(open_clip(&device).1.path(), &LoadOptions::new().with_image_size(Some(9)), &device)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("image_size") && error.contains('9'), "{error}");
 }
 

@@ -22,8 +22,10 @@ mod tokenizer;
 mod tower;
 mod write;
 
+pub use crate::Precision;
 pub use error::CheckpointError;
 pub use format::Towers;
+pub use read::LoadOptions;
 pub use tower::{TextCheckpoint, VisionCheckpoint};
 
 use std::path::Path;
@@ -53,44 +55,30 @@ pub struct ClipCheckpoint {
     pub model: Clip,
 }
 
-/// How numbers are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Precision {
-    /// 32 bits.
-    F32,
-    /// 16 bits, IEEE half precision.
-    F16,
-    /// 16 bits with the exponent of 32.
-    BF16,
-}
-
 impl ClipCheckpoint {
     /// Reads a folder: `config.json` means Hugging Face's `CLIPModel` (with `model.safetensors` or `pytorch_model.bin`),
     /// `open_clip_config.json` means open_clip (with `open_clip_model.safetensors` or `open_clip_pytorch_model.bin`),
     /// `burn_moe_config.json` means [`save_sparse`](Self::save_sparse). Instead of one file of weights there may be shards with an index
     /// (`model.safetensors.index.json`). No code in a pickled file (`.bin`) is run; those of PyTorch before 1.6 are refused.
-    /// Weights may be f32, f16, bf16 or f64; the model has f32. What the folder says of images (open_clip's `preprocess_cfg`, transformers'
+    /// Weights may be f32, f16, bf16, f64 or, as [`save_sparse`](Self::save_sparse) writes them, 8 bits; the model has f32. What the folder says of images (open_clip's `preprocess_cfg`, transformers'
     /// `preprocessor_config.json`) becomes [`VisionConfig::preprocessing`](crate::clip::VisionConfig).
     ///
     /// # Errors
     /// When a file is missing, truncated or of another kind, a setting is not known, or a tensor is missing, not expected, of
     /// another shape or not finite; each is named.
     pub fn load(folder: impl AsRef<Path>, device: &Device) -> Result<Self, CheckpointError> {
-        Self::load_with_image_size(folder, None, device)
+        Self::load_with(folder, &LoadOptions::new(), device)
     }
 
-    /// The same for images of side `image_size`, in pixels, if that is another than the checkpoint's: its position embeddings are then
-    /// interpolated, bicubic and antialiased, as open_clip does with `force_image_size`. A model loses some of its accuracy by that until it is
-    /// trained a little further. `None`: the checkpoint's own size, to which its position embeddings must fit.
+    /// The same with options.
     ///
     /// # Errors
-    /// As [`load`](Self::load), and when the size is no multiple of the patch size.
-    pub fn load_with_image_size(
-        folder: impl AsRef<Path>,
-        image_size: Option<usize>,
-        device: &Device,
-    ) -> Result<Self, CheckpointError> {
-        let (config, model) = read::load(folder.as_ref(), Towers::Both, image_size, |config| config.init(device))?;
+    /// As [`load`](Self::load), and when the size of images is no multiple of the patch size.
+    ///
+    /// # Panics
+    /// When weights are to be packed and `device` is not burn's CPU backend.
+    pub fn load_with(folder: impl AsRef<Path>, options: &LoadOptions, device: &Device) -> Result<Self, CheckpointError> {
+        let (config, model) = read::load(folder.as_ref(), Towers::Both, options, |config| config.init(device))?;
         Ok(Self { config, model })
     }
 
@@ -114,6 +102,7 @@ impl ClipCheckpoint {
     /// When the configuration is not the model's.
     pub fn save_open_clip(&self, folder: impl AsRef<Path>, precision: Precision) -> Result<(), CheckpointError> {
         let text = open_clip::to_text(&self.config)?;
+        without_int8("open_clip", precision)?;
         save_weights(&self.model, &self.config, Towers::Both, folder.as_ref(), open_clip::FORMAT, precision)?;
         #[cfg(feature = "preprocess")]
         if open_clip::has_merges(&self.config.text) {
@@ -134,6 +123,7 @@ impl ClipCheckpoint {
     /// When the configuration is not the model's.
     pub fn save_hugging_face(&self, folder: impl AsRef<Path>, precision: Precision) -> Result<(), CheckpointError> {
         let text = hugging_face::to_text(&self.config)?;
+        without_int8("Hugging Face", precision)?;
         save_weights(&self.model, &self.config, Towers::Both, folder.as_ref(), hugging_face::FORMAT, precision)?;
         #[cfg(feature = "preprocess")]
         for (name, text) in super::tokenizer::hugging_face_files(&self.config.text) {
@@ -147,7 +137,8 @@ impl ClipCheckpoint {
     /// open_clip's; a sparse block has `moe.router.weight` `[D, E]`, `moe.experts.w_in` `[E, D, F]`, `moe.experts.b_in` `[E, F]`,
     /// `moe.experts.w_out` `[E, F, D]` and `moe.experts.b_out` `[E, D]` where a dense one has `mlp`; if it has them also
     /// `moe.router.balancing_bias` `[E]`, `moe.experts.w_gate` and `b_gate` (as `w_in` and `b_in`), and `moe.shared_expert.*` (as `moe.experts.*`
-    /// with `E` 1). A soft one has `moe.slots` `[D, E · S]` and no router.
+    /// with `E` 1). A soft one has `moe.slots` `[D, E · S]` and no router. With [`Precision::Int8`], each weight in 8 bits has its scales beside it: `NAME.scale`,
+    /// f32, one for each output column.
     ///
     /// # Errors
     /// When a value is not finite or beyond the precision, or on a failure of the file system; a file that was there before is then as it was.
@@ -158,5 +149,13 @@ impl ClipCheckpoint {
         let text = burn_moe::to_text(&self.config, Towers::Both);
         save_weights(&self.model, &self.config, Towers::Both, folder.as_ref(), burn_moe::FORMAT, precision)?;
         save_text(folder.as_ref(), burn_moe::FORMAT.config, &text)
+    }
+}
+
+/// Formats of others have no place for weights in 8 bits.
+fn without_int8(format: &'static str, precision: Precision) -> Result<(), CheckpointError> {
+    match precision {
+        Precision::Int8 => Err(CheckpointError::NoPlace { format, what: "weights in 8 bits: `save_sparse` writes them" }),
+        _ => Ok(()),
     }
 }

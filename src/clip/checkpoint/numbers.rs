@@ -15,10 +15,16 @@ pub(super) fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     })
 }
 
+/// Bytes with a sign, before their scales.
+pub(super) fn decode_int8(bytes: &[u8]) -> Vec<f32> {
+    bytes.iter().map(|byte| f32::from(byte.cast_signed())).collect()
+}
+
 impl Precision {
+    /// Of what has no scales: it is never in 8 bits.
     pub(super) fn dtype(self) -> Dtype {
         match self {
-            Self::F32 => Dtype::F32,
+            Self::F32 | Self::Int8 => Dtype::F32,
             Self::F16 => Dtype::F16,
             Self::BF16 => Dtype::BF16,
         }
@@ -26,17 +32,12 @@ impl Precision {
 
     /// How many values would be written as something else than a finite number.
     pub(super) fn overflows(self, values: &[f32]) -> usize {
-        let fits = |v: f32| match self {
-            Self::F32 => v.is_finite(),
-            Self::F16 => half::f16::from_f32(v).is_finite(),
-            Self::BF16 => half::bf16::from_f32(v).is_finite(),
-        };
-        values.iter().filter(|v| !fits(**v)).count()
+        values.iter().filter(|value| !self.holds(**value)).count()
     }
 
     pub(super) fn encode(self, values: &[f32]) -> Vec<u8> {
         match self {
-            Self::F32 => bytes_of(values, f32::to_le_bytes),
+            Self::F32 | Self::Int8 => bytes_of(values, f32::to_le_bytes),
             Self::F16 => bytes_of(values, |v| half::f16::from_f32(v).to_le_bytes()),
             Self::BF16 => bytes_of(values, |v| half::bf16::from_f32(v).to_le_bytes()),
         }

@@ -23,6 +23,14 @@ pub(super) fn sources<M: Module>(module: &M) -> BTreeMap<String, Source> {
     reader.sources
 }
 
+/// The numbers of a parameter.
+pub(super) enum Loaded {
+    Plain(Vec<f32>),
+    /// Weights `[E, D, F]` to be packed.
+    #[cfg(feature = "flex")]
+    Packed(Vec<f32>, [usize; 3], crate::Precision),
+}
+
 /// Replaces every float parameter by what `values` says for its path.
 ///
 /// # Errors
@@ -30,7 +38,7 @@ pub(super) fn sources<M: Module>(module: &M) -> BTreeMap<String, Source> {
 ///
 /// # Panics
 /// When a shape does not fit: the format table would be wrong, not the file.
-pub(super) fn replace<M: Module, E>(module: M, values: impl FnMut(&str) -> Result<Vec<f32>, E>) -> Result<M, E> {
+pub(super) fn replace<M: Module, E>(module: M, values: impl FnMut(&str) -> Result<Loaded, E>) -> Result<M, E> {
     let mut writer = Writer { path: Vec::new(), values, error: None };
     let module = module.map(&mut writer);
     writer.error.map_or(Ok(module), Err)
@@ -51,8 +59,9 @@ impl ModuleVisitor for Reader {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let value = param.val().detach();
-        let values = move || value.clone().try_into_vec_as::<f32>().expect("read as f32");
+        // What a record would hold: of a packed weight, the weight and not what stands in its place.
+        let param = param.clone();
+        let values = move || param.transform_for_save().val().detach().try_into_vec_as::<f32>().expect("read as f32");
         self.sources.insert(self.path.join("."), Source(Box::new(values)));
     }
 }
@@ -63,7 +72,7 @@ struct Writer<F, E> {
     error: Option<E>,
 }
 
-impl<F: FnMut(&str) -> Result<Vec<f32>, E>, E> ModuleMapper for Writer<F, E> {
+impl<F: FnMut(&str) -> Result<Loaded, E>, E> ModuleMapper for Writer<F, E> {
     fn enter_module(&mut self, name: &str, _: &str) {
         self.path.push(name.to_string());
     }
@@ -77,10 +86,12 @@ impl<F: FnMut(&str) -> Result<Vec<f32>, E>, E> ModuleMapper for Writer<F, E> {
             return param;
         }
         match (self.values)(&self.path.join(".")) {
-            Ok(values) => {
+            Ok(Loaded::Plain(values)) => {
                 let shape = param.lazy_shape();
                 replaced(param, TensorData::new(values, shape))
             }
+            #[cfg(feature = "flex")]
+            Ok(Loaded::Packed(values, dims, precision)) => crate::layer::packed::with_packed(param, &values, dims, precision),
             Err(error) => {
                 self.error = Some(error);
                 param

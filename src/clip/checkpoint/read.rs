@@ -6,36 +6,80 @@ use std::{
 };
 
 use burn::module::Module;
+use safetensors::Dtype;
 
 use super::{
     CheckpointError,
     format::{Found, Towers, found_in, no_weights},
     naming::{HARMLESS, Naming},
-    numbers, params,
+    numbers,
+    params::{self, Loaded},
     positions::{interpolated, side_of},
     table::Entry,
-    tensors::{self, TensorFiles},
+    tensors::{self, StoredInfo, TensorFiles},
 };
-use crate::clip::ClipConfig;
+use crate::{Precision, clip::ClipConfig};
 
 /// The parameter that depends on the size of the images.
 const POSITIONS: &str = "vision.position_embedding";
+
+/// How a checkpoint is read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Side of the images in pixels, if it should be another than the checkpoint's: its position embeddings are then interpolated, bicubic and
+    /// antialiased, as open_clip does with `force_image_size`. A model loses some of its accuracy by that until it is trained a little further.
+    /// Default: the checkpoint's own size, to which its position embeddings must fit.
+    pub image_size: Option<usize>,
+    /// Packs the weights as they are read, so that at most one of them is in memory in 32 bits: see [`pack_weights`](crate::pack_weights), on burn's CPU
+    /// backend only. Default: plain weights.
+    #[cfg(feature = "flex")]
+    pub packed: Option<Precision>,
+}
+
+impl LoadOptions {
+    /// The defaults.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// With another [`image_size`](Self::image_size).
+    pub fn with_image_size(mut self, image_size: Option<usize>) -> Self {
+        self.image_size = image_size;
+        self
+    }
+
+    /// With [`packed`](Self::packed) weights.
+    #[cfg(feature = "flex")]
+    pub fn with_packed(mut self, packed: Option<Precision>) -> Self {
+        self.packed = packed;
+        self
+    }
+
+    fn loaded(&self, entry: &Entry, values: Vec<f32>) -> Loaded {
+        #[cfg(feature = "flex")]
+        if let (Some(precision), Some(dims)) = (self.packed, entry.maps()) {
+            return Loaded::Packed(values, dims, precision);
+        }
+        let _ = entry;
+        Loaded::Plain(values)
+    }
+}
 
 /// Reads `towers` of the checkpoint in a folder into a new model, for images of another size if one is named.
 pub(super) fn load<M: Module>(
     folder: &Path,
     towers: Towers,
-    image_size: Option<usize>,
+    options: &LoadOptions,
     init: impl FnOnce(&ClipConfig) -> M,
 ) -> Result<(ClipConfig, M), CheckpointError> {
     let found = found_in(folder)?;
     found.expect(towers)?;
-    let found = found.with_image_size(image_size)?;
+    let found = found.with_image_size(options.image_size)?;
     if !found.weights.is_file() && !tensors::index_of(&found.weights).is_file() {
         return Err(no_weights(folder, found.format));
     }
     let files = TensorFiles::open(&found.weights)?;
-    let model = load_weights(&files, &found, towers, image_size.is_some(), init)?;
+    let model = load_weights(&files, &found, towers, options, init)?;
     Ok((found.config, model))
 }
 
@@ -43,7 +87,7 @@ fn load_weights<M: Module>(
     files: &TensorFiles,
     found: &Found,
     towers: Towers,
-    interpolate: bool,
+    options: &LoadOptions,
     init: impl FnOnce(&ClipConfig) -> M,
 ) -> Result<M, CheckpointError> {
     let Found { config, format, .. } = found;
@@ -60,10 +104,17 @@ fn load_weights<M: Module>(
     let (entries, others): (Vec<Entry>, Vec<Entry>) =
         (format.entries)(config).into_iter().partition(|entry| entry.path.starts_with(towers.prefix()));
     let keys = |entries: &[Entry]| entries.iter().map(|entry| entry.key.clone()).collect::<BTreeSet<String>>();
-    let expected = keys(&entries);
+    let mut expected = keys(&entries);
     // What a whole checkpoint holds beside the tower that is asked for.
-    let ignored = if found.towers == Towers::Both { keys(&others) } else { BTreeSet::new() };
+    let mut ignored = if found.towers == Towers::Both { keys(&others) } else { BTreeSet::new() };
     let naming = Naming::of(files, &expected.union(&ignored).map(String::as_str).collect());
+    let scales = |entries: &[Entry], keys: &BTreeSet<String>| {
+        let stored = entries.iter().filter(|entry| files.names().any(|name| naming.key_of(name) == entry.key));
+        let of_bytes = stored.filter(|entry| is_int8(entry, &files.info(&naming.stored(&entry.key))));
+        of_bytes.map(|entry| entry.scales().0).chain(keys.iter().cloned()).collect::<BTreeSet<String>>()
+    };
+    expected = scales(&entries, &expected);
+    ignored = scales(&others, &ignored);
     let mut found = BTreeSet::new();
     for key in files.names().map(|name| naming.key_of(name)).filter(|key| !HARMLESS.contains(key)) {
         if !found.insert(key) {
@@ -79,6 +130,21 @@ fn load_weights<M: Module>(
     // All shapes before the first number: what does not fit costs no memory.
     for entry in &entries {
         let info = files.info(&naming.stored(&entry.key));
+        if is_int8(entry, &info) {
+            let (key, expected) = entry.scales();
+            let scales = files.info(&naming.stored(&key));
+            if scales.shape != expected || scales.dtype != Dtype::F32 {
+                return Err(match scales.dtype {
+                    Dtype::F32 => CheckpointError::Shape {
+                        path: scales.path.to_path_buf(),
+                        tensor: key,
+                        expected,
+                        found: scales.shape.to_vec(),
+                    },
+                    dtype => CheckpointError::Dtype { path: scales.path.to_path_buf(), tensor: key, dtype: format!("{dtype:?}") },
+                });
+            }
+        }
         let is_scalar = entry.stored_shape.is_empty() && info.shape == [1];
         if info.shape == entry.stored_shape || is_scalar {
             continue;
@@ -88,7 +154,7 @@ fn load_weights<M: Module>(
             _ => None,
         };
         match side {
-            Some(_) if interpolate => {}
+            Some(_) if options.image_size.is_some() => {}
             Some(side) => {
                 return Err(CheckpointError::ImageSize {
                     path: info.path.to_path_buf(),
@@ -114,11 +180,16 @@ fn load_weights<M: Module>(
         let name = naming.stored(&entry.key);
         let info = files.info(&name);
         let bytes = files.read(&name, entry.part())?;
-        let values = numbers::decode(info.dtype, &bytes).ok_or_else(|| CheckpointError::Dtype {
-            path: info.path.to_path_buf(),
-            tensor: entry.key.clone(),
-            dtype: format!("{:?}", info.dtype),
-        })?;
+        let values = if is_int8(&entry, &info) {
+            let scales = files.read(&naming.stored(&entry.scales().0), entry.part())?;
+            entry.scaled(numbers::decode_int8(&bytes), &numbers::decode(Dtype::F32, &scales).expect("it is a number type"))
+        } else {
+            numbers::decode(info.dtype, &bytes).ok_or_else(|| CheckpointError::Dtype {
+                path: info.path.to_path_buf(),
+                tensor: entry.key.clone(),
+                dtype: format!("{:?}", info.dtype),
+            })?
+        };
         let count = values.iter().filter(|v| !v.is_finite()).count();
         if count > 0 {
             let source = crate::support::finite::NonFiniteError { tensor: entry.key, count, total: values.len() };
@@ -126,11 +197,16 @@ fn load_weights<M: Module>(
         }
         match (path == POSITIONS).then(|| side_of(info.shape[0])).flatten() {
             Some(side) if info.shape != entry.stored_shape => {
-                Ok(interpolated(&values, side, config.vision.image_size / config.vision.patch_size))
+                Ok(Loaded::Plain(interpolated(&values, side, config.vision.image_size / config.vision.patch_size)))
             }
-            _ => Ok(entry.load(values)),
+            _ => Ok(options.loaded(&entry, entry.load(values))),
         }
     })?;
     assert!(entries.is_empty(), "no parameter for {:?}", entries.keys());
     Ok(model)
+}
+
+/// Whether a weight is in 8 bits, and its scales beside it.
+fn is_int8(entry: &Entry, info: &StoredInfo) -> bool {
+    info.dtype == Dtype::I8 && entry.maps().is_some()
 }

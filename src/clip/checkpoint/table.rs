@@ -36,6 +36,48 @@ impl Entry {
         }
     }
 
+    /// Sizes `[E, D, F]` of the weights of experts, feed-forward networks and attention (`E` 1 but for experts): what may be stored in 8 bits, and packed.
+    pub(super) fn maps(&self) -> Option<[usize; 3]> {
+        let (module, name) = self.path.rsplit_once('.')?;
+        let is_linear = name == "weight" && (module.contains(".attention.") || module.contains(".feed_forward.Dense."));
+        let is_expert = ["w_in", "w_gate", "w_out"].contains(&name) && module.contains(".feed_forward.");
+        match (self.form, &self.stored_shape[..]) {
+            (Form::OutputFirst, [d_out, d_in]) if is_linear => Some([1, *d_in, *d_out]),
+            (Form::FusedWeight { .. }, [d_out, d_in]) if is_linear => Some([1, *d_in, d_out / 3]),
+            (Form::Same, [num_experts, d_in, d_out]) if is_expert => Some([*num_experts, *d_in, *d_out]),
+            _ => None,
+        }
+    }
+
+    /// The name of the scales of a weight in 8 bits, and their shape: one for each output column.
+    pub(super) fn scales(&self) -> (String, Vec<usize>) {
+        let shape = match (self.form, &self.stored_shape[..]) {
+            (Form::Same, [num_experts, _, d_out]) => vec![*num_experts, *d_out],
+            (_, stored) => vec![stored[0]],
+        };
+        (format!("{}.scale", self.key), shape)
+    }
+
+    /// Multiplies what is stored, of which [`part`](Self::part) was read, by its scales.
+    pub(super) fn scaled(&self, mut stored: Vec<f32>, scales: &[f32]) -> Vec<f32> {
+        match (self.form, &self.stored_shape[..]) {
+            (Form::Same, [_, d_in, d_out]) => {
+                for (values, scales) in stored.chunks_exact_mut(d_in * d_out).zip(scales.chunks_exact(*d_out)) {
+                    for row in values.chunks_exact_mut(*d_out) {
+                        row.iter_mut().zip(scales).for_each(|(value, scale)| *value *= scale);
+                    }
+                }
+            }
+            _ => {
+                let d_in = stored.len() / scales.len().max(1);
+                for (row, scale) in stored.chunks_exact_mut(d_in.max(1)).zip(scales) {
+                    row.iter_mut().for_each(|value| *value *= scale);
+                }
+            }
+        }
+        stored
+    }
+
     /// Values of the parameter in the stored order.
     fn rows(&self) -> usize {
         self.stored_shape.first().copied().unwrap_or(1) / if self.part().is_some() { 3 } else { 1 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 
-use super::{CheckpointError, Precision, Towers, burn_moe, read, save_text, save_weights};
+use super::{CheckpointError, LoadOptions, Precision, Towers, burn_moe, read, save_text, save_weights};
 use crate::clip::{ClipConfig, TextConfig, TextTower, VisionConfig, VisionTower};
 
 /// A vision tower read from disk: transformers' `CLIPVisionModelWithProjection`, or the one of a whole checkpoint.
@@ -30,14 +30,25 @@ pub struct TextCheckpoint {
 }
 
 impl VisionCheckpoint {
-    /// Reads a folder of any format that [`ClipCheckpoint::load`](super::ClipCheckpoint::load) reads, which may hold a vision tower alone.
-    /// `image_size`: see [`ClipCheckpoint::load_with_image_size`](super::ClipCheckpoint::load_with_image_size).
+    /// Reads a folder of any format that [`ClipCheckpoint::load`](super::ClipCheckpoint::load) reads, which may hold a vision tower alone, for images
+    /// of another size if one is named; see [`LoadOptions::image_size`].
     ///
     /// # Errors
-    /// As there, and when the folder holds a text tower alone.
+    /// As [`ClipCheckpoint::load_with`](super::ClipCheckpoint::load_with), and when the folder holds a text tower alone.
     pub fn load(folder: impl AsRef<Path>, image_size: Option<usize>, device: &Device) -> Result<Self, CheckpointError> {
+        Self::load_with(folder, &LoadOptions::new().with_image_size(image_size), device)
+    }
+
+    /// The same with options.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    ///
+    /// # Panics
+    /// As [`ClipCheckpoint::load_with`](super::ClipCheckpoint::load_with).
+    pub fn load_with(folder: impl AsRef<Path>, options: &LoadOptions, device: &Device) -> Result<Self, CheckpointError> {
         let init = |config: &ClipConfig| config.vision.init(config.embed_dim, device);
-        let (config, model) = read::load(folder.as_ref(), Towers::Vision, image_size, init)?;
+        let (config, model) = read::load(folder.as_ref(), Towers::Vision, options, init)?;
         Ok(Self { config: config.vision, embed_dim: config.embed_dim, model })
     }
 
@@ -61,8 +72,19 @@ impl TextCheckpoint {
     /// # Errors
     /// As there, and when the folder holds a vision tower alone.
     pub fn load(folder: impl AsRef<Path>, device: &Device) -> Result<Self, CheckpointError> {
+        Self::load_with(folder, &LoadOptions::new(), device)
+    }
+
+    /// The same with options.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    ///
+    /// # Panics
+    /// As [`ClipCheckpoint::load_with`](super::ClipCheckpoint::load_with).
+    pub fn load_with(folder: impl AsRef<Path>, options: &LoadOptions, device: &Device) -> Result<Self, CheckpointError> {
         let init = |config: &ClipConfig| config.text.init(config.embed_dim, device);
-        let (config, model) = read::load(folder.as_ref(), Towers::Text, None, init)?;
+        let (config, model) = read::load(folder.as_ref(), Towers::Text, options, init)?;
         Ok(Self { config: config.text, embed_dim: config.embed_dim, model })
     }
 

@@ -15,7 +15,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::tiles::{Line, PANEL};
-use crate::ops::Precision;
+use crate::ops::precision::{Precision, quantize};
 use dot::GROUP;
 pub(super) use product::linear;
 
@@ -52,31 +52,13 @@ impl PackedMaps {
             Precision::F16 => Panels::F16(lines(weights, d_in, d_out, |value| f16::from_f32(value).to_bits())),
             Precision::BF16 => Panels::BF16(lines(weights, d_in, d_out, |value| bf16::from_f32(value).to_bits())),
             Precision::Int8 => {
+                assert!(d_in <= 1 << 16, "maps from {d_in} values are too long for 8 bits: at most 65536");
                 let (bytes, scales) = quantize(weights, d_in, d_out);
-                return Self::from_bytes(&bytes, scales, [num_experts, d_in, d_out]);
+                let sums = bytes.chunks_exact((d_in * d_out).max(1)).flat_map(|bytes| column_sums(bytes, d_out)).collect();
+                Panels::Int8 { lines: groups(&bytes, d_in, d_out), scales, sums }
             }
         };
         Self { num_experts, d_in, d_out, panels }
-    }
-
-    /// Of bytes `[E, D, F]` and the scale of each output column, `[E, F]`.
-    ///
-    /// # Panics
-    /// As [`new`](Self::new).
-    pub(crate) fn from_bytes(bytes: &[i8], scales: Vec<f32>, [num_experts, d_in, d_out]: [usize; 3]) -> Self {
-        assert!(d_in <= 1 << 16, "maps from {d_in} values are too long for 8 bits: at most 65536");
-        assert_eq!((bytes.len(), scales.len()), (num_experts * d_in * d_out, num_experts * d_out), "bytes and scales");
-        let of_expert = |bytes: &[i8]| {
-            let mut sums = vec![0; d_out];
-            for row in bytes.chunks_exact(d_out) {
-                for (sum, byte) in sums.iter_mut().zip(row) {
-                    *sum += i32::from(*byte);
-                }
-            }
-            sums
-        };
-        let sums = bytes.chunks_exact(d_in * d_out).flat_map(of_expert).collect();
-        Self { num_experts, d_in, d_out, panels: Panels::Int8 { lines: groups(bytes, d_in, d_out), scales, sums } }
     }
 
     /// `[E, D, F]`
@@ -136,29 +118,22 @@ impl PackedMaps {
         });
         out
     }
-
-    /// The bytes `[E, D, F]` and the scale of each output column `[E, F]`, of weights in 8 bits.
-    pub(crate) fn bytes(&self) -> Option<(Vec<i8>, &[f32])> {
-        let Panels::Int8 { lines, scales, .. } = &self.panels else { return None };
-        let mut out = vec![0; self.num_experts * self.d_in * self.d_out];
-        let len = self.d_in.div_ceil(GROUP);
-        for (row, out) in out.chunks_exact_mut(self.d_out.max(1)).enumerate() {
-            let (expert, row) = (row / self.d_in, row % self.d_in);
-            for (panel, out) in out.chunks_mut(PANEL).enumerate() {
-                let line = &of_panel(lines, expert * self.panels_of_one() + panel, len)[row / GROUP];
-                for (out, bytes) in out.iter_mut().zip(&line.0) {
-                    *out = bytes[row % GROUP];
-                }
-            }
-        }
-        Some((out, scales))
-    }
 }
 
 impl fmt::Debug for PackedMaps {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "PackedMaps {{ dims: {:?}, precision: {:?} }}", self.dims(), self.precision())
     }
+}
+
+fn column_sums(bytes: &[i8], d_out: usize) -> Vec<i32> {
+    let mut sums = vec![0; d_out];
+    for row in bytes.chunks_exact(d_out) {
+        for (sum, byte) in sums.iter_mut().zip(row) {
+            *sum += i32::from(*byte);
+        }
+    }
+    sums
 }
 
 fn of_panel<T>(lines: &[Line<T>], panel: usize, len: usize) -> &[Line<T>] {
@@ -195,30 +170,4 @@ fn groups(bytes: &[i8], d_in: usize, d_out: usize) -> Vec<Line<[i8; GROUP]>> {
         }
     });
     lines
-}
-
-/// Weights `[E, D, F]` in 8 bits with the scale of each output column, `[E, F]`: the largest of a column is 127 or −127.
-fn quantize(weights: &[f32], d_in: usize, d_out: usize) -> (Vec<i8>, Vec<f32>) {
-    let size = (d_in * d_out).max(1);
-    let of_expert = |weights: &[f32]| {
-        let mut largest = vec![0f32; d_out];
-        for row in weights.chunks_exact(d_out) {
-            for (largest, weight) in largest.iter_mut().zip(row) {
-                *largest = largest.max(weight.abs());
-            }
-        }
-        largest.into_iter().map(|largest| largest / 127.0).collect::<Vec<_>>()
-    };
-    let scales: Vec<f32> = weights.par_chunks_exact(size).flat_map_iter(of_expert).collect();
-    let mut bytes = vec![0; weights.len()];
-    let experts = bytes.par_chunks_exact_mut(size).zip(weights.par_chunks_exact(size)).zip(scales.par_chunks_exact(d_out.max(1)));
-    experts.for_each(|((bytes, weights), scales)| {
-        for (bytes, weights) in bytes.chunks_exact_mut(d_out).zip(weights.chunks_exact(d_out)) {
-            for ((byte, weight), scale) in bytes.iter_mut().zip(weights).zip(scales) {
-                // A column of zeros has a scale of zero.
-                *byte = if *scale > 0.0 { (weight / scale).round() as i8 } else { 0 };
-            }
-        }
-    });
-    (bytes, scales)
 }

@@ -109,12 +109,11 @@ impl WithSimd for Part<'_> {
                 for (tile, out) in scratch.rows.chunks((height * d_in).max(1)).zip(out.chunks_mut(height)) {
                     let height = out.len();
                     let mut sums = [[0.0; PANEL]; TILE_ROWS];
-                    let sums = &mut sums[..height];
                     for (tile, lines) in tile.chunks(BLOCK_INNER * height).zip(lines.chunks(BLOCK_INNER)) {
-                        tiles::multiply(simd, tile, height, lines, sums);
+                        tiles::multiply(simd, tile, height, lines, &mut sums[..height]);
                     }
-                    epilogue.apply(simd, sums, maps, piece.expert, panel);
-                    write(sums, out, place);
+                    epilogue.apply(simd, &mut sums, maps, piece.expert, panel);
+                    write(&sums, out, place);
                 }
             }
         }
@@ -126,6 +125,7 @@ impl Part<'_> {
         let Self { x, maps, epilogue, piece, mut out, scratch } = self;
         let Panels::Int8 { lines, scales, sums: byte_sums } = &maps.panels else { unreachable!("weights are bytes") };
         let (d_in, len) = (maps.d_in, maps.d_in.div_ceil(GROUP));
+        let (mut sums, mut values) = ([[0; PANEL]; TILE_ROWS], [[0.0; PANEL]; TILE_ROWS]);
         for (x, out) in x.chunks((BLOCK_ROWS * d_in).max(1)).zip(out.chunks_mut(BLOCK_ROWS)) {
             let bytes = &mut scratch.bytes;
             Arch::new().dispatch(Quantize { rows: x, d_in, largest: dot.largest(), out: bytes });
@@ -164,34 +164,30 @@ impl PackedMaps {
 }
 
 /// From products of bytes to results.
-struct Finish<'a, 'b, 'c> {
+struct Finish<'a> {
     sums: &'a [[i32; PANEL]],
     rows: &'a [RowScale],
     of_columns: (&'a [f32], &'a [i32]),
+    values: &'a mut [[f32; PANEL]; TILE_ROWS],
     epilogue: &'a Epilogue<'a>,
     maps: &'a PackedMaps,
-    piece: &'a Piece,
+    expert: usize,
     panel: usize,
-    out: &'b mut [&'c mut [f32]],
-    place: usize,
 }
 
-impl WithSimd for Finish<'_, '_, '_> {
+impl WithSimd for Finish<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let mut values = [[0.0; PANEL]; TILE_ROWS];
-        let values = &mut values[..self.sums.len()];
-        dequantize(self.sums, self.rows, self.of_columns, values);
-        self.epilogue.apply(simd, values, self.maps, self.piece.expert, self.panel);
-        write(values, self.out, self.place);
+        dequantize(self.sums, self.rows, self.of_columns, self.values);
+        self.epilogue.apply(simd, self.values, self.maps, self.expert, self.panel);
     }
 }
 
 impl Epilogue<'_> {
     #[inline(always)]
-    fn apply<S: Simd>(&self, simd: S, values: &mut [[f32; PANEL]], maps: &PackedMaps, expert: usize, panel: usize) {
+    fn apply<S: Simd>(&self, simd: S, values: &mut [[f32; PANEL]; TILE_ROWS], maps: &PackedMaps, expert: usize, panel: usize) {
         if let Some(bias) = self.bias {
             let bias = &bias[maps.columns(expert, panel)];
             for values in values.iter_mut() {
@@ -201,9 +197,7 @@ impl Epilogue<'_> {
             }
         }
         if let Some(activation) = self.activation {
-            let mut before = [[0.0; PANEL]; TILE_ROWS];
-            let before = &mut before[..values.len()];
-            before.copy_from_slice(values);
+            let before = *values;
             pointwise::Values { out: values.as_flattened_mut(), x: before.as_flattened(), activation }.with_simd(simd);
         }
     }

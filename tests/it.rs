@@ -20,5 +20,6 @@ mod it {
     mod support;
     mod training;
     mod upcycle;
+    mod upcycle_many;
     mod written_by_others;
 }

@@ -8,6 +8,9 @@
 //! (`open_clip_config.json`), or of one tower alone. With copied experts the sparse model equals the dense one until it is trained; the report
 //! says how far it is from it, on random images and texts. It prints what it took, with the largest memory of the process where the system
 //! tells (Linux).
+//!
+//! With several `--dense`, checkpoints of one architecture, the feed-forward networks of each become experts, and the report says how far the
+//! sparse model is from each.
 
 mod support;
 
@@ -23,7 +26,9 @@ use burn_moe::{
         tokenizer::ClipTokenizer,
     },
     transformer::{BlockSelection, RoutedLayerConfig, SparseEncoderConfig},
-    upcycle::{Probe, UpcycleReport, UpcycleStrategy},
+    upcycle::{
+        Probe, Rest, RouterStart, UpcycleError, UpcycleFromMany, UpcycleManyOptions, UpcycleReport, UpcycleStrategy, Upcycled,
+    },
 };
 use clap::{Parser, ValueEnum};
 use support::{ListArgs, Stored, device_by_name, report_skipped, write_atomic};
@@ -34,9 +39,9 @@ use support::{ListArgs, Stored, device_by_name, report_skipped, write_atomic};
     after_help = "Example: upcycle_checkpoint --dense clip-vit-base-patch16 --experts 16 --strategy drop --out out/sparse-b16"
 )]
 struct Args {
-    /// Folder of the dense checkpoint
+    /// Folder of the dense checkpoint; given several times, the networks of all become the experts
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/data/clip-emoji"))]
-    dense: PathBuf,
+    dense: Vec<PathBuf>,
     /// Folder of the sparse one
     #[arg(long, default_value = "out/upcycled")]
     out: PathBuf,
@@ -53,6 +58,8 @@ struct Args {
     layer: LayerArgs,
     #[command(flatten)]
     making: StrategyArgs,
+    #[command(flatten)]
+    several: SeveralArgs,
     /// How numbers are stored
     #[arg(long, value_enum, default_value = "f32")]
     precision: Stored,
@@ -117,14 +124,37 @@ struct StrategyArgs {
     /// Of cluster-aware: share of the squared singular values that is kept
     #[arg(long, default_value_t = 0.9)]
     energy: f64,
-    /// Of cluster-aware: a list of images and captions, of which the first --calibration are read
+    /// Of cluster-aware: a list of images and captions, of which the first --calibration are read; of --router centroids: one for each --dense
     #[arg(long)]
-    list: Option<PathBuf>,
+    list: Vec<PathBuf>,
     #[command(flatten)]
     columns: ListArgs,
-    /// Of cluster-aware: how many images are read
+    /// How many images of a list are read
     #[arg(long, default_value_t = 64)]
     calibration: usize,
+}
+
+/// What is not an expert, where several dense checkpoints are given.
+#[derive(clap::Args)]
+struct SeveralArgs {
+    /// Of several --dense: where all but the experts comes from
+    #[arg(long, value_enum, default_value = "first")]
+    rest: RestOf,
+    /// Of several --dense: routers are random, or know the images and captions of each model, one --list for each
+    #[arg(long, value_enum, default_value = "random")]
+    router: RouterOf,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum RestOf {
+    First,
+    Average,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum RouterOf {
+    Random,
+    Centroids,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -203,14 +233,23 @@ impl StrategyArgs {
         }
     }
 
-    /// The images and the captions of the list, if there is one: of `vision` or `text`, those that are there.
-    fn calibration(
+    /// The images and the captions of each list: of `vision` or `text`, those that are there.
+    fn calibrations(
         &self,
         vision: Option<&VisionConfig>,
         text: Option<&TextTower>,
         device: &Device,
-    ) -> Result<Option<Probe>, Box<dyn Error>> {
-        let Some(list) = &self.list else { return Ok(None) };
+    ) -> Result<Vec<Probe>, Box<dyn Error>> {
+        self.list.iter().map(|list| self.calibration(list, vision, text, device)).collect()
+    }
+
+    fn calibration(
+        &self,
+        list: &PathBuf,
+        vision: Option<&VisionConfig>,
+        text: Option<&TextTower>,
+        device: &Device,
+    ) -> Result<Probe, Box<dyn Error>> {
         let (list, folder) = self.columns.read(list)?;
         let images = match vision {
             None => None,
@@ -233,9 +272,9 @@ impl StrategyArgs {
             }
         };
         Ok(match (images, tokens) {
-            (Some(images), Some(tokens)) => Some(Probe::ImagesAndTexts { images, tokens }),
-            (Some(images), None) => Some(Probe::Images(images)),
-            (None, tokens) => tokens.map(Probe::Texts),
+            (Some(images), Some(tokens)) => Probe::ImagesAndTexts { images, tokens },
+            (Some(images), None) => Probe::Images(images),
+            (None, tokens) => Probe::Texts(tokens.expect("a checkpoint has a tower")),
         })
     }
 }
@@ -249,17 +288,20 @@ fn run() -> Result<(), Box<dyn Error>> {
     let device = device_by_name(&args.device)?;
     device.seed(args.seed);
     let mut clock = Clock::start();
-    let towers = towers_in(&args.dense)?;
+    let first = args.dense[0].display();
+    let towers = towers_in(&args.dense[0])?;
+    for dense in &args.dense[1..] {
+        if towers_in(dense)? != towers {
+            return Err(format!("{first} and {} do not hold the same towers", dense.display()).into());
+        }
+    }
     if towers != Towers::Both && (args.dense_text || args.dense_vision) {
-        return Err(format!("{} holds one tower: --dense-text and --dense-vision are for two", args.dense.display()).into());
+        return Err(format!("{first} holds one tower: --dense-text and --dense-vision are for two").into());
     }
     if towers == Towers::Text && args.image_size.is_some() {
-        return Err(format!("{} holds a text tower: --image-size is for images", args.dense.display()).into());
+        return Err(format!("{first} holds a text tower: --image-size is for images").into());
     }
-    let making = &args.making;
-    if (making.list.is_some() || making.columns.images.is_some()) && making.strategy != Strategy::ClusterAware {
-        return Err("--list and --images are for --strategy cluster-aware, which alone reads images and captions".into());
-    }
+    args.check_lists()?;
     let report = match towers {
         Towers::Both => clip(&args, &device, &mut clock)?,
         Towers::Vision => vision(&args, &device, &mut clock)?,
@@ -275,7 +317,9 @@ fn run() -> Result<(), Box<dyn Error>> {
 }
 
 fn clip(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleReport, Box<dyn Error>> {
-    let dense = ClipCheckpoint::load_with_image_size(&args.dense, args.image_size, device)?;
+    let load = |folder: &PathBuf| ClipCheckpoint::load_with_image_size(folder, args.image_size, device);
+    let checkpoints = args.dense.iter().map(load).collect::<Result<Vec<_>, _>>()?;
+    let dense = &checkpoints[0];
     clock.lap("load");
     let tower = |d_ff: usize, stays_dense: bool| (!stays_dense).then(|| args.layer.config(&args.making, d_ff));
     let towers = SparseClipConfig::new()
@@ -284,10 +328,11 @@ fn clip(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleReport
     let config = dense.config.clone().sparse(towers);
     config.validate()?;
     let probe = Probe::ImagesAndTexts { images: images(&config.vision, device), tokens: texts(&config.text, device) };
-    let options = args.options(probe, args.making.calibration(Some(&config.vision), Some(&dense.model.text), device)?);
-    let upcycled = config.init(device).upcycle_from_dense(&dense.model, &options)?;
+    let calibrations = args.making.calibrations(Some(&config.vision), Some(&dense.model.text), device)?;
+    let models: Vec<_> = checkpoints.iter().map(|checkpoint| &checkpoint.model).collect();
+    let upcycled = args.upcycle(config.init(device), &models, probe, calibrations)?;
     clock.lap("upcycle and compare");
-    drop(dense);
+    drop(checkpoints);
     ClipCheckpoint { config, model: upcycled.model }.save_sparse(&args.out, args.precision.into())?;
     clock.lap("save");
     let back = ClipCheckpoint::load(&args.out, device)?;
@@ -299,13 +344,17 @@ fn clip(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleReport
 }
 
 fn vision(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleReport, Box<dyn Error>> {
-    let dense = VisionCheckpoint::load(&args.dense, args.image_size, device)?;
+    let load = |folder: &PathBuf| VisionCheckpoint::load(folder, args.image_size, device);
+    let checkpoints = args.dense.iter().map(load).collect::<Result<Vec<_>, _>>()?;
+    let dense = &checkpoints[0];
     clock.lap("load");
     let mut config = dense.config.clone();
     config.encoder.sparse = Some(args.layer.config(&args.making, config.encoder.d_ff));
     config.validate()?;
-    let options = args.options(Probe::Images(images(&config, device)), args.making.calibration(Some(&config), None, device)?);
-    let upcycled = config.init(dense.embed_dim, device).upcycle_from_dense(&dense.model, &options)?;
+    let calibrations = args.making.calibrations(Some(&config), None, device)?;
+    let models: Vec<_> = checkpoints.iter().map(|checkpoint| &checkpoint.model).collect();
+    let sparse = config.init(dense.embed_dim, device);
+    let upcycled = args.upcycle(sparse, &models, Probe::Images(images(&config, device)), calibrations)?;
     clock.lap("upcycle and compare");
     VisionCheckpoint { config, embed_dim: dense.embed_dim, model: upcycled.model }.save_sparse(&args.out, args.precision.into())?;
     clock.lap("save");
@@ -315,13 +364,17 @@ fn vision(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleRepo
 }
 
 fn text(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleReport, Box<dyn Error>> {
-    let dense = TextCheckpoint::load(&args.dense, device)?;
+    let load = |folder: &PathBuf| TextCheckpoint::load(folder, device);
+    let checkpoints = args.dense.iter().map(load).collect::<Result<Vec<_>, _>>()?;
+    let dense = &checkpoints[0];
     clock.lap("load");
     let mut config = dense.config.clone();
     config.encoder.sparse = Some(args.layer.config(&args.making, config.encoder.d_ff));
     config.validate()?;
-    let options = args.options(Probe::Texts(texts(&config, device)), args.making.calibration(None, Some(&dense.model), device)?);
-    let upcycled = config.init(dense.embed_dim, device).upcycle_from_dense(&dense.model, &options)?;
+    let calibrations = args.making.calibrations(None, Some(&dense.model), device)?;
+    let models: Vec<_> = checkpoints.iter().map(|checkpoint| &checkpoint.model).collect();
+    let sparse = config.init(dense.embed_dim, device);
+    let upcycled = args.upcycle(sparse, &models, Probe::Texts(texts(&config, device)), calibrations)?;
     clock.lap("upcycle and compare");
     TextCheckpoint { config, embed_dim: dense.embed_dim, model: upcycled.model }.save_sparse(&args.out, args.precision.into())?;
     clock.lap("save");
@@ -331,12 +384,56 @@ fn text(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleReport
 }
 
 impl Args {
-    fn options(&self, probe: Probe, calibration: Option<Probe>) -> UpcycleOptions {
-        let options = UpcycleOptions::default().with_strategy(self.making.strategy()).with_probe(probe);
-        match calibration {
-            Some(calibration) => options.with_calibration(calibration),
-            None => options,
+    /// Refuses options that nothing would read.
+    fn check_lists(&self) -> Result<(), String> {
+        let (making, several, models) = (&self.making, &self.several, self.dense.len());
+        if models == 1 && (several.rest != RestOf::First || several.router != RouterOf::Random) {
+            return Err("--rest and --router are for several --dense".into());
         }
+        if models > 1 && making.strategy != Strategy::Copy {
+            return Err("with several --dense, experts are copies: leave --strategy out".into());
+        }
+        let reads = if models == 1 { making.strategy == Strategy::ClusterAware } else { several.router == RouterOf::Centroids };
+        if (!making.list.is_empty() || making.columns.images.is_some()) && !reads {
+            return Err(
+                "--list and --images are for --strategy cluster-aware and --router centroids, which alone read images and \
+                        captions"
+                    .into(),
+            );
+        }
+        let lists = making.list.len();
+        if (reads && models > 1 && lists != models) || (models == 1 && lists > 1) {
+            return Err(format!("there are {lists} --list and {models} --dense: name a list for each"));
+        }
+        Ok(())
+    }
+
+    /// From one dense model or from several, compared on `probe`; calibrations are there if something reads them.
+    fn upcycle<M: UpcycleFromDense<M> + UpcycleFromMany<M>>(
+        &self,
+        sparse: M,
+        dense: &[&M],
+        probe: Probe,
+        mut calibrations: Vec<Probe>,
+    ) -> Result<Upcycled<M>, UpcycleError> {
+        if let [dense] = dense {
+            let options = UpcycleOptions::default().with_strategy(self.making.strategy()).with_probe(probe);
+            return sparse.upcycle_from_dense(dense, &UpcycleOptions { calibration: calibrations.pop(), ..options });
+        }
+        if calibrations.is_empty() {
+            calibrations = vec![probe; dense.len()];
+        }
+        let options = UpcycleManyOptions::default()
+            .with_rest(match self.several.rest {
+                RestOf::First => Rest::First,
+                RestOf::Average => Rest::Average,
+            })
+            .with_router(match self.several.router {
+                RouterOf::Random => RouterStart::Kept,
+                RouterOf::Centroids => RouterStart::Centroids,
+            })
+            .with_probes(calibrations);
+        sparse.upcycle_from_many(dense, &options)
     }
 }
 

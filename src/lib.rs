@@ -19,7 +19,8 @@
 //!   decided is a value, [`Routing`], which losses ([`AuxiliaryLoss`], [`loss`]) and statistics ([`stats`]) read. The pieces for a router of
 //!   your own are in [`routing`].
 //! - From dense to sparse: [`UpcycleFromDense`], for this crate's modules, burn's own feed-forward network, and yours through
-//!   [`DenseFeedForward`](upcycle::DenseFeedForward); strategies, reports and the way back are in [`upcycle`].
+//!   [`DenseFeedForward`](upcycle::DenseFeedForward); strategies, reports, the way back and the way from several dense models to one sparse
+//!   model are in [`upcycle`].
 //! - A transformer with sparse blocks: [`transformer::Encoder`]; a CLIP of two of them: `clip` (feature `clip`), its checkpoints (feature
 //!   `store`), and the training recipe: `train` (feature `train`).
 //!

@@ -21,5 +21,6 @@ mod it {
     mod support;
     mod training;
     mod upcycle;
+    mod upcycle_many;
     mod written_by_others;
 }

@@ -4,14 +4,15 @@ use burn::module::Module;
 use burn::tensor::{Int, Tensor};
 
 use super::{
-    UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy, Upcycled, UpcycledLayer,
+    UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, Upcycled, UpcycledLayer,
     layer::replace,
     report::deviation,
+    source::ExpertSource,
     transformer::{encoder, norm, same_place},
 };
 use crate::{
     clip::{Clip, TextTower, VisionTower, normalize},
-    transformer::FeedForwardInputs,
+    transformer::BlockRouter,
 };
 
 /// Every second block of both towers becomes sparse with [`SparseClipConfig::clip_up`](crate::clip::SparseClipConfig::clip_up).
@@ -22,21 +23,14 @@ impl UpcycleFromDense<Clip> for Clip {
         let calibration = options.calibration_batch()?.map(|batch| batch.both(dense)).transpose()?;
         let calibrations =
             calibration.map(|(images, tokens)| [dense.vision.feed_forward_inputs(images), dense.text.feed_forward_inputs(tokens)]);
-        let [vision_inputs, text_inputs] = calibrations.map_or([None, None], |inputs| inputs.map(Some));
-        let mut layers =
-            vision(&mut self.vision, &dense.vision, options.strategy, vision_inputs).map_err(|error| error.within("vision"))?;
-        let text = text(&mut self.text, &dense.text, options.strategy, text_inputs).map_err(|error| error.within("text"))?;
-        layers = layers
-            .into_iter()
-            .map(|layer| layer.within("vision"))
-            .chain(text.into_iter().map(|layer| layer.within("text")))
-            .collect();
-        self.logit_scale = replace(self.logit_scale, dense.logit_scale.val());
+        let sources = calibrations.map_or([None, None], |inputs| inputs.map(Some));
+        let sources = sources.map(|calibration| ExpertSource::Dense { strategy: options.strategy, calibration });
+        let layers = clip(&mut self, dense, sources.each_ref())?;
         let max_deviation = match probe {
             None => None,
             Some((images, tokens)) => {
-                let image = image_deviation(&dense.vision, &self.vision, images)?;
-                Some(image.max(text_deviation(&dense.text, &self.text, tokens)?))
+                let image = image_deviation(&dense.vision, &self.vision, images, None)?;
+                Some(image.max(text_deviation(&dense.text, &self.text, tokens, None)?))
             }
         };
         finish(self, dense, layers, max_deviation)
@@ -50,8 +44,8 @@ impl UpcycleFromDense<VisionTower> for VisionTower {
         let probe = options.probe.as_ref().map(|probe| probe.images(dense)).transpose()?;
         let calibration = options.calibration_batch()?.map(|batch| batch.images(dense)).transpose()?;
         let calibration = calibration.map(|images| dense.feed_forward_inputs(images));
-        let layers = vision(&mut self, dense, options.strategy, calibration)?;
-        let max_deviation = probe.map(|images| image_deviation(dense, &self, images)).transpose()?;
+        let layers = vision(&mut self, dense, &ExpertSource::Dense { strategy: options.strategy, calibration })?;
+        let max_deviation = probe.map(|images| image_deviation(dense, &self, images, None)).transpose()?;
         finish(self, dense, layers, max_deviation)
     }
 }
@@ -63,8 +57,8 @@ impl UpcycleFromDense<TextTower> for TextTower {
         let probe = options.probe.as_ref().map(|probe| probe.texts(dense)).transpose()?;
         let calibration = options.calibration_batch()?.map(|batch| batch.texts(dense)).transpose()?;
         let calibration = calibration.map(|tokens| dense.feed_forward_inputs(tokens));
-        let layers = text(&mut self, dense, options.strategy, calibration)?;
-        let max_deviation = probe.map(|tokens| text_deviation(dense, &self, tokens)).transpose()?;
+        let layers = text(&mut self, dense, &ExpertSource::Dense { strategy: options.strategy, calibration })?;
+        let max_deviation = probe.map(|tokens| text_deviation(dense, &self, tokens, None)).transpose()?;
         finish(self, dense, layers, max_deviation)
     }
 }
@@ -82,12 +76,24 @@ fn finish<M: Module>(
     Ok(Upcycled { model, report })
 }
 
+/// Copies a CLIP, and returns its layers that became sparse; their experts are from one source for each tower.
+pub(super) fn clip(
+    target: &mut Clip,
+    source: &Clip,
+    [image_experts, text_experts]: [&ExpertSource; 2],
+) -> Result<Vec<UpcycledLayer>, UpcycleError> {
+    let images = vision(&mut target.vision, &source.vision, image_experts).map_err(|error| error.within("vision"))?;
+    let texts = text(&mut target.text, &source.text, text_experts).map_err(|error| error.within("text"))?;
+    target.logit_scale = replace(target.logit_scale.clone(), source.logit_scale.val());
+    let images = images.into_iter().map(|layer| layer.within("vision"));
+    Ok(images.chain(texts.into_iter().map(|layer| layer.within("text"))).collect())
+}
+
 /// Copies a vision tower, and returns its layers that became sparse.
-fn vision(
+pub(super) fn vision(
     target: &mut VisionTower,
     source: &VisionTower,
-    strategy: UpcycleStrategy,
-    calibration: Option<FeedForwardInputs>,
+    experts: &ExpertSource,
 ) -> Result<Vec<UpcycledLayer>, UpcycleError> {
     let weights = (&source.patch_embedding.weight, &target.patch_embedding.weight);
     UpcycleError::shapes("patch_embedding", &weights.0.dims(), &weights.1.dims())?;
@@ -100,16 +106,11 @@ fn vision(
     target.projection = same_place(&source.projection, &target.projection);
     norm(&mut target.norm_pre, &source.norm_pre).map_err(|error| error.within("norm_pre"))?;
     norm(&mut target.norm_post, &source.norm_post).map_err(|error| error.within("norm_post"))?;
-    blocks(&mut target.encoder, &source.encoder, strategy, calibration)
+    blocks(&mut target.encoder, &source.encoder, experts)
 }
 
 /// Copies a text tower, and returns its layers that became sparse.
-fn text(
-    target: &mut TextTower,
-    source: &TextTower,
-    strategy: UpcycleStrategy,
-    calibration: Option<FeedForwardInputs>,
-) -> Result<Vec<UpcycledLayer>, UpcycleError> {
+pub(super) fn text(target: &mut TextTower, source: &TextTower, experts: &ExpertSource) -> Result<Vec<UpcycledLayer>, UpcycleError> {
     let weights = (&source.token_embedding.weight, &target.token_embedding.weight);
     UpcycleError::shapes("token_embedding", &weights.0.dims(), &weights.1.dims())?;
     UpcycleError::shapes("position_embedding", &source.position_embedding.dims(), &target.position_embedding.dims())?;
@@ -120,27 +121,48 @@ fn text(
     target.position_embedding = same_place(&source.position_embedding, &target.position_embedding);
     target.projection = same_place(&source.projection, &target.projection);
     norm(&mut target.norm_final, &source.norm_final).map_err(|error| error.within("norm_final"))?;
-    blocks(&mut target.encoder, &source.encoder, strategy, calibration)
+    blocks(&mut target.encoder, &source.encoder, experts)
 }
 
 fn blocks(
     target: &mut crate::transformer::Encoder,
     source: &crate::transformer::Encoder,
-    strategy: UpcycleStrategy,
-    calibration: Option<FeedForwardInputs>,
+    experts: &ExpertSource,
 ) -> Result<Vec<UpcycledLayer>, UpcycleError> {
-    let (upcycled, layers) = encoder(target.clone(), source, strategy, calibration).map_err(|error| error.within("encoder"))?;
+    let (upcycled, layers) = encoder(target.clone(), source, experts).map_err(|error| error.within("encoder"))?;
     *target = upcycled;
     Ok(layers.into_iter().map(|layer| layer.within("encoder")).collect())
 }
 
-fn image_deviation(dense: &VisionTower, sparse: &VisionTower, images: Tensor<4>) -> Result<f64, UpcycleError> {
+/// Largest difference of the normalised embeddings; `router` is one to use instead of the sparse tower's own.
+pub(super) fn image_deviation(
+    dense: &VisionTower,
+    sparse: &VisionTower,
+    images: Tensor<4>,
+    router: Option<&mut dyn BlockRouter>,
+) -> Result<f64, UpcycleError> {
     let images = images.cast(dense.class_embedding.val().dtype());
-    let run = |tower: &VisionTower| normalize(tower.clone().freeze().forward(images.clone()).embedding.detach());
-    deviation("image embeddings on the probe batch", run(dense), run(sparse))
+    let expected = dense.clone().freeze().forward(images.clone()).embedding;
+    let sparse = sparse.clone().freeze();
+    let found = match router {
+        None => sparse.forward(images),
+        Some(router) => sparse.forward_with(images, router),
+    };
+    deviation("image embeddings on the probe batch", normalize(expected.detach()), normalize(found.embedding.detach()))
 }
 
-fn text_deviation(dense: &TextTower, sparse: &TextTower, tokens: Tensor<2, Int>) -> Result<f64, UpcycleError> {
-    let run = |tower: &TextTower| normalize(tower.clone().freeze().forward(tokens.clone()).embedding.detach());
-    deviation("text embeddings on the probe batch", run(dense), run(sparse))
+/// The same of texts.
+pub(super) fn text_deviation(
+    dense: &TextTower,
+    sparse: &TextTower,
+    tokens: Tensor<2, Int>,
+    router: Option<&mut dyn BlockRouter>,
+) -> Result<f64, UpcycleError> {
+    let expected = dense.clone().freeze().forward(tokens.clone()).embedding;
+    let sparse = sparse.clone().freeze();
+    let found = match router {
+        None => sparse.forward(tokens),
+        Some(router) => sparse.forward_with(tokens, router),
+    };
+    deviation("text embeddings on the probe batch", normalize(expected.detach()), normalize(found.embedding.detach()))
 }

@@ -51,6 +51,12 @@ pub(super) fn experts_of_clusters(
     Ok(ClusterExperts { w_in, w_out, router: centroids.transpose() })
 }
 
+/// The unit centroids of the directions of `inputs` `[N, D]` in so many clusters, `[clusters, D]`; of one cluster, the mean direction.
+pub(super) fn centroids(inputs: Tensor<2>, clusters: usize) -> Result<Tensor<2>, UpcycleError> {
+    crate::support::finite::check_finite("the tokens of the probe", &inputs)?;
+    Ok(best_of_several(unit_rows(inputs), clusters).1)
+}
+
 /// k-means may end with two centroids in one cluster: of several attempts, the one whose rows are nearest to their centroids.
 fn best_of_several(x: Tensor<2>, clusters: usize) -> (Vec<usize>, Tensor<2>) {
     let nearness = |centroids: &Tensor<2>| {

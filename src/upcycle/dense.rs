@@ -51,6 +51,14 @@ impl DenseWeights {
         }
     }
 
+    /// How many numbers they are.
+    pub(super) fn num_params(&self) -> usize {
+        let [d_model, d_ff] = self.w_in.dims();
+        let matrices = if self.w_gate.is_some() { 3 } else { 2 };
+        let biases = [&self.b_in, &self.b_gate, &self.b_out];
+        matrices * d_model * d_ff + biases.iter().filter_map(|bias| bias.as_ref().map(|bias| bias.dims()[0])).sum::<usize>()
+    }
+
     /// The same weights on `device`, outside of any graph.
     pub(super) fn moved(&self, device: &Device) -> Self {
         fn moved<const D: usize>(tensor: &Tensor<D>, device: &Device) -> Tensor<D> {

@@ -52,6 +52,22 @@ pub enum UpcycleError {
         /// Why it cannot be used.
         reason: String,
     },
+    /// One of several dense models does not fit.
+    #[error("dense model {model}: {error}")]
+    Model {
+        /// Which model, counted from 0.
+        model: usize,
+        /// What does not fit.
+        error: Box<UpcycleError>,
+    },
+    /// Several dense models that cannot become the experts of this module.
+    #[error("{at}these dense models cannot be combined: {reason}")]
+    Models {
+        /// Path of the module.
+        at: String,
+        /// Why.
+        reason: String,
+    },
     /// An optimiser's state that cannot be taken over.
     #[error("the optimiser's state{} cannot be taken over: {reason}", of(parameter))]
     OptimizerState {
@@ -134,12 +150,14 @@ impl UpcycleError {
             | Self::Activation { at, .. }
             | Self::Bias { at, .. }
             | Self::Setting { at, .. }
+            | Self::Models { at, .. }
             | Self::NotDense { at } => {
                 let inner = if at.is_empty() { ": ".to_string() } else { format!(".{at}") };
                 *at = format!("{name}{inner}");
             }
             Self::NonFinite(error) => error.tensor = format!("{name}.{}", error.tensor),
             Self::NotSparse
+            | Self::Model { .. }
             | Self::Probe { .. }
             | Self::ProbeShape { .. }
             | Self::Strategy { .. }
@@ -147,6 +165,18 @@ impl UpcycleError {
             | Self::Reduction { .. } => {}
         }
         self
+    }
+
+    /// The same error, which also names one of several dense models, unless it is about all of them.
+    pub(super) fn of_model(self, model: usize) -> Self {
+        match self {
+            Self::Models { .. } => self,
+            error => Self::Model { model, error: Box::new(error) },
+        }
+    }
+
+    pub(super) fn models(reason: impl Into<String>) -> Self {
+        Self::Models { at: String::new(), reason: reason.into() }
     }
 
     pub(super) fn shapes(what: &'static str, dense: &[usize], sparse: &[usize]) -> Result<(), Self> {

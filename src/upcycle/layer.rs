@@ -1,13 +1,13 @@
 //! One feed-forward layer.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Bool, Tensor};
+use burn::tensor::{Bool, DType, Tensor};
 
 use super::{
     DenseFeedForward, DenseWeights, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy, Upcycled,
     UpcycledLayer,
     report::deviation,
-    strategy::{make, repeat_columns},
+    strategy::{Stacked, make, repeat_columns},
     valid_rows,
 };
 use crate::{
@@ -61,12 +61,7 @@ fn upcycle_layer<M: Module>(
         None => None,
         Some((tokens, valid)) => Some(compare(&weights, tokens, valid, |input| run(&model, input))?),
     };
-    let [d_model, d_ff] = weights.w_in.dims();
-    let matrices = if weights.w_gate.is_some() { 3 } else { 2 };
-    let biases =
-        [&weights.b_in, &weights.b_gate, &weights.b_out].iter().filter_map(|b| b.as_ref().map(|b| b.dims()[0])).sum::<usize>();
-    let params_dense = matrices * d_model * d_ff + biases;
-    let report = UpcycleReport::with_counts(params_dense, model.num_params(), vec![layer], max_deviation);
+    let report = UpcycleReport::with_counts(weights.num_params(), model.num_params(), vec![layer], max_deviation);
     Ok(Upcycled { model, report })
 }
 
@@ -77,10 +72,8 @@ pub(super) fn copy(
     strategy: UpcycleStrategy,
     calibration: Option<Tensor<2>>,
 ) -> Result<(MoeFeedForward, UpcycledLayer), UpcycleError> {
+    refuse_shared_expert(&moe)?;
     let [num_experts, _, _] = moe.experts.dims();
-    if moe.shared_expert.is_some() {
-        return Err(UpcycleError::Setting { at: String::new(), what: "shared_expert", dense: "none".into(), sparse: "one".into() });
-    }
     let active_experts = moe.assignment.active_experts(num_experts);
     let router = fill(&mut moe.experts, active_experts, weights, strategy, calibration)?;
     if let UpcycleStrategy::Granular { shards } = strategy {
@@ -91,6 +84,20 @@ pub(super) fn copy(
     }
     let layer = layer_of(&moe.experts, active_experts);
     Ok((moe, layer))
+}
+
+/// Refuses weights that the layer's experts cannot be copies of.
+pub(super) fn check_copies(moe: &MoeFeedForward, weights: &DenseWeights) -> Result<(), UpcycleError> {
+    refuse_shared_expert(moe)?;
+    let [num_experts, _, _] = moe.experts.dims();
+    check(&moe.experts, moe.assignment.active_experts(num_experts), weights, UpcycleStrategy::Copy, None)
+}
+
+fn refuse_shared_expert(moe: &MoeFeedForward) -> Result<(), UpcycleError> {
+    if moe.shared_expert.is_some() {
+        return Err(UpcycleError::Setting { at: String::new(), what: "shared_expert", dense: "none".into(), sparse: "one".into() });
+    }
+    Ok(())
 }
 
 /// The soft layer with experts made from `weights`.
@@ -109,7 +116,7 @@ pub(super) fn copy_soft(
     Ok((soft, layer))
 }
 
-fn layer_of(experts: &ExpertMlp, active_experts: usize) -> UpcycledLayer {
+pub(super) fn layer_of(experts: &ExpertMlp, active_experts: usize) -> UpcycledLayer {
     let [num_experts, _, _] = experts.dims();
     let params_per_expert = experts.num_params() / num_experts;
     UpcycledLayer { path: String::new(), num_experts, active_experts, params_per_expert }
@@ -128,19 +135,18 @@ fn fill(
     let device = experts.w_in.val().device().inner();
     let calibration = calibration.map(|tokens| Tensor::from_data(tokens.into_data(), &device));
     let made = make(experts, &weights.moved(&device), strategy, calibration)?;
-    // Made in the device's own number type, kept in that of the dense network.
-    let dtype = weights.w_in.dtype();
-    experts.w_in = replace(experts.w_in.clone(), made.stacked.w_in.cast(dtype));
-    experts.w_out = replace(experts.w_out.clone(), made.stacked.w_out.cast(dtype));
-    experts.w_gate = experts.w_gate.take().zip(made.stacked.w_gate).map(|(param, made)| replace(param, made.cast(dtype)));
-    for (bias, made) in [
-        (&mut experts.b_in, made.stacked.b_in),
-        (&mut experts.b_gate, made.stacked.b_gate),
-        (&mut experts.b_out, made.stacked.b_out),
-    ] {
+    put(experts, made.stacked, weights.w_in.dtype());
+    Ok(made.router)
+}
+
+/// Gives the experts their weights: made in the device's own number type, kept in that of the dense network.
+pub(super) fn put(experts: &mut ExpertMlp, made: Stacked, dtype: DType) {
+    experts.w_in = replace(experts.w_in.clone(), made.w_in.cast(dtype));
+    experts.w_out = replace(experts.w_out.clone(), made.w_out.cast(dtype));
+    experts.w_gate = experts.w_gate.take().zip(made.w_gate).map(|(param, made)| replace(param, made.cast(dtype)));
+    for (bias, made) in [(&mut experts.b_in, made.b_in), (&mut experts.b_gate, made.b_gate), (&mut experts.b_out, made.b_out)] {
         *bias = bias.take().zip(made).map(|(param, made)| replace(param, made.cast(dtype)));
     }
-    Ok(made.router)
 }
 
 /// Refuses what does not fit.
@@ -217,7 +223,8 @@ pub(super) fn replace<const D: usize>(param: Param<Tensor<D>>, value: Tensor<D>)
     replaced_in(param, value.into_data(), (&device, dtype))
 }
 
-fn compare(
+/// Largest difference of what `run` makes of the tokens from what the dense network does, over valid ones.
+pub(super) fn compare(
     dense: &DenseWeights,
     tokens: Tensor<3>,
     valid: Option<Tensor<2, Bool>>,

@@ -1,4 +1,4 @@
-//! Turning a trained dense model into a sparse one that computes the same, and back.
+//! Turning a trained dense model into a sparse one that computes the same, and back; or several dense models into one sparse model.
 //!
 //! Sparse Upcycling ([arXiv 2212.05055](https://arxiv.org/abs/2212.05055)), and CLIP-UP
 //! ([arXiv 2502.00965](https://arxiv.org/abs/2502.00965)) for the recipe on CLIP.
@@ -9,19 +9,22 @@ mod cluster;
 mod dense;
 mod error;
 mod layer;
+mod many;
 #[cfg(feature = "train")]
 mod moments;
 mod reduce;
 mod report;
+mod source;
 mod strategy;
 mod transformer;
 
 pub use dense::{DenseFeedForward, DenseWeights};
 pub use error::UpcycleError;
+pub use many::{Rest, RouterStart, UpcycleFromMany, UpcycleManyOptions};
 #[cfg(feature = "train")]
 pub use moments::{HasBlocks, upcycle_optimizer};
 pub use reduce::{Reduced, Reduction, ReductionReport, expert_similarity};
-pub use report::{UpcycleReport, UpcycledLayer};
+pub use report::{UpcycleReport, UpcycledLayer, UpcycledModel};
 
 use burn::tensor::{Bool, Int, Tensor, TensorData};
 use serde::{Deserialize, Serialize};

@@ -12,14 +12,18 @@ use super::UpcycleError;
 pub struct UpcycleReport {
     /// The layers that became sparse.
     pub layers: Vec<UpcycledLayer>,
-    /// Parameters of the dense module.
+    /// Parameters of the dense module; of several, those of one.
     pub params_dense: usize,
     /// Parameters of the sparse module.
     pub params_total: usize,
     /// Parameters of the sparse module that one token passes through: of the experts, `K` out of `E`.
     pub params_active: usize,
-    /// Largest absolute difference of the outputs on the probe batch, over valid tokens; `None` without a probe.
+    /// Largest absolute difference of the outputs on the probe batch, over valid tokens; `None` without a probe, and for several dense
+    /// models, which have their own deviations.
     pub max_deviation: Option<f64>,
+    /// The dense models, where there were several; see [`UpcycleFromMany`](super::UpcycleFromMany).
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub models: Vec<UpcycledModel>,
 }
 
 /// One layer that became sparse.
@@ -33,6 +37,24 @@ pub struct UpcycledLayer {
     pub active_experts: usize,
     /// Parameters of one expert.
     pub params_per_expert: usize,
+}
+
+/// One of several dense models that became experts, and what the sparse module makes of its probe. Deviations are largest absolute differences
+/// over valid tokens; for a CLIP and its towers, of normalised embeddings.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+pub struct UpcycledModel {
+    /// For each sparse layer, the deviation of the model's experts from its own feed-forward network, both on what that network reads: 0 up to
+    /// rounding. Empty without probes.
+    pub layer_deviations: Vec<f64>,
+    /// Deviation of the sparse module's output from the model's if every token passes experts of this model only: 0 up to rounding if the rest is
+    /// this model's, too. `None` without probes.
+    pub own_experts_deviation: Option<f64>,
+    /// Deviation of the sparse module's output, as its routers decide, from the model's: 0 up to rounding only if all models are the same.
+    /// `None` without probes.
+    pub max_deviation: Option<f64>,
+    /// For each sparse layer, the share of the tokens that the model's own network reads for which one of its experts has the highest score:
+    /// about `1 / n` of `n` models if the router does not tell their data apart. Empty without probes.
+    pub first_choices: Vec<f64>,
 }
 
 impl UpcycledLayer {
@@ -54,7 +76,7 @@ impl UpcycleReport {
         max_deviation: Option<f64>,
     ) -> Self {
         let idle: usize = layers.iter().map(|l| (l.num_experts - l.active_experts) * l.params_per_expert).sum();
-        Self { layers, params_dense, params_total, params_active: params_total - idle, max_deviation }
+        Self { layers, params_dense, params_total, params_active: params_total - idle, max_deviation, models: Vec::new() }
     }
 }
 
@@ -73,6 +95,21 @@ impl fmt::Display for UpcycleReport {
         write!(f, "parameters: {dense} dense, {total} sparse, of which {active} active")?;
         if let Some(deviation) = self.max_deviation {
             write!(f, "\nlargest deviation from the dense outputs on the probe batch: {deviation:.1e}")?;
+        }
+        for (index, model) in self.models.iter().enumerate() {
+            if let (Some(own), Some(routed)) = (model.own_experts_deviation, model.max_deviation) {
+                let layers = model.layer_deviations.iter().copied().fold(0.0, f64::max);
+                let first = 100.0 * model.first_choices.iter().sum::<f64>() / model.first_choices.len().max(1) as f64;
+                write!(
+                    f,
+                    "\ndense model {index} on its probe batch: its experts deviate from its networks by {layers:.1e}, outputs "
+                )?;
+                write!(
+                    f,
+                    "through them alone from its own by {own:.1e}, outputs as routed by {routed:.1e}; its experts are the first "
+                )?;
+                write!(f, "choice of {first:.0} % of its tokens")?;
+            }
         }
         Ok(())
     }

@@ -25,6 +25,27 @@ pub(super) struct Stacked {
     pub b_out: Option<Tensor<2>>,
 }
 
+impl Stacked {
+    /// All experts of several stacks, one stack after the other.
+    pub(super) fn cat(stacks: Vec<Self>) -> Self {
+        fn cat<const D: usize>(stacks: &[Stacked], of: impl Fn(&Stacked) -> &Tensor<D>) -> Tensor<D> {
+            Tensor::cat(stacks.iter().map(|stack| of(stack).clone()).collect(), 0)
+        }
+        fn cat_some<const D: usize>(stacks: &[Stacked], of: impl Fn(&Stacked) -> &Option<Tensor<D>>) -> Option<Tensor<D>> {
+            let parts: Option<Vec<Tensor<D>>> = stacks.iter().map(|stack| of(stack).clone()).collect();
+            parts.map(|parts| Tensor::cat(parts, 0))
+        }
+        Self {
+            w_in: cat(&stacks, |stack| &stack.w_in),
+            b_in: cat_some(&stacks, |stack| &stack.b_in),
+            w_gate: cat_some(&stacks, |stack| &stack.w_gate),
+            b_gate: cat_some(&stacks, |stack| &stack.b_gate),
+            w_out: cat(&stacks, |stack| &stack.w_out),
+            b_out: cat_some(&stacks, |stack| &stack.b_out),
+        }
+    }
+}
+
 /// Experts of the sizes of `experts`, made from `weights`, which fit them and live on their device, outside of any graph.
 /// `calibration` `[T, D]` is there if the strategy needs it.
 pub(super) fn make(
@@ -41,7 +62,7 @@ pub(super) fn make(
     Ok(Made { stacked: make_stacked(experts, weights, strategy), router: None })
 }
 
-fn copies(weights: &DenseWeights, num_experts: usize) -> Stacked {
+pub(super) fn copies(weights: &DenseWeights, num_experts: usize) -> Stacked {
     Stacked {
         w_in: stack(&weights.w_in, num_experts),
         b_in: weights.b_in.as_ref().map(|bias| stack(bias, num_experts)),

@@ -5,11 +5,8 @@ use burn::nn::{LayerNorm, attention::MultiHeadAttention};
 use burn::tensor::{Bool, Tensor};
 
 use super::{
-    DenseFeedForward, Probe, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy, Upcycled,
-    UpcycledLayer,
-    layer::{copy, copy_soft},
-    report::deviation,
-    valid_rows,
+    Probe, ProbeTokens, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, Upcycled, UpcycledLayer, report::deviation,
+    source::ExpertSource,
 };
 use crate::transformer::{Encoder, FeedForward, FeedForwardInputs, TokenMarks, TransformerBlock};
 
@@ -21,8 +18,8 @@ impl UpcycleFromDense<TransformerBlock> for TransformerBlock {
             .calibration_batch()?
             .map(|batch| batch.tokens(d_model))
             .transpose()?
-            .map(|(tokens, valid)| valid_rows(&dense.feed_forward_input(tokens, &marks(&valid)), valid.as_ref()));
-        let (model, layer) = block(self, dense, options.strategy, calibration)?;
+            .map(|(tokens, valid)| FeedForwardInputs { tokens: vec![dense.feed_forward_input(tokens, &marks(&valid))], valid });
+        let (model, layer) = block(self, dense, 0, &ExpertSource::Dense { strategy: options.strategy, calibration })?;
         let layers: Vec<UpcycledLayer> = layer.into_iter().collect();
         if layers.is_empty() {
             return Err(UpcycleError::NotSparse);
@@ -41,14 +38,10 @@ impl UpcycleFromDense<TransformerBlock> for TransformerBlock {
 
 impl UpcycleFromDense<Encoder> for Encoder {
     fn upcycle_from_dense(self, dense: &Encoder, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
-        let d_model = |probe: &Probe| match dense.blocks.first() {
-            Some(block) => probe.tokens(block.norm_attention.gamma.dims()[0]),
-            None => Err(UpcycleError::NotSparse),
-        };
-        let probe = options.probe.as_ref().map(d_model).transpose()?;
-        let calibration = options.calibration_batch()?.map(d_model).transpose()?;
+        let probe = options.probe.as_ref().map(|probe| tokens_of(probe, dense)).transpose()?;
+        let calibration = options.calibration_batch()?.map(|batch| tokens_of(batch, dense)).transpose()?;
         let calibration = calibration.map(|(tokens, valid)| dense.feed_forward_inputs(tokens, marks(&valid), false));
-        let (model, layers) = encoder(self, dense, options.strategy, calibration)?;
+        let (model, layers) = encoder(self, dense, &ExpertSource::Dense { strategy: options.strategy, calibration })?;
         if layers.is_empty() {
             return Err(UpcycleError::NotSparse);
         }
@@ -64,8 +57,14 @@ impl UpcycleFromDense<Encoder> for Encoder {
     }
 }
 
+/// The batch of an encoder like `dense`.
+pub(super) fn tokens_of(probe: &Probe, dense: &Encoder) -> Result<ProbeTokens, UpcycleError> {
+    let block = dense.blocks.first().ok_or(UpcycleError::NotSparse)?;
+    probe.tokens(block.norm_attention.gamma.dims()[0])
+}
+
 /// Padding rests on different ground in the two (a sparse block leaves it alone), so only valid tokens are compared.
-fn compare(dense: Tensor<3>, sparse: Tensor<3>, valid: Option<Tensor<2, Bool>>) -> Result<f64, UpcycleError> {
+pub(super) fn compare(dense: Tensor<3>, sparse: Tensor<3>, valid: Option<Tensor<2, Bool>>) -> Result<f64, UpcycleError> {
     let only_valid = |x: Tensor<3>| match &valid {
         None => x.detach(),
         Some(valid) => x.detach().mask_fill(valid.clone().bool_not().unsqueeze_dim::<3>(2), 0.0),
@@ -76,17 +75,14 @@ fn compare(dense: Tensor<3>, sparse: Tensor<3>, valid: Option<Tensor<2, Bool>>) 
 pub(super) fn encoder(
     mut sparse: Encoder,
     dense: &Encoder,
-    strategy: UpcycleStrategy,
-    calibration: Option<FeedForwardInputs>,
+    experts: &ExpertSource,
 ) -> Result<(Encoder, Vec<UpcycledLayer>), UpcycleError> {
     UpcycleError::shapes("blocks", &[dense.blocks.len()], &[sparse.blocks.len()])?;
     let mut layers = Vec::new();
     let blocks = std::mem::take(&mut sparse.blocks);
     for (index, (target, source)) in blocks.into_iter().zip(&dense.blocks).enumerate() {
         let name = format!("blocks.{index}");
-        let tokens = calibration.as_ref().filter(|_| target.feed_forward.is_sparse());
-        let tokens = tokens.map(|inputs| valid_rows(&inputs.tokens[index], inputs.valid.as_ref()));
-        let (block, layer) = block(target, source, strategy, tokens).map_err(|error| error.within(&name))?;
+        let (block, layer) = block(target, source, index, experts).map_err(|error| error.within(&name))?;
         layers.extend(layer.map(|layer| layer.within(&name)));
         sparse.blocks.push(block);
     }
@@ -96,8 +92,8 @@ pub(super) fn encoder(
 fn block(
     mut sparse: TransformerBlock,
     dense: &TransformerBlock,
-    strategy: UpcycleStrategy,
-    calibration: Option<Tensor<2>>,
+    index: usize,
+    experts: &ExpertSource,
 ) -> Result<(TransformerBlock, Option<UpcycledLayer>), UpcycleError> {
     attention(&mut sparse.attention, &dense.attention).map_err(|error| error.within("attention"))?;
     norm(&mut sparse.norm_attention, &dense.norm_attention).map_err(|error| error.within("norm_attention"))?;
@@ -115,18 +111,18 @@ fn block(
             (FeedForward::Dense(same_place(mlp, &target)), None)
         }
         FeedForward::Moe(target) => {
-            let (moe, layer) = copy(target, &mlp.dense_weights()?, strategy, calibration).map_err(within)?;
+            let (moe, layer) = experts.moe(index, target, mlp).map_err(within)?;
             (FeedForward::Moe(moe), Some(layer.within("feed_forward")))
         }
         FeedForward::SoftMoe(target) => {
-            let (soft, layer) = copy_soft(target, &mlp.dense_weights()?, strategy).map_err(within)?;
+            let (soft, layer) = experts.soft(target, mlp).map_err(within)?;
             (FeedForward::SoftMoe(soft), Some(layer.within("feed_forward")))
         }
     };
     Ok((sparse, layer))
 }
 
-fn marks(valid: &Option<Tensor<2, Bool>>) -> TokenMarks {
+pub(super) fn marks(valid: &Option<Tensor<2, Bool>>) -> TokenMarks {
     TokenMarks { valid: valid.clone(), protected: None }
 }
 

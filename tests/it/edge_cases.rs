@@ -15,7 +15,7 @@ use burn_moe::{
     routing::{AssignmentInput, DispatchPlan, Dispatcher, Phase, TokenMask},
     stats::RoutingStats,
     transformer::{EncoderConfig, MlpConfig},
-    upcycle::Probe,
+    upcycle::{Probe, Rest, RouterStart, UpcycleFromMany, UpcycleManyOptions},
 };
 
 use super::support::{numbers, values};
@@ -213,6 +213,28 @@ fn a_clip_in_half_precision_is_upcycled_and_compared() {
     let sparse = config.sparse(SparseClipConfig::clip_up()).init(&device);
     let upcycled = sparse.upcycle_from_dense(&dense, &options).unwrap();
     assert!(upcycled.report.max_deviation.unwrap() < 0.05, "{}", upcycled.report);
+}
+
+#[test]
+fn clips_in_half_precision_are_upcycled_together() {
+    let device = Device::default();
+    let encoder = || EncoderConfig::new(16, 2, 2, 32);
+    let config = ClipConfig::new(VisionConfig::new(encoder(), 8, 4), TextConfig::new(encoder()).with_context_length(12), 16);
+    let models = [cast(config.init(&device), FloatDType::F16), cast(config.init(&device), FloatDType::F16)];
+    let probe = || {
+        let images = Tensor::<4>::random([2, 3, 8, 8], Distribution::Normal(0.0, 1.0), &device);
+        Probe::ImagesAndTexts { images, tokens: ClipTokenizer::new().tokenize(&["a word", "two"], 12).tensor(&device) }
+    };
+    let options = UpcycleManyOptions::default()
+        .with_rest(Rest::Average)
+        .with_router(RouterStart::Centroids)
+        .with_probes(vec![probe(), probe()]);
+    let sparse = config.sparse(SparseClipConfig::clip_up()).init(&device);
+    let upcycled = sparse.upcycle_from_many(&models.each_ref(), &options).unwrap();
+    for model in &upcycled.report.models {
+        assert!(model.layer_deviations.iter().all(|deviation| *deviation < 0.05), "{}", upcycled.report);
+    }
+    assert_eq!(upcycled.model.vision.class_embedding.val().dtype(), DType::F16);
 }
 
 #[test]

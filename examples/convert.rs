@@ -10,7 +10,7 @@ mod support;
 use std::{error::Error, path::PathBuf, process::ExitCode};
 
 use burn::tensor::Device;
-use burn_moe::clip::checkpoint::ClipCheckpoint;
+use burn_moe::clip::checkpoint::{ClipCheckpoint, LoadOptions};
 use clap::{Parser, ValueEnum};
 use support::Stored;
 

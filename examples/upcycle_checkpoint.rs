@@ -21,7 +21,7 @@ use burn_moe::{
     Capacity, FillOrder, GateNormalization, RouterOptions, RouterScore, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{
         SparseClipConfig, TextConfig, TextTower, VisionConfig,
-        checkpoint::{ClipCheckpoint, TextCheckpoint, Towers, VisionCheckpoint, towers_in},
+        checkpoint::{ClipCheckpoint, LoadOptions, TextCheckpoint, Towers, VisionCheckpoint, towers_in},
         preprocess::{ImagePreprocessor, Orientation},
         tokenizer::ClipTokenizer,
     },
@@ -317,7 +317,7 @@ fn run() -> Result<(), Box<dyn Error>> {
 }
 
 fn clip(args: &Args, device: &Device, clock: &mut Clock) -> Result<UpcycleReport, Box<dyn Error>> {
-    let load = |folder: &PathBuf| ClipCheckpoint::load_with_image_size(folder, args.image_size, device);
+    let load = |folder: &PathBuf| ClipCheckpoint::load_with(folder, &LoadOptions::new().with_image_size(args.image_size), device);
     let checkpoints = args.dense.iter().map(load).collect::<Result<Vec<_>, _>>()?;
     let dense = &checkpoints[0];
     clock.lap("load");

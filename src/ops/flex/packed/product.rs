@@ -136,19 +136,10 @@ impl Part<'_> {
                 let tiles = bytes.tiles.chunks((TILE_ROWS * len).max(1)).zip(bytes.scales.chunks(TILE_ROWS));
                 for ((tile, rows), out) in tiles.zip(out.chunks_mut(TILE_ROWS)) {
                     let height = out.len();
-                    let mut sums = [[0; PANEL]; TILE_ROWS];
                     dot.multiply(tile, height, lines, &mut sums[..height]);
-                    Arch::new().dispatch(Finish {
-                        sums: &sums[..height],
-                        rows,
-                        of_columns,
-                        epilogue,
-                        maps,
-                        piece,
-                        panel,
-                        out,
-                        place,
-                    });
+                    let (sums, values) = (&sums[..height], &mut values);
+                    Arch::new().dispatch(Finish { sums, rows, of_columns, values, epilogue, maps, expert: piece.expert, panel });
+                    write(values, out, place);
                 }
             }
         }

@@ -1,10 +1,15 @@
-//! The layer's peak memory: what it needs and no more. A `[T, E, C]` tensor alone would take four times the larger bound here.
+//! Peak memory: what a layer needs and no more (a `[T, E, C]` tensor alone would take four times the larger bound here), and what gradient
+//! checkpointing saves.
 //!
 //! A binary of its own, because the allocator counts for the whole process.
 
-use burn::module::Module;
-use burn::tensor::{Device, Distribution, Tensor};
-use burn_moe::{Capacity, MoeFeedForward, MoeFeedForwardConfig, TokenChoiceConfig};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::nn::transformer::PositionWiseFeedForwardConfig;
+use burn::tensor::{Device, Distribution, Gradients, Tensor};
+use burn_moe::transformer::MlpConfig;
+use burn_moe::{Capacity, ExpertOptions, MoeFeedForward, MoeFeedForwardConfig, TokenChoiceConfig, kernels::release_idle_memory};
 use peak_alloc::PeakAlloc;
 
 #[global_allocator]
@@ -16,8 +21,16 @@ const D_FF: usize = 256;
 const EXPERTS: usize = 8;
 const TOP_K: usize = 2;
 
+/// One test at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Bytes above the present level that `body` needed at its worst.
 fn peak_of<R>(body: impl FnOnce() -> R) -> (f64, R) {
+    // Otherwise memory that the kernels have from before would not count.
+    release_idle_memory();
     let before = MEMORY.current_usage();
     MEMORY.reset_peak_usage();
     let result = body();
@@ -30,6 +43,7 @@ fn bytes(values: usize) -> f64 {
 
 #[test]
 fn peak_memory_is_the_rows_their_hidden_activations_and_the_plan() {
+    let _turn = alone();
     let device = Device::default().autodiff();
     let capacity = Capacity::Dropless;
     let assignment = TokenChoiceConfig::new().with_training_capacity(capacity).with_inference_capacity(capacity);
@@ -53,10 +67,83 @@ fn peak_memory_is_the_rows_their_hidden_activations_and_the_plan() {
     assert!(inference < bound, "forward took {inference}, more than {bound}");
 
     let (training, _) = peak_of(|| backward(x.clone()));
-    // Kept: rows in and out, hidden before and after the activation. On top of them a hidden gradient, and each parameter's gradient.
-    let bound = 2.0 * row + 3.0 * hidden + token + bytes(parameters) + routing;
+    // Kept: rows in and out, hidden before and after the activation, and what the router read. On top of them a hidden gradient, each parameter's
+    // gradient, the output, and the gradients of the tokens by router and experts.
+    let bound = 2.0 * row + 3.0 * hidden + 4.0 * token + bytes(parameters) + routing;
     println!("forward and backward: {:.1} MB, bound {:.1} MB", training / 1e6, bound / 1e6);
     assert!(training < bound, "forward and backward took {training}, more than {bound}");
+}
+
+/// A module on another device, with trainable parameters of the same numbers.
+struct On<'a>(&'a Device);
+
+impl ModuleMapper for On<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|value| Tensor::from_data(value.into_data(), self.0).require_grad())
+    }
+}
+
+fn bits<const D: usize>(tensor: Tensor<D>) -> Vec<u32> {
+    tensor.try_into_vec_as::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+}
+
+/// The gradients of all parameters.
+struct GradientBits<'a>(&'a Gradients, Vec<Vec<u32>>);
+
+impl ModuleVisitor for GradientBits<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.1.push(bits(param.val().grad(self.0).expect("a gradient for every parameter")));
+    }
+}
+
+/// Layers, each of which adds to its input, forward and backward with and without gradient checkpointing: all numbers are the same to the bit, and
+/// the peak memory is at most `share` of what it is without.
+fn checkpointing_saves<M: Module>(
+    name: &str,
+    share: f64,
+    layer: impl Fn(&Device) -> M,
+    forward: impl Fn(&M, Tensor<2>) -> Tensor<2>,
+) {
+    const LAYERS: usize = 8;
+    const TOKENS: usize = 2048;
+    let plain = Device::default();
+    let layers: Vec<M> = (0..LAYERS).map(|_| layer(&plain)).collect();
+    let x = Tensor::<2>::random([TOKENS, D_MODEL], Distribution::Normal(0.0, 1.0), &plain).into_data();
+    let run = |device: Device| {
+        let layers = layers.clone().map(&mut On(&device));
+        let x = Tensor::<2>::from_data(x.clone(), &device).require_grad();
+        let step = || {
+            let output = layers.iter().fold(x.clone(), |x, layer| x.clone() + forward(layer, x));
+            (output.clone().detach(), output.square().sum().backward())
+        };
+        // Thread pools are not the layers'.
+        drop(step());
+        let (peak, (output, gradients)) = peak_of(step);
+        let mut of_parameters = GradientBits(&gradients, Vec::new());
+        layers.visit(&mut of_parameters);
+        (peak, (bits(output), bits(x.grad(&gradients).unwrap()), of_parameters.1))
+    };
+    let device = Device::default().autodiff();
+    let (with, numbers_with) = run(device.clone().gradient_checkpointing());
+    let (without, numbers_without) = run(device);
+    println!("{name}: {:.1} MB, with checkpointing {:.1} MB, {:.2}", without / 1e6, with / 1e6, with / without);
+    assert!(numbers_with == numbers_without, "{name}: other numbers with checkpointing");
+    assert!(with < share * without, "{name}: {with} bytes with checkpointing, {without} without");
+}
+
+#[test]
+fn gradient_checkpointing_saves_memory_and_changes_no_bit() {
+    let _turn = alone();
+    let burns = PositionWiseFeedForwardConfig::new(D_MODEL, D_FF).with_dropout(0.0);
+    checkpointing_saves("burn's own", 0.7, |device| burns.init(device), |layer, x| layer.forward(x));
+    let mlp = MlpConfig::new(D_MODEL, D_FF);
+    checkpointing_saves("dense", 0.7, |device| mlp.init(device), |layer, x| layer.forward(x));
+    for (name, experts) in [("experts", ExpertOptions::new()), ("gated experts", ExpertOptions::swiglu())] {
+        let capacity = Capacity::Dropless;
+        let assignment = TokenChoiceConfig::new().with_training_capacity(capacity).with_inference_capacity(capacity);
+        let moe = MoeFeedForwardConfig::new(D_MODEL, D_FF, EXPERTS).with_assignment(assignment.into()).with_experts(experts);
+        checkpointing_saves(name, 0.7, |device| moe.init(device), |layer, x| layer.forward(x).output);
+    }
 }
 
 /// Evaluation at the size of a large data set: a matrix of all similarities would take 40 GB. By itself, as it takes minutes:
@@ -66,6 +153,7 @@ fn peak_memory_is_the_rows_their_hidden_activations_and_the_plan() {
 #[ignore = "takes minutes"]
 fn retrieval_among_100_000_images_stays_in_memory() {
     const COUNT: usize = 100_000;
+    let _turn = alone();
     let device = Device::default();
     let random = || Tensor::<2>::random([COUNT, 512], Distribution::Normal(0.0, 1.0), &device);
     let images = random();

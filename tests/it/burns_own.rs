@@ -1,14 +1,14 @@
-//! burn's own tools on our modules: quantization of weights, and LoRA.
+//! burn's own tools on our modules: quantization of weights, LoRA, and gradient checkpointing.
 
-use burn::module::{Lora, Module, ModuleMapper, Param, ParamGroup, Quantizer};
+use burn::module::{Lora, Module, ModuleMapper, ModuleVisitor, Param, ParamGroup, Quantizer};
 use burn::tensor::{
-    Device, Int, Tensor,
+    Device, Gradients, Int, Tensor,
     quantization::{Calibration, QuantScheme},
 };
 use burn_moe::{
-    AssignmentConfig, ExpertLora, ExpertOptions, LoraOptions, MoeFeedForward, MoeFeedForwardConfig, RouterOptions,
-    SoftMoeFeedForwardConfig, TokenChoiceConfig,
-    clip::{ClipConfig, SparseClipConfig, TextConfig, VisionConfig},
+    AssignmentConfig, AuxiliaryLossConfig, ExpertChoiceConfig, ExpertLora, ExpertOptions, LoraOptions, MoeFeedForward,
+    MoeFeedForwardConfig, RouterOptions, SoftMoeFeedForwardConfig, TokenChoiceConfig,
+    clip::{Clip, ClipConfig, SparseClipConfig, TextConfig, VisionConfig, contrastive_loss},
     kernels::{Kernels, with_kernels},
     transformer::{EncoderConfig, MlpConfig, RoutedLayerConfig, SparseEncoderConfig},
 };
@@ -171,4 +171,98 @@ fn adapters_that_burn_would_put_across_experts_are_refused() {
     assert_eq!(panic, "`rank` must be at least 1, got 0");
     let panic = panic_of(|| layer.experts.clone().with_lora(&LoraOptions::new()).with_lora(&LoraOptions::new()));
     assert_eq!(panic, "the experts have an adapter already: merge it first, by `materialize`");
+}
+
+/// A module on another autodiff device, with the same numbers, as trainable as before.
+struct On(Device);
+
+impl ModuleMapper for On {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|value| {
+            let tracked = value.is_require_grad();
+            Tensor::from_data(value.into_data(), &self.0).set_require_grad(tracked)
+        })
+    }
+}
+
+/// The gradients of all parameters that have one.
+struct GradientsOf<'a>(&'a Gradients, Vec<Vec<f32>>);
+
+impl ModuleVisitor for GradientsOf<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.1.extend(param.base().grad(self.0).map(|gradient| values(&gradient)));
+    }
+}
+
+/// The loss of a module on an autodiff device and all gradients are the same with and without burn's gradient checkpointing.
+fn checkpointing_changes_nothing<M: Module>(name: &str, model: &M, loss: impl Fn(&M, &Device) -> Tensor<1>) {
+    let device = Device::default().autodiff();
+    for kernels in [Kernels::Fastest, Kernels::Reference] {
+        let run = |device: Device| {
+            let model = model.clone().map(&mut On(device.clone()));
+            let loss = with_kernels(kernels, || loss(&model, &device));
+            let value = values(&loss);
+            let gradients = loss.backward();
+            let mut of_model = GradientsOf(&gradients, Vec::new());
+            model.visit(&mut of_model);
+            (value, of_model.1)
+        };
+        let (plain, checkpointed) = (run(device.clone()), run(device.clone().gradient_checkpointing()));
+        assert!(plain.1.len() >= 4 && plain.1.iter().flatten().any(|&value| value != 0.0), "{name}");
+        assert!(plain == checkpointed, "{name}, {kernels:?}");
+    }
+}
+
+#[test]
+fn gradient_checkpointing_changes_nothing_in_a_layer() {
+    let device = Device::default().autodiff();
+    let x = |device: &Device| numbers::<2>([40, 16], 3, device);
+    let router = RouterOptions::new().with_init_std(1.0);
+    let moe = || MoeFeedForwardConfig::new(16, 24, 4).with_router(router.clone());
+    let with_adapters = |config: MoeFeedForwardConfig| {
+        let mut layer = config.init(&device);
+        layer.experts = layer.experts.with_lora(&LoraOptions::new().with_rank(3)).map(&mut Changed);
+        layer
+    };
+    let without_trained_router = |config: MoeFeedForwardConfig| {
+        let mut layer = config.init(&device);
+        layer.router = layer.router.freeze();
+        layer
+    };
+    let layers = [
+        ("token choice", moe().init(&device)),
+        ("expert choice", moe().with_assignment(ExpertChoiceConfig::new().into()).init(&device)),
+        ("gated", moe().with_experts(ExpertOptions::swiglu()).init(&device)),
+        ("shared, no bias", moe().with_shared_expert(Some(8)).with_experts(ExpertOptions::new().with_bias(false)).init(&device)),
+        ("adapters", with_adapters(moe())),
+        ("router not trained", without_trained_router(moe())),
+    ];
+    for (name, layer) in layers {
+        checkpointing_changes_nothing(name, &layer, |layer, device| {
+            // Two layers, so that what comes out of one is computed again for the other.
+            let first = layer.forward(x(device));
+            let second = layer.forward(x(device) + first.output);
+            let auxiliary = AuxiliaryLossConfig::new().init().forward(&[first.routing, second.routing]).total;
+            second.output.square().sum() + auxiliary
+        });
+    }
+    let soft = SoftMoeFeedForwardConfig::new(16, 24, 4).init(&device);
+    checkpointing_changes_nothing("soft", &soft, |layer, device| layer.forward(x(device)).output.square().sum());
+}
+
+#[test]
+fn gradient_checkpointing_changes_nothing_in_a_clip() {
+    let device = Device::default().autodiff();
+    let encoder = || EncoderConfig::new(16, 2, 3, 32);
+    let text = TextConfig::new(encoder()).with_vocab_size(50).with_context_length(6);
+    let config = ClipConfig::new(VisionConfig::new(encoder(), 8, 4), text, 10);
+    let loss = |model: &Clip, device: &Device| {
+        let tokens = Tensor::<2, Int>::from_data([[48, 1, 2, 49, 0, 0], [48, 49, 0, 0, 0, 0]], device);
+        let output = model.forward(numbers([2, 3, 8, 8], 4, device), tokens);
+        let routings: Vec<_> = output.image_routings.into_iter().chain(output.text_routings).collect();
+        contrastive_loss(output.logits_per_image) + AuxiliaryLossConfig::new().init().forward(&routings).total
+    };
+    let model = config.sparse(SparseClipConfig::clip_up()).init(&device);
+    checkpointing_changes_nothing("sparse", &model, loss);
+    checkpointing_changes_nothing("adapters", &model.with_lora(&LoraOptions::new().with_rank(2)).map(&mut Changed), loss);
 }

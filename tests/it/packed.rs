@@ -1,16 +1,23 @@
 //! Weights packed for inference compute what the plain ones do.
 
+use std::fs;
+
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::attention::MultiHeadAttentionConfig;
 use burn::tensor::{Device, Int, Tensor};
 use burn_moe::{
     Activation, ExpertOptions, LoraOptions, MoeFeedForward, MoeFeedForwardConfig, PackedWeight, Precision, RouterOptions,
     SoftMoeFeedForwardConfig, TokenChoiceConfig,
-    clip::{Clip, ClipConfig, SparseClipConfig, TextConfig, VisionConfig},
+    clip::{
+        Clip, ClipConfig, SparseClipConfig, TextConfig, VisionConfig,
+        checkpoint::{ClipCheckpoint, LoadOptions, VisionCheckpoint},
+    },
     kernels::{Kernels, with_kernels},
     pack_weights,
     transformer::{EncoderConfig, MlpConfig, RoutedLayerConfig, SparseEncoderConfig},
 };
+
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
 use super::{
     edge_cases::panic_of,
@@ -207,4 +214,80 @@ fn weights_that_cannot_be_stored_are_refused() {
         pack_weights(mlp, Precision::F16);
     });
     assert!(message.contains("1 of 6 values of the weight `linear_in.weight` are not finite, or too large for F16"), "{message}");
+}
+
+fn loaded(folder: &tempfile::TempDir, packed: Option<Precision>) -> Clip {
+    ClipCheckpoint::load_with(folder.path(), &LoadOptions::new().with_packed(packed), &Device::flex()).unwrap().model
+}
+
+#[test]
+fn checkpoints_hold_weights_in_8_bits() {
+    let config = clip();
+    let (model, folder, again) = (config.init(&Device::flex()), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let checkpoint = |model: &Clip| ClipCheckpoint { config: config.clone(), model: model.clone() };
+    checkpoint(&model).save_sparse(folder.path(), Precision::Int8).unwrap();
+    let packed = pack_weights(model.clone(), Precision::Int8);
+    let embed = |model: &Clip| embeddings(model, 3).map(|x| values(&x));
+    let near = |found: [Vec<f32>; 2], expected: [Vec<f32>; 2]| {
+        found.iter().zip(&expected).for_each(|(a, b)| assert!(error(a, b) < 2e-5, "{}", error(a, b)));
+    };
+    near(embed(&loaded(&folder, None)), embed(&packed.clone().materialize()));
+    near(embed(&loaded(&folder, Some(Precision::Int8))), embed(&packed));
+    // What is written of a packed model are its weights, and they are not rounded once more.
+    for model in [&packed, &loaded(&folder, None)] {
+        checkpoint(model).save_sparse(again.path(), Precision::Int8).unwrap();
+        let [first, second] = [&folder, &again].map(|folder| fs::read(folder.path().join("burn_moe_model.safetensors")).unwrap());
+        let [first, second] = [&first, &second].map(|bytes| SafeTensors::deserialize(bytes).unwrap());
+        for (name, tensor) in first.iter() {
+            let other = second.tensor(name).unwrap();
+            assert_eq!((tensor.dtype(), tensor.shape()), (other.dtype(), other.shape()));
+            assert!(tensor.dtype() != Dtype::I8 || tensor.data() == other.data(), "{name}");
+        }
+        assert_eq!(first.iter().filter(|(_, tensor)| tensor.dtype() == Dtype::I8).count(), 16);
+    }
+    checkpoint(&packed).save_sparse(again.path(), Precision::F32).unwrap();
+    near(embed(&loaded(&again, None)), embed(&packed.materialize()));
+    // A tower alone out of it.
+    let options = LoadOptions::new().with_packed(Some(Precision::Int8));
+    let vision = VisionCheckpoint::load_with(folder.path(), &options, &Device::flex()).unwrap().model;
+    assert!(vision.encoder.blocks[1].attention.output.weight.reparameterization::<PackedWeight>().is_some());
+}
+
+#[test]
+fn scales_that_are_missing_or_do_not_fit_are_named() {
+    let config = clip();
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = ClipCheckpoint { model: config.init(&Device::flex()), config };
+    checkpoint.save_sparse(folder.path(), Precision::Int8).unwrap();
+    let file = folder.path().join("burn_moe_model.safetensors");
+    let bytes = fs::read(&file).unwrap();
+    let name = "transformer.resblocks.1.moe.experts.w_in.scale";
+    let error_with = |change: &dyn Fn(TensorView) -> Option<TensorView<'static>>| {
+        let tensors = SafeTensors::deserialize(&bytes).unwrap().tensors();
+        let changed = tensors.into_iter().filter_map(|(key, tensor)| {
+            let view = if key == name {
+                change(tensor)?
+            } else {
+                TensorView::new(tensor.dtype(), tensor.shape().to_vec(), tensor.data()).unwrap()
+            };
+            Some((key, view))
+        });
+        fs::write(&file, safetensors::serialize(changed.collect::<Vec<_>>(), None).unwrap()).unwrap();
+        ClipCheckpoint::load(folder.path(), &Device::flex()).unwrap_err().to_string()
+    };
+    let missing = error_with(&|_| None);
+    assert!(missing.contains("missing") && missing.contains(name), "{missing}");
+    let flat = error_with(&|_| Some(TensorView::new(Dtype::F32, vec![2], &[0; 8]).unwrap()));
+    assert!(flat.contains(name) && flat.contains("[4, 96]") && flat.contains("[2]"), "{flat}");
+    let integers = error_with(&|_| Some(TensorView::new(Dtype::I32, vec![4, 96], &[0; 4 * 4 * 96]).unwrap()));
+    assert!(integers.contains(name) && integers.contains("I32"), "{integers}");
+    // Others' formats have no such weights.
+    let dense = ClipConfig::tiny();
+    let checkpoint = ClipCheckpoint { model: dense.init(&Device::flex()), config: dense };
+    for error in
+        [checkpoint.save_open_clip(folder.path(), Precision::Int8), checkpoint.save_hugging_face(folder.path(), Precision::Int8)]
+    {
+        let error = error.unwrap_err().to_string();
+        assert!(error.ends_with("has no place for weights in 8 bits: `save_sparse` writes them"), "{error}");
+    }
 }

@@ -47,6 +47,7 @@ pub use layer::moe::{MoeFeedForward, MoeFeedForwardConfig};
 pub use layer::soft_moe::{SoftMoeFeedForward, SoftMoeFeedForwardConfig, SoftMoeOutput};
 pub use loss::{AuxiliaryLoss, AuxiliaryLossConfig};
 pub use routing::assignment::{AssignmentConfig, ExpertChoiceConfig, FillOrder, GateNormalization, TokenChoiceConfig, TokenGroups};
+pub use routing::balancing::{BalancingOptions, BalancingRule};
 pub use routing::capacity::Capacity;
 pub use routing::router::{Router, RouterConfig, RouterOptions, RouterScore};
 pub use routing::{MoeInput, MoeOutput, Routing};

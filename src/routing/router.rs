@@ -3,13 +3,16 @@
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
 use burn::nn::Initializer;
-use burn::tensor::{Bool, Device, Distribution, FloatDType, Tensor, TensorData, activation, assert_shape};
+use burn::tensor::{Bool, Device, Distribution, FloatDType, Tensor, activation, assert_shape};
 use serde::{Deserialize, Serialize};
 
+use super::{
+    balancing::{self, BalancingOptions},
+    phase::Phase,
+};
 use crate::{
     ops,
-    routing::phase::Phase,
-    support::{cost::Cost, error::ConfigError, param::with_value},
+    support::{cost::Cost, error::ConfigError},
 };
 
 /// Configuration of a [`Router`].
@@ -41,10 +44,8 @@ pub struct RouterOptions {
     /// [arXiv 2101.03961](https://arxiv.org/abs/2101.03961), section 2.4, with 0.01). Default: 0
     #[config(default = 0.0)]
     pub jitter: f64,
-    /// Balancing without a loss (Wang et al., [arXiv 2408.15664](https://arxiv.org/abs/2408.15664)): a bias per expert, which is added to the
-    /// scores for selection only. [`MoeFeedForward::update_balancing_bias`](crate::MoeFeedForward::update_balancing_bias) moves it by this rate
-    /// per training step. DeepSeek-V3 uses 1e-3. Default: no bias
-    pub balancing_rate: Option<f64>,
+    /// Balancing without a loss: a bias per expert, which is added to the scores for selection only. Default: no bias
+    pub balancing: Option<BalancingOptions>,
 }
 
 /// How logits become scores; scores choose experts and become gates.
@@ -68,6 +69,10 @@ pub struct Router {
     pub weight: Param<Tensor<2>>,
     /// Added to scores when choosing, never to a gate, `[E]`; has no gradient.
     pub balancing_bias: Option<Param<Tensor<1>>>,
+    /// Mean direction of the last moves of the bias, `[E]`, if [`BalancingOptions::momentum`] is not 0; has no gradient.
+    pub balancing_momentum: Option<Param<Tensor<1>>>,
+    /// Share of [`BalancingOptions::warmup_steps`] that is done, `[1]`, if there are any; has no gradient.
+    pub balancing_warmup: Option<Param<Tensor<1>>>,
     /// How logits become scores.
     #[module(skip)]
     pub score: RouterScore,
@@ -77,9 +82,9 @@ pub struct Router {
     /// See [`RouterOptions::jitter`].
     #[module(skip)]
     pub jitter: f64,
-    /// See [`RouterOptions::balancing_rate`]; 0 without a bias.
+    /// What moves the bias; nothing without.
     #[module(skip)]
-    pub balancing_rate: f64,
+    pub balancing: Option<BalancingOptions>,
 }
 
 /// What a [`Router`] computes. Values that begin with `clean_` are without noise and jitter; the others, which decide about the experts, are
@@ -119,7 +124,6 @@ impl RouterOptions {
         let fields = [
             ("router.init_std", self.init_std, "a standard deviation must be finite and not negative"),
             ("router.noise", self.noise, "noise must be finite and not negative"),
-            ("router.balancing_rate", self.balancing_rate.unwrap_or(0.0), "a rate must be finite and not negative"),
         ];
         for (field, value, reason) in fields {
             if !(value.is_finite() && value >= 0.0) {
@@ -130,15 +134,15 @@ impl RouterOptions {
             let reason = "jitter must be at least 0 and below 1";
             return Err(ConfigError::OutOfRange { field: "router.jitter", value: self.jitter, reason });
         }
-        Ok(())
+        self.balancing.as_ref().map_or(Ok(()), BalancingOptions::validate)
     }
 }
 
 impl RouterConfig {
     /// Cost of scoring `num_tokens` tokens.
     pub fn cost(&self, num_tokens: usize) -> Cost {
-        let bias = if self.options.balancing_rate.is_some() { self.num_experts } else { 0 };
-        Cost::linear(num_tokens, self.d_model, self.num_experts, false) + Cost::params(bias)
+        let balancing = self.options.balancing.as_ref().map_or(Cost::default(), |balancing| balancing.cost(self.num_experts));
+        Cost::linear(num_tokens, self.d_model, self.num_experts, false) + balancing
     }
 
     /// A new router.
@@ -147,15 +151,18 @@ impl RouterConfig {
     /// With the text of [`RouterOptions::validate`].
     pub fn init(&self, device: &Device) -> Router {
         crate::support::error::expect_valid(self.options.validate());
-        let RouterOptions { init_std, score, noise, jitter, balancing_rate } = self.options;
-        let zeros = || Param::from_tensor(Tensor::zeros([self.num_experts], device)).set_require_grad(false);
+        let RouterOptions { init_std, score, noise, jitter, balancing } = self.options.clone();
+        let state = |is_kept: bool, len: usize| is_kept.then(|| balancing::zeros(len, device));
+        let has = |part: fn(&BalancingOptions) -> bool| balancing.as_ref().is_some_and(part);
         Router {
             weight: Initializer::Normal { mean: 0.0, std: init_std }.init([self.d_model, self.num_experts], device),
-            balancing_bias: balancing_rate.map(|_| zeros()),
+            balancing_bias: state(balancing.is_some(), self.num_experts),
+            balancing_momentum: state(has(BalancingOptions::has_momentum), self.num_experts),
+            balancing_warmup: state(has(BalancingOptions::has_warmup), 1),
             score,
             noise,
             jitter,
-            balancing_rate: balancing_rate.unwrap_or(0.0),
+            balancing,
         }
     }
 }
@@ -214,25 +221,6 @@ impl Router {
         let (scores, probs) = routed.scores(self.score);
         let (logits, clean_logits) = (routed.marked(), clean.marked());
         RouterOutput { logits, probs, scores, clean_logits, clean_probs, noise_std, score: self.score }
-    }
-
-    /// Moves the balancing bias against the load: `b_e += rate · sign(mean load − load_e)` (arXiv 2408.15664, algorithm 1). `load` counts
-    /// the choices that named each expert in one training step. A router without a bias stays as it is.
-    ///
-    /// # Panics
-    /// When `load` does not have one entry per expert.
-    pub fn update_balancing_bias(mut self, load: &[usize]) -> Self {
-        let mean = load.iter().sum::<usize>() as f64 / load.len().max(1) as f64;
-        let rate = self.balancing_rate;
-        self.balancing_bias = self.balancing_bias.map(|bias| {
-            let [num_experts] = bias.shape().dims();
-            assert_eq!(load.len(), num_experts, "loads of {} experts do not fit a router of {num_experts}", load.len());
-            let step =
-                |&load: &usize| (rate * (mean - load as f64).partial_cmp(&0.0).map_or(0, |order| order as i32) as f64) as f32;
-            let steps: Vec<f32> = load.iter().map(step).collect();
-            with_value(bias, |bias| bias.clone() + Tensor::from_data(TensorData::new(steps, [num_experts]), &bias.device()))
-        });
-        self
     }
 }
 
@@ -352,17 +340,6 @@ mod tests {
         let output = router.forward(Tensor::from_floats([[f32::INFINITY, 1.0], [1.0, 1.0]], &device), Phase::Inference);
         let scores = output.scores.try_into_vec_as::<f32>().unwrap();
         assert!(scores[..2].iter().all(|s| s.is_nan()) && scores[2..].iter().all(|s| s.is_finite()), "{scores:?}");
-    }
-
-    #[test]
-    fn the_balancing_bias_moves_against_the_load() {
-        let router =
-            RouterConfig::new(4, 3).with_options(RouterOptions::new().with_balancing_rate(Some(0.25))).init(&Device::default());
-        let router = router.update_balancing_bias(&[9, 3, 6]).update_balancing_bias(&[9, 9, 0]);
-        let bias: Vec<f32> = router.balancing_bias.unwrap().val().try_into_vec_as().unwrap();
-        assert_eq!(bias, [-0.5, 0.0, 0.25]);
-        let without = RouterConfig::new(4, 3).init(&Device::default()).update_balancing_bias(&[1, 2, 3]);
-        assert!(without.balancing_bias.is_none());
     }
 
     #[test]

@@ -140,6 +140,7 @@ fn recipes(d_ff: usize) -> Vec<Recipe> {
     let no_balance = || losses().with_load_balancing(0.0);
     // Scores are at most 1.
     let smooth = z_score.clone().with_momentum(0.9).with_cap(Some(0.5)).with_warmup_steps(100);
+    let normalized = |scale| routed(RouterOptions::new().with_logit_normalization(Some(scale)));
     let top_1 = tokens().with_top_k(1).with_gate_normalization(GateNormalization::None);
     vec![
         Recipe::dense("dense_continued"),
@@ -165,6 +166,8 @@ fn recipes(d_ff: usize) -> Vec<Recipe> {
         Recipe::new("z_score_bias_smooth", routed(bias(smooth))).auxiliary(no_balance()),
         Recipe::new("sigmoid_bias", routed(sigmoid_bias(sign))).auxiliary(no_balance().with_router_z(0.0)),
         Recipe::new("sigmoid_z_score_bias", routed(sigmoid_bias(z_score))).auxiliary(no_balance().with_router_z(0.0)),
+        Recipe::new("logit_norm_1", normalized(1.0)),
+        Recipe::new("logit_norm_2", normalized(2.0)),
         Recipe::new("expert_choice", assigned(ExpertChoiceConfig::new().into())).auxiliary(no_balance()),
         Recipe::new(
             "soft",

@@ -110,6 +110,9 @@ struct LayerArgs {
     /// Training steps in which --balancing-rate is reached
     #[arg(long, default_value_t = 0, requires = "balancing_rate")]
     balancing_warmup: usize,
+    /// Normalise the router's logits of each token to this standard deviation before the softmax
+    #[arg(long)]
+    logit_normalization: Option<f64>,
 }
 
 /// How experts are made from the dense network.
@@ -204,7 +207,8 @@ impl LayerArgs {
             let options = BalancingOptions::new(rate).with_rule(rule).with_momentum(self.balancing_momentum);
             options.with_cap(self.balancing_cap).with_warmup_steps(self.balancing_warmup)
         });
-        let router = RouterOptions::new().with_score(score).with_balancing(balancing);
+        let router =
+            RouterOptions::new().with_score(score).with_balancing(balancing).with_logit_normalization(self.logit_normalization);
         let blocks = match self.last {
             _ if !self.blocks.is_empty() => BlockSelection::List(self.blocks.clone()),
             Some(last) => BlockSelection::Last(last),

@@ -219,7 +219,9 @@ fn slots_are_assigned_as_on_the_host() {
             let normalization = if k == 1 { GateNormalization::None } else { GateNormalization::AfterDrop };
             let assignment = TokenChoiceConfig::new().with_top_k(k).with_inference_capacity(capacity).with_fill_order(order);
             let assignment = assignment.with_groups(groups).with_gate_normalization(normalization);
-            let router = RouterOptions::new().with_balancing((case % 2 == 1).then(|| BalancingOptions::new(0.02)));
+            let router = RouterOptions::new()
+                .with_balancing((case % 2 == 1).then(|| BalancingOptions::new(0.02)))
+                .with_logit_normalization((case % 3 == 2).then_some(1.5));
             let mut layer = init(&MoeFeedForwardConfig::new(6, 8, e).with_router(router).with_assignment(assignment.into()), &cpu);
             layer.router = layer.router.update_balancing_bias(&(0..e).collect::<Vec<_>>());
             let mut x = values(&numbers([t, 6], case as u64 + 1, &cpu));

@@ -6,6 +6,7 @@ pub(crate) mod capacity;
 mod dispatch;
 mod input;
 mod mask;
+mod normalization;
 mod phase;
 mod plan;
 pub(crate) mod router;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     balancing::{self, BalancingOptions},
+    normalization::normalized,
     phase::Phase,
 };
 use crate::{
@@ -46,6 +47,13 @@ pub struct RouterOptions {
     pub jitter: f64,
     /// Balancing without a loss: a bias per expert, which is added to the scores for selection only. Default: no bias
     pub balancing: Option<BalancingOptions>,
+    /// `λ` of gating logit normalisation (Skywork-MoE, [arXiv 2406.06563](https://arxiv.org/abs/2406.06563), section 4.1, with `λ = 1`): before the
+    /// softmax, the logits `z` of a token become `λ · (z − mean(z)) / std(z)` over the experts, with the population standard deviation
+    /// `√(var(z) + 1e-8)`, so that equal logits give equal probabilities. The larger `λ`, the sharper the probabilities.
+    ///
+    /// Noise and jitter act on the logits before. Gates, load balancing, importance, entropies and statistics read the probabilities; the router z-loss and
+    /// the load loss read the logits as they were, which the z-loss keeps small. Refused with sigmoid scores. Default: none
+    pub logit_normalization: Option<f64>,
 }
 
 /// How logits become scores; scores choose experts and become gates.
@@ -85,13 +93,16 @@ pub struct Router {
     /// What moves the bias; nothing without.
     #[module(skip)]
     pub balancing: Option<BalancingOptions>,
+    /// See [`RouterOptions::logit_normalization`].
+    #[module(skip)]
+    pub logit_normalization: Option<f64>,
 }
 
 /// What a [`Router`] computes. Values that begin with `clean_` are without noise and jitter; the others, which decide about the experts, are
-/// with them. Without noise and jitter both are the same.
+/// with them. Without noise and jitter both are the same. Logits are those before [`RouterOptions::logit_normalization`], probabilities and scores those after.
 #[derive(Debug, Clone)]
 pub struct RouterOutput {
-    /// `[T, E]`, f32.
+    /// `[T, E]`, f32. The load loss reads them.
     pub logits: Tensor<2>,
     /// Probabilities, `[T, E]`, f32; rows sum to one. Load balancing reads them.
     pub probs: Tensor<2>,
@@ -134,6 +145,15 @@ impl RouterOptions {
             let reason = "jitter must be at least 0 and below 1";
             return Err(ConfigError::OutOfRange { field: "router.jitter", value: self.jitter, reason });
         }
+        if let Some(value) = self.logit_normalization {
+            let refused = |reason| Err(ConfigError::OutOfRange { field: "router.logit_normalization", value, reason });
+            if !(value.is_finite() && value > 0.0) {
+                return refused("the scale of normalised logits must be finite and above 0");
+            }
+            if self.score != RouterScore::Softmax {
+                return refused("logits are normalised for a softmax, and the scores are of another kind");
+            }
+        }
         self.balancing.as_ref().map_or(Ok(()), BalancingOptions::validate)
     }
 }
@@ -151,7 +171,7 @@ impl RouterConfig {
     /// With the text of [`RouterOptions::validate`].
     pub fn init(&self, device: &Device) -> Router {
         crate::support::error::expect_valid(self.options.validate());
-        let RouterOptions { init_std, score, noise, jitter, balancing } = self.options.clone();
+        let RouterOptions { init_std, score, noise, jitter, balancing, logit_normalization } = self.options.clone();
         let state = |is_kept: bool, len: usize| is_kept.then(|| balancing::zeros(len, device));
         let has = |part: fn(&BalancingOptions) -> bool| balancing.as_ref().is_some_and(part);
         Router {
@@ -163,6 +183,7 @@ impl RouterConfig {
             noise,
             jitter,
             balancing,
+            logit_normalization,
         }
     }
 }
@@ -194,7 +215,7 @@ impl Router {
             let Some(bad_tokens) = &bad_tokens else {
                 return Guarded { logits, bad: None };
             };
-            let (scores, _) = self.score.of(logits.clone().detach());
+            let (scores, _) = self.scores(logits.clone().detach());
             let bad = bad_tokens.clone().bool_or(non_finite_rows(scores));
             Guarded { logits: logits.mask_fill(bad.clone(), 0.0), bad: Some(bad) }
         };
@@ -202,11 +223,11 @@ impl Router {
         let is_clean = phase == Phase::Inference || (self.noise == 0.0 && self.jitter == 0.0);
         if is_clean {
             let logits = guarded(logits);
-            let (scores, probs) = logits.scores(self.score);
+            let (scores, probs) = logits.marked_scores(self);
             return RouterOutput { scores, score: self.score, ..RouterOutput::new(logits.marked(), probs) };
         }
         let clean = guarded(logits.clone());
-        let (_, clean_probs) = clean.scores(self.score);
+        let (_, clean_probs) = clean.marked_scores(self);
         let mut routed = logits;
         if self.jitter > 0.0 {
             let x = x.cast(FloatDType::F32);
@@ -218,9 +239,17 @@ impl Router {
             routed = routed.clone() + routed.random_like(Distribution::Normal(0.0, std));
         }
         let routed = guarded(routed);
-        let (scores, probs) = routed.scores(self.score);
+        let (scores, probs) = routed.marked_scores(self);
         let (logits, clean_logits) = (routed.marked(), clean.marked());
         RouterOutput { logits, probs, scores, clean_logits, clean_probs, noise_std, score: self.score }
+    }
+
+    /// Scores, and the probabilities that belong to them.
+    fn scores(&self, logits: Tensor<2>) -> (Tensor<2>, Tensor<2>) {
+        match self.logit_normalization {
+            Some(scale) => self.score.of(normalized(logits, scale)),
+            None => self.score.of(logits),
+        }
     }
 }
 
@@ -244,8 +273,8 @@ impl Guarded {
     }
 
     /// Scores, and the probabilities that belong to them.
-    fn scores(&self, score: RouterScore) -> (Tensor<2>, Tensor<2>) {
-        let (scores, probs) = score.of(self.logits.clone());
+    fn marked_scores(&self, router: &Router) -> (Tensor<2>, Tensor<2>) {
+        let (scores, probs) = router.scores(self.logits.clone());
         (self.mark(scores), self.mark(probs))
     }
 }
@@ -349,6 +378,11 @@ mod tests {
         assert_eq!(jitter, "`router.jitter` is 1: jitter must be at least 0 and below 1");
         let noise = text(RouterOptions::new().with_noise(f64::NAN));
         assert_eq!(noise, "`router.noise` is NaN: noise must be finite and not negative");
+        let normalized = RouterOptions::new().with_logit_normalization(Some(0.0));
+        let reason = "the scale of normalised logits must be finite and above 0";
+        assert_eq!(text(normalized), format!("`router.logit_normalization` is 0: {reason}"));
+        let sigmoid = RouterOptions::new().with_score(RouterScore::Sigmoid).with_logit_normalization(Some(1.0));
+        assert!(text(sigmoid).contains("normalised for a softmax"));
     }
 
     #[test]

@@ -79,7 +79,7 @@ fn balancing_goes_on_where_a_checkpoint_was_written() {
     let device = Device::default();
     let balancing =
         BalancingOptions::new(0.5).with_rule(BalancingRule::ZScore).with_momentum(0.75).with_cap(Some(0.25)).with_warmup_steps(700);
-    let router = RouterOptions::new().with_balancing(Some(balancing));
+    let router = RouterOptions::new().with_balancing(Some(balancing)).with_logit_normalization(Some(2.0));
     let experts = SparseEncoderConfig::new().with_layer(RoutedLayerConfig::new().with_router(router.clone()).into());
     let sparse_config = config().sparse(SparseClipConfig::new().with_text(Some(experts)));
     let router_of = |model: &Clip| match &model.text.encoder.blocks[1].feed_forward {
@@ -103,7 +103,7 @@ fn balancing_goes_on_where_a_checkpoint_was_written() {
         let back = ClipCheckpoint::load(folder.path(), &device).unwrap();
         assert_eq!(format!("{}", back.config), format!("{}", written.config));
         let [before, after] = [&written.model, &back.model].map(router_of);
-        assert_eq!(after.balancing, router.balancing);
+        assert_eq!((&after.balancing, after.logit_normalization), (&router.balancing, Some(2.0)));
         if precision == Precision::F32 {
             assert_eq!(state(&after), state(&before));
             assert_eq!(state(&next(after)), state(&next(before)));
@@ -423,6 +423,7 @@ fn as_version_7(file: &mut serde_json::Value) {
     for tower in ["vision", "text"] {
         let Some(router) = file["clip"][tower].pointer_mut("/encoder/sparse/layer/Routed/router") else { continue };
         let router = router.as_object_mut().unwrap();
+        router.remove("logit_normalization").unwrap();
         let balancing = router.remove("balancing").unwrap();
         router.insert("balancing_rate".into(), balancing.get("rate").cloned().unwrap_or_default());
     }

@@ -168,8 +168,11 @@ pub(super) fn routing_of(model: &Clip) -> Vec<String> {
         FeedForward::Dense(_) => "dense".to_string(),
         FeedForward::SoftMoe(_) => format!("soft {:?}", encoder.padding),
         FeedForward::Moe(moe) => {
-            let Router { score, noise, jitter, balancing, .. } = &moe.router;
-            format!("{:?} {score:?} {noise} {jitter} {balancing:?} {:?} {:?}", moe.assignment, encoder.protection, encoder.padding)
+            let Router { score, noise, jitter, balancing, logit_normalization, .. } = &moe.router;
+            format!(
+                "{:?} {score:?} {noise} {jitter} {balancing:?} {logit_normalization:?} {:?} {:?}",
+                moe.assignment, encoder.protection, encoder.padding
+            )
         }
     };
     towers.into_iter().flat_map(|encoder| encoder.blocks.iter().map(move |block| settings(block, encoder))).collect()

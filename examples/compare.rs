@@ -22,8 +22,8 @@ use std::{
 
 use burn::tensor::Device;
 use burn_moe::{
-    AssignmentConfig, AuxiliaryLossConfig, Capacity, ExpertChoiceConfig, FillOrder, GateNormalization, RouterOptions, RouterScore,
-    TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
+    AssignmentConfig, AuxiliaryLossConfig, BalancingOptions, BalancingRule, Capacity, ExpertChoiceConfig, FillOrder,
+    GateNormalization, RouterOptions, RouterScore, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{
         Clip, ClipAuxiliaryLossConfig, ClipConfig, SparseClipConfig, TextConfig, VisionConfig, checkpoint::ClipCheckpoint,
         checkpoint::Precision, tokenizer::ClipTokenizer,
@@ -133,7 +133,14 @@ fn recipes(d_ff: usize) -> Vec<Recipe> {
         let tokens = tokens().with_top_k(2 * shards);
         assigned(tokens.into()).with_num_experts(8 * shards).with_d_ff(Some(d_ff / shards))
     };
-    let bias = RouterOptions::new().with_balancing_rate(Some(1e-3));
+    let sign = BalancingOptions::new(1e-3);
+    let z_score = sign.clone().with_rule(BalancingRule::ZScore);
+    let bias = |balancing: BalancingOptions| RouterOptions::new().with_balancing(Some(balancing));
+    let sigmoid_bias = |balancing| bias(balancing).with_score(RouterScore::Sigmoid);
+    let no_balance = || losses().with_load_balancing(0.0);
+    // Scores are at most 1.
+    let smooth = z_score.clone().with_momentum(0.9).with_cap(Some(0.5)).with_warmup_steps(100);
+    let normalized = |scale| routed(RouterOptions::new().with_logit_normalization(Some(scale)));
     let top_1 = tokens().with_top_k(1).with_gate_normalization(GateNormalization::None);
     vec![
         Recipe::dense("dense_continued"),
@@ -154,23 +161,26 @@ fn recipes(d_ff: usize) -> Vec<Recipe> {
         Recipe::new("top_4", assigned(tokens().with_top_k(4).into())),
         Recipe::new("router_noise", routed(RouterOptions::new().with_noise(1.0))),
         Recipe::new("router_jitter", routed(RouterOptions::new().with_jitter(0.01))),
-        Recipe::new("bias", routed(bias.clone())).auxiliary(losses().with_load_balancing(0.0)),
-        Recipe::new("sigmoid_bias", routed(bias.with_score(RouterScore::Sigmoid)))
-            .auxiliary(losses().with_load_balancing(0.0).with_router_z(0.0)),
-        Recipe::new("expert_choice", assigned(ExpertChoiceConfig::new().into())).auxiliary(losses().with_load_balancing(0.0)),
+        Recipe::new("bias", routed(bias(sign.clone()))).auxiliary(no_balance()),
+        Recipe::new("z_score_bias", routed(bias(z_score.clone()))).auxiliary(no_balance()),
+        Recipe::new("z_score_bias_smooth", routed(bias(smooth))).auxiliary(no_balance()),
+        Recipe::new("sigmoid_bias", routed(sigmoid_bias(sign))).auxiliary(no_balance().with_router_z(0.0)),
+        Recipe::new("sigmoid_z_score_bias", routed(sigmoid_bias(z_score))).auxiliary(no_balance().with_router_z(0.0)),
+        Recipe::new("logit_norm_1", normalized(1.0)),
+        Recipe::new("logit_norm_2", normalized(2.0)),
+        Recipe::new("expert_choice", assigned(ExpertChoiceConfig::new().into())).auxiliary(no_balance()),
         Recipe::new(
             "soft",
             SparseEncoderConfig::new()
                 .with_blocks(BlockSelection::EveryNth(1))
                 .with_layer(SparseLayer::Soft { slots_per_expert: 3 }),
         ),
-        Recipe::new("no_losses", plain()).auxiliary(losses().with_load_balancing(0.0).with_router_z(0.0)),
+        Recipe::new("no_losses", plain()).auxiliary(no_balance().with_router_z(0.0)),
         Recipe::new("balance_0.1", plain()).auxiliary(losses().with_load_balancing(0.1)),
         Recipe::new("z_0.01", plain()).auxiliary(losses().with_router_z(0.01)),
-        Recipe::new("importance", plain()).auxiliary(losses().with_load_balancing(0.0).with_importance(0.01)),
-        Recipe::new("entropies", plain()).auxiliary(
-            losses().with_load_balancing(0.0).with_local_entropy(0.01).with_global_entropy(0.01).with_experts_in_use(8.0),
-        ),
+        Recipe::new("importance", plain()).auxiliary(no_balance().with_importance(0.01)),
+        Recipe::new("entropies", plain())
+            .auxiliary(no_balance().with_local_entropy(0.01).with_global_entropy(0.01).with_experts_in_use(8.0)),
         Recipe::new("capacity_2", assigned(TokenChoiceConfig::new().into())),
         Recipe::new("padding_routed", plain().with_padding(Padding::Routed)),
         Recipe::new("tight", tight(FillOrder::ChoiceMajor)),

@@ -18,7 +18,8 @@ use std::{error::Error, fs, path::PathBuf, process::ExitCode, time::Instant};
 
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
 use burn_moe::{
-    Capacity, FillOrder, GateNormalization, RouterOptions, RouterScore, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
+    BalancingOptions, BalancingRule, Capacity, FillOrder, GateNormalization, RouterOptions, RouterScore, TokenChoiceConfig,
+    UpcycleFromDense, UpcycleOptions,
     clip::{
         SparseClipConfig, TextConfig, TextTower, VisionConfig,
         checkpoint::{ClipCheckpoint, LoadOptions, TextCheckpoint, Towers, VisionCheckpoint, towers_in},
@@ -104,6 +105,21 @@ struct LayerArgs {
     /// Balance the load by a bias, which moves by this much in each training step
     #[arg(long)]
     balancing_rate: Option<f64>,
+    /// What the bias of an expert moves by: the sign of what its load lacks to the mean, or that over the loads' standard deviation
+    #[arg(long, value_enum, default_value = "sign", requires = "balancing_rate")]
+    balancing_rule: Rule,
+    /// How much of the mean direction of the bias stays at each step
+    #[arg(long, default_value_t = 0.0, requires = "balancing_rate")]
+    balancing_momentum: f64,
+    /// The largest size of a bias; no limit unless given
+    #[arg(long, requires = "balancing_rate")]
+    balancing_cap: Option<f64>,
+    /// Training steps in which --balancing-rate is reached
+    #[arg(long, default_value_t = 0, requires = "balancing_rate")]
+    balancing_warmup: usize,
+    /// Normalise the router's logits of each token to this standard deviation before the softmax
+    #[arg(long)]
+    logit_normalization: Option<f64>,
 }
 
 /// How experts are made from the dense network.
@@ -177,6 +193,12 @@ enum Score {
     Sigmoid,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum Rule {
+    Sign,
+    ZScore,
+}
+
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum Strategy {
     Copy,
@@ -207,7 +229,16 @@ impl LayerArgs {
             Score::Softmax => RouterScore::Softmax,
             Score::Sigmoid => RouterScore::Sigmoid,
         };
-        let router = RouterOptions::new().with_score(score).with_balancing_rate(self.balancing_rate);
+        let rule = match self.balancing_rule {
+            Rule::Sign => BalancingRule::Sign,
+            Rule::ZScore => BalancingRule::ZScore,
+        };
+        let balancing = self.balancing_rate.map(|rate| {
+            let options = BalancingOptions::new(rate).with_rule(rule).with_momentum(self.balancing_momentum);
+            options.with_cap(self.balancing_cap).with_warmup_steps(self.balancing_warmup)
+        });
+        let router =
+            RouterOptions::new().with_score(score).with_balancing(balancing).with_logit_normalization(self.logit_normalization);
         let blocks = match self.last {
             _ if !self.blocks.is_empty() => BlockSelection::List(self.blocks.clone()),
             Some(last) => BlockSelection::Last(last),

@@ -51,6 +51,7 @@ pub use layer::soft_moe::{SoftMoeFeedForward, SoftMoeFeedForwardConfig, SoftMoeO
 pub use loss::{AuxiliaryLoss, AuxiliaryLossConfig};
 pub use ops::Precision;
 pub use routing::assignment::{AssignmentConfig, ExpertChoiceConfig, FillOrder, GateNormalization, TokenChoiceConfig, TokenGroups};
+pub use routing::balancing::{BalancingOptions, BalancingRule};
 pub use routing::capacity::Capacity;
 pub use routing::router::{Router, RouterConfig, RouterOptions, RouterScore};
 pub use routing::{MoeInput, MoeOutput, Routing};

@@ -8,8 +8,8 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor};
 use burn_moe::{
-    Activation, AuxiliaryLossConfig, Capacity, ExpertChoiceConfig, ExpertOptions, FillOrder, GateNormalization, MoeFeedForward,
-    MoeFeedForwardConfig, MoeInput, RouterOptions, RouterScore, Routing, TokenChoiceConfig, TokenGroups,
+    Activation, AuxiliaryLossConfig, BalancingOptions, Capacity, ExpertChoiceConfig, ExpertOptions, FillOrder, GateNormalization,
+    MoeFeedForward, MoeFeedForwardConfig, MoeInput, RouterOptions, RouterScore, Routing, TokenChoiceConfig, TokenGroups,
     clip::{ClipConfig, SparseClipConfig, contrastive_loss},
     kernels::Kernels,
     loss::load_balancing_loss,
@@ -219,7 +219,9 @@ fn slots_are_assigned_as_on_the_host() {
             let normalization = if k == 1 { GateNormalization::None } else { GateNormalization::AfterDrop };
             let assignment = TokenChoiceConfig::new().with_top_k(k).with_inference_capacity(capacity).with_fill_order(order);
             let assignment = assignment.with_groups(groups).with_gate_normalization(normalization);
-            let router = RouterOptions::new().with_balancing_rate((case % 2 == 1).then_some(0.02));
+            let router = RouterOptions::new()
+                .with_balancing((case % 2 == 1).then(|| BalancingOptions::new(0.02)))
+                .with_logit_normalization((case % 3 == 2).then_some(1.5));
             let mut layer = init(&MoeFeedForwardConfig::new(6, 8, e).with_router(router).with_assignment(assignment.into()), &cpu);
             layer.router = layer.router.update_balancing_bias(&(0..e).collect::<Vec<_>>());
             let mut x = values(&numbers([t, 6], case as u64 + 1, &cpu));
@@ -264,7 +266,7 @@ fn slots_are_assigned_as_on_the_host() {
 fn the_host_reads_no_assignment_where_a_capacity_is_fixed() {
     let device = gpu().autodiff();
     let unread = |routing: &Routing| format!("{:?} {:?}", routing.plan, routing.valid).matches("<uninit>").count();
-    let router = RouterOptions::new().with_balancing_rate(Some(0.1));
+    let router = RouterOptions::new().with_balancing(Some(BalancingOptions::new(0.1)));
     let assignment = TokenChoiceConfig::new().with_training_capacity(Capacity::OfTokens(4.0));
     let layer = init(&MoeFeedForwardConfig::new(8, 16, 4).with_router(router).with_assignment(assignment.into()), &device);
     let input =

@@ -2,6 +2,7 @@
 
 mod it {
     mod bad_input;
+    mod balancing;
     mod burns_own;
     mod clip;
     mod edge_cases;

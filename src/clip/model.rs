@@ -91,7 +91,7 @@ impl Clip {
     }
 
     /// Moves the balancing biases of both towers by what one training step routed; see
-    /// [`RouterOptions::balancing_rate`](crate::RouterOptions::balancing_rate).
+    /// [`BalancingOptions`](crate::BalancingOptions).
     pub fn update_balancing_bias(mut self, image_routings: &[Routing], text_routings: &[Routing]) -> Self {
         self.vision.encoder = self.vision.encoder.update_balancing_bias(image_routings);
         self.text.encoder = self.text.encoder.update_balancing_bias(text_routings);

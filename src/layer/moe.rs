@@ -76,9 +76,9 @@ impl MoeFeedForwardConfig {
             ConfigError::non_zero("shared_expert", d_ff)?;
         }
         self.router.validate()?;
-        if let (Some(rate), AssignmentConfig::ExpertChoice(_)) = (self.router.balancing_rate, &self.assignment) {
+        if let (Some(balancing), AssignmentConfig::ExpertChoice(_)) = (&self.router.balancing, &self.assignment) {
             let reason = "expert choice is balanced by itself, and a bias per expert changes no choice of it";
-            return Err(ConfigError::OutOfRange { field: "router.balancing_rate", value: rate, reason });
+            return Err(ConfigError::OutOfRange { field: "router.balancing.rate", value: balancing.rate, reason });
         }
         self.assignment.validate(self.num_experts)
     }
@@ -204,7 +204,7 @@ impl MoeFeedForward {
     }
 
     /// Moves the router's balancing bias by what one training step routed; see
-    /// [`RouterOptions::balancing_rate`]. A router without one stays as it is.
+    /// [`BalancingOptions`](crate::BalancingOptions). A router without one stays as it is.
     pub fn update_balancing_bias(mut self, routing: &Routing) -> Self {
         self.router = self.router.update_balancing_bias(routing.plan.requested());
         self
@@ -238,7 +238,7 @@ mod tests {
     use super::*;
     use burn::tensor::Bool;
 
-    use crate::{Capacity, TokenChoiceConfig};
+    use crate::{BalancingOptions, Capacity, TokenChoiceConfig};
 
     #[test]
     #[should_panic(expected = "`top_k` is 3, but there are only 2 experts")]
@@ -248,9 +248,9 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "`router.balancing_rate` is 0.5: expert choice is balanced by itself")]
+    #[should_panic(expected = "`router.balancing.rate` is 0.5: expert choice is balanced by itself")]
     fn a_balancing_bias_that_would_do_nothing_is_refused() {
-        let router = RouterOptions::new().with_balancing_rate(Some(0.5));
+        let router = RouterOptions::new().with_balancing(Some(BalancingOptions::new(0.5)));
         let assignment = crate::ExpertChoiceConfig::new().into();
         MoeFeedForwardConfig::new(4, 8, 2).with_router(router).with_assignment(assignment).init(&Device::default());
     }

@@ -1,10 +1,12 @@
 //! What one sparse layer decided on one batch, and what a routing is made from: scores, masks, assignments, plans.
 
 pub(crate) mod assignment;
+pub(crate) mod balancing;
 pub(crate) mod capacity;
 mod dispatch;
 mod input;
 mod mask;
+mod normalization;
 mod phase;
 mod plan;
 pub(crate) mod router;

@@ -3,13 +3,17 @@
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
 use burn::nn::Initializer;
-use burn::tensor::{Bool, Device, Distribution, FloatDType, Tensor, TensorData, activation, assert_shape};
+use burn::tensor::{Bool, Device, Distribution, FloatDType, Tensor, activation, assert_shape};
 use serde::{Deserialize, Serialize};
 
+use super::{
+    balancing::{self, BalancingOptions},
+    normalization::normalized,
+    phase::Phase,
+};
 use crate::{
     ops,
-    routing::phase::Phase,
-    support::{cost::Cost, error::ConfigError, param::with_value},
+    support::{cost::Cost, error::ConfigError},
 };
 
 /// Configuration of a [`Router`].
@@ -41,10 +45,15 @@ pub struct RouterOptions {
     /// [arXiv 2101.03961](https://arxiv.org/abs/2101.03961), section 2.4, with 0.01). Default: 0
     #[config(default = 0.0)]
     pub jitter: f64,
-    /// Balancing without a loss (Wang et al., [arXiv 2408.15664](https://arxiv.org/abs/2408.15664)): a bias per expert, which is added to the
-    /// scores for selection only. [`MoeFeedForward::update_balancing_bias`](crate::MoeFeedForward::update_balancing_bias) moves it by this rate
-    /// per training step. DeepSeek-V3 uses 1e-3. Default: no bias
-    pub balancing_rate: Option<f64>,
+    /// Balancing without a loss: a bias per expert, which is added to the scores for selection only. Default: no bias
+    pub balancing: Option<BalancingOptions>,
+    /// `λ` of gating logit normalisation (Skywork-MoE, [arXiv 2406.06563](https://arxiv.org/abs/2406.06563), section 4.1, with `λ = 1`): before the
+    /// softmax, the logits `z` of a token become `λ · (z − mean(z)) / std(z)` over the experts, with the population standard deviation
+    /// `√(var(z) + 1e-8)`, so that equal logits give equal probabilities. The larger `λ`, the sharper the probabilities.
+    ///
+    /// Noise and jitter act on the logits before. Gates, load balancing, importance, entropies and statistics read the probabilities; the router z-loss and
+    /// the load loss read the logits as they were, which the z-loss keeps small. Refused with sigmoid scores. Default: none
+    pub logit_normalization: Option<f64>,
 }
 
 /// How logits become scores; scores choose experts and become gates.
@@ -68,6 +77,10 @@ pub struct Router {
     pub weight: Param<Tensor<2>>,
     /// Added to scores when choosing, never to a gate, `[E]`; has no gradient.
     pub balancing_bias: Option<Param<Tensor<1>>>,
+    /// Mean direction of the last moves of the bias, `[E]`, if [`BalancingOptions::momentum`] is not 0; has no gradient.
+    pub balancing_momentum: Option<Param<Tensor<1>>>,
+    /// Share of [`BalancingOptions::warmup_steps`] that is done, `[1]`, if there are any; has no gradient.
+    pub balancing_warmup: Option<Param<Tensor<1>>>,
     /// How logits become scores.
     #[module(skip)]
     pub score: RouterScore,
@@ -77,16 +90,19 @@ pub struct Router {
     /// See [`RouterOptions::jitter`].
     #[module(skip)]
     pub jitter: f64,
-    /// See [`RouterOptions::balancing_rate`]; 0 without a bias.
+    /// What moves the bias; nothing without.
     #[module(skip)]
-    pub balancing_rate: f64,
+    pub balancing: Option<BalancingOptions>,
+    /// See [`RouterOptions::logit_normalization`].
+    #[module(skip)]
+    pub logit_normalization: Option<f64>,
 }
 
 /// What a [`Router`] computes. Values that begin with `clean_` are without noise and jitter; the others, which decide about the experts, are
-/// with them. Without noise and jitter both are the same.
+/// with them. Without noise and jitter both are the same. Logits are those before [`RouterOptions::logit_normalization`], probabilities and scores those after.
 #[derive(Debug, Clone)]
 pub struct RouterOutput {
-    /// `[T, E]`, f32.
+    /// `[T, E]`, f32. The load loss reads them.
     pub logits: Tensor<2>,
     /// Probabilities, `[T, E]`, f32; rows sum to one. Load balancing reads them.
     pub probs: Tensor<2>,
@@ -119,7 +135,6 @@ impl RouterOptions {
         let fields = [
             ("router.init_std", self.init_std, "a standard deviation must be finite and not negative"),
             ("router.noise", self.noise, "noise must be finite and not negative"),
-            ("router.balancing_rate", self.balancing_rate.unwrap_or(0.0), "a rate must be finite and not negative"),
         ];
         for (field, value, reason) in fields {
             if !(value.is_finite() && value >= 0.0) {
@@ -130,15 +145,24 @@ impl RouterOptions {
             let reason = "jitter must be at least 0 and below 1";
             return Err(ConfigError::OutOfRange { field: "router.jitter", value: self.jitter, reason });
         }
-        Ok(())
+        if let Some(value) = self.logit_normalization {
+            let refused = |reason| Err(ConfigError::OutOfRange { field: "router.logit_normalization", value, reason });
+            if !(value.is_finite() && value > 0.0) {
+                return refused("the scale of normalised logits must be finite and above 0");
+            }
+            if self.score != RouterScore::Softmax {
+                return refused("logits are normalised for a softmax, and the scores are of another kind");
+            }
+        }
+        self.balancing.as_ref().map_or(Ok(()), BalancingOptions::validate)
     }
 }
 
 impl RouterConfig {
     /// Cost of scoring `num_tokens` tokens.
     pub fn cost(&self, num_tokens: usize) -> Cost {
-        let bias = if self.options.balancing_rate.is_some() { self.num_experts } else { 0 };
-        Cost::linear(num_tokens, self.d_model, self.num_experts, false) + Cost::params(bias)
+        let balancing = self.options.balancing.as_ref().map_or(Cost::default(), |balancing| balancing.cost(self.num_experts));
+        Cost::linear(num_tokens, self.d_model, self.num_experts, false) + balancing
     }
 
     /// A new router.
@@ -147,15 +171,19 @@ impl RouterConfig {
     /// With the text of [`RouterOptions::validate`].
     pub fn init(&self, device: &Device) -> Router {
         crate::support::error::expect_valid(self.options.validate());
-        let RouterOptions { init_std, score, noise, jitter, balancing_rate } = self.options;
-        let zeros = || Param::from_tensor(Tensor::zeros([self.num_experts], device)).set_require_grad(false);
+        let RouterOptions { init_std, score, noise, jitter, balancing, logit_normalization } = self.options.clone();
+        let state = |is_kept: bool, len: usize| is_kept.then(|| balancing::zeros(len, device));
+        let has = |part: fn(&BalancingOptions) -> bool| balancing.as_ref().is_some_and(part);
         Router {
             weight: Initializer::Normal { mean: 0.0, std: init_std }.init([self.d_model, self.num_experts], device),
-            balancing_bias: balancing_rate.map(|_| zeros()),
+            balancing_bias: state(balancing.is_some(), self.num_experts),
+            balancing_momentum: state(has(BalancingOptions::has_momentum), self.num_experts),
+            balancing_warmup: state(has(BalancingOptions::has_warmup), 1),
             score,
             noise,
             jitter,
-            balancing_rate: balancing_rate.unwrap_or(0.0),
+            balancing,
+            logit_normalization,
         }
     }
 }
@@ -187,7 +215,7 @@ impl Router {
             let Some(bad_tokens) = &bad_tokens else {
                 return Guarded { logits, bad: None };
             };
-            let (scores, _) = self.score.of(logits.clone().detach());
+            let (scores, _) = self.scores(logits.clone().detach());
             let bad = bad_tokens.clone().bool_or(non_finite_rows(scores));
             Guarded { logits: logits.mask_fill(bad.clone(), 0.0), bad: Some(bad) }
         };
@@ -195,11 +223,11 @@ impl Router {
         let is_clean = phase == Phase::Inference || (self.noise == 0.0 && self.jitter == 0.0);
         if is_clean {
             let logits = guarded(logits);
-            let (scores, probs) = logits.scores(self.score);
+            let (scores, probs) = logits.marked_scores(self);
             return RouterOutput { scores, score: self.score, ..RouterOutput::new(logits.marked(), probs) };
         }
         let clean = guarded(logits.clone());
-        let (_, clean_probs) = clean.scores(self.score);
+        let (_, clean_probs) = clean.marked_scores(self);
         let mut routed = logits;
         if self.jitter > 0.0 {
             let x = x.cast(FloatDType::F32);
@@ -211,28 +239,17 @@ impl Router {
             routed = routed.clone() + routed.random_like(Distribution::Normal(0.0, std));
         }
         let routed = guarded(routed);
-        let (scores, probs) = routed.scores(self.score);
+        let (scores, probs) = routed.marked_scores(self);
         let (logits, clean_logits) = (routed.marked(), clean.marked());
         RouterOutput { logits, probs, scores, clean_logits, clean_probs, noise_std, score: self.score }
     }
 
-    /// Moves the balancing bias against the load: `b_e += rate · sign(mean load − load_e)` (arXiv 2408.15664, algorithm 1). `load` counts
-    /// the choices that named each expert in one training step. A router without a bias stays as it is.
-    ///
-    /// # Panics
-    /// When `load` does not have one entry per expert.
-    pub fn update_balancing_bias(mut self, load: &[usize]) -> Self {
-        let mean = load.iter().sum::<usize>() as f64 / load.len().max(1) as f64;
-        let rate = self.balancing_rate;
-        self.balancing_bias = self.balancing_bias.map(|bias| {
-            let [num_experts] = bias.shape().dims();
-            assert_eq!(load.len(), num_experts, "loads of {} experts do not fit a router of {num_experts}", load.len());
-            let step =
-                |&load: &usize| (rate * (mean - load as f64).partial_cmp(&0.0).map_or(0, |order| order as i32) as f64) as f32;
-            let steps: Vec<f32> = load.iter().map(step).collect();
-            with_value(bias, |bias| bias.clone() + Tensor::from_data(TensorData::new(steps, [num_experts]), &bias.device()))
-        });
-        self
+    /// Scores, and the probabilities that belong to them.
+    fn scores(&self, logits: Tensor<2>) -> (Tensor<2>, Tensor<2>) {
+        match self.logit_normalization {
+            Some(scale) => self.score.of(normalized(logits, scale)),
+            None => self.score.of(logits),
+        }
     }
 }
 
@@ -256,8 +273,8 @@ impl Guarded {
     }
 
     /// Scores, and the probabilities that belong to them.
-    fn scores(&self, score: RouterScore) -> (Tensor<2>, Tensor<2>) {
-        let (scores, probs) = score.of(self.logits.clone());
+    fn marked_scores(&self, router: &Router) -> (Tensor<2>, Tensor<2>) {
+        let (scores, probs) = router.scores(self.logits.clone());
         (self.mark(scores), self.mark(probs))
     }
 }
@@ -355,23 +372,17 @@ mod tests {
     }
 
     #[test]
-    fn the_balancing_bias_moves_against_the_load() {
-        let router =
-            RouterConfig::new(4, 3).with_options(RouterOptions::new().with_balancing_rate(Some(0.25))).init(&Device::default());
-        let router = router.update_balancing_bias(&[9, 3, 6]).update_balancing_bias(&[9, 9, 0]);
-        let bias: Vec<f32> = router.balancing_bias.unwrap().val().try_into_vec_as().unwrap();
-        assert_eq!(bias, [-0.5, 0.0, 0.25]);
-        let without = RouterConfig::new(4, 3).init(&Device::default()).update_balancing_bias(&[1, 2, 3]);
-        assert!(without.balancing_bias.is_none());
-    }
-
-    #[test]
     fn numbers_outside_their_range_are_refused() {
         let text = |config: RouterOptions| config.validate().unwrap_err().to_string();
         let jitter = text(RouterOptions::new().with_jitter(1.0));
         assert_eq!(jitter, "`router.jitter` is 1: jitter must be at least 0 and below 1");
         let noise = text(RouterOptions::new().with_noise(f64::NAN));
         assert_eq!(noise, "`router.noise` is NaN: noise must be finite and not negative");
+        let normalized = RouterOptions::new().with_logit_normalization(Some(0.0));
+        let reason = "the scale of normalised logits must be finite and above 0";
+        assert_eq!(text(normalized), format!("`router.logit_normalization` is 0: {reason}"));
+        let sigmoid = RouterOptions::new().with_score(RouterScore::Sigmoid).with_logit_normalization(Some(1.0));
+        assert!(text(sigmoid).contains("normalised for a softmax"));
     }
 
     #[test]

@@ -223,7 +223,7 @@ impl Encoder {
     }
 
     /// Moves the balancing biases of all routed blocks by what one training step routed; see
-    /// [`RouterOptions::balancing_rate`](crate::RouterOptions::balancing_rate). Without such biases the encoder stays as it is.
+    /// [`BalancingOptions`](crate::BalancingOptions). Without such biases the encoder stays as it is.
     ///
     /// # Panics
     /// When there is not one routing per routed block.

@@ -86,7 +86,15 @@ impl MoeFeedForward {
         if *reduction == Reduction::Average {
             model.assignment = model.assignment.with_one_expert();
             // One expert has the gate 1, whatever the scores of many were.
-            model.router = Router { score: RouterScore::Softmax, noise: 0.0, balancing_bias: None, ..model.router };
+            model.router = Router {
+                score: RouterScore::Softmax,
+                noise: 0.0,
+                balancing_bias: None,
+                balancing_momentum: None,
+                balancing_warmup: None,
+                balancing: None,
+                ..model.router
+            };
         }
         let relative_deviation = calibration.map(|tokens| {
             let run = |layer: &Self| layer.clone().freeze().forward(MoeInput::new(tokens.clone())).output.detach();
@@ -244,8 +252,11 @@ fn recombine(moe: &MoeFeedForward, made_from: &[Vec<usize>], load: &[f64]) -> Mo
     experts.b_gate = bias(experts.b_gate.take());
     experts.b_out = bias(experts.b_out.take());
     moe.router.weight = with_value(moe.router.weight, |w| mix(w.transpose(), &mixing).transpose());
-    moe.router.balancing_bias =
-        moe.router.balancing_bias.map(|bias| with_value(bias, |bias| mix(bias.unsqueeze_dim::<2>(1), &mixing).squeeze_dim(1)));
+    let per_expert = |param: Option<Param<Tensor<1>>>| {
+        param.map(|param| with_value(param, |values| mix(values.unsqueeze_dim::<2>(1), &mixing).squeeze_dim(1)))
+    };
+    moe.router.balancing_bias = per_expert(moe.router.balancing_bias);
+    moe.router.balancing_momentum = per_expert(moe.router.balancing_momentum);
     moe
 }
 

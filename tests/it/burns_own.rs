@@ -6,8 +6,8 @@ use burn::tensor::{
     quantization::{Calibration, QuantScheme},
 };
 use burn_moe::{
-    AssignmentConfig, AuxiliaryLossConfig, ExpertChoiceConfig, ExpertLora, ExpertOptions, LoraOptions, MoeFeedForward,
-    MoeFeedForwardConfig, RouterOptions, SoftMoeFeedForwardConfig, TokenChoiceConfig,
+    AssignmentConfig, AuxiliaryLossConfig, BalancingOptions, ExpertChoiceConfig, ExpertLora, ExpertOptions, LoraOptions,
+    MoeFeedForward, MoeFeedForwardConfig, RouterOptions, SoftMoeFeedForwardConfig, TokenChoiceConfig,
     clip::{Clip, ClipConfig, SparseClipConfig, TextConfig, VisionConfig, contrastive_loss},
     kernels::{Kernels, with_kernels},
     transformer::{EncoderConfig, MlpConfig, RoutedLayerConfig, SparseEncoderConfig},
@@ -48,7 +48,7 @@ fn nearly_the_same<M: Module>(init: impl Fn(&Device) -> M, forward: impl Fn(&M, 
 
 #[test]
 fn quantized_layers_compute_nearly_the_same() {
-    let router = RouterOptions::new().with_balancing_rate(Some(0.1));
+    let router = RouterOptions::new().with_balancing(Some(BalancingOptions::new(0.1)));
     let x = |device: &Device| numbers::<2>([20, 16], 3, device);
     for experts in [ExpertOptions::new(), ExpertOptions::swiglu(), ExpertOptions::new().with_bias(false)] {
         let config = MoeFeedForwardConfig::new(16, 24, 4).with_experts(experts).with_router(router.clone());

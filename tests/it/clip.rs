@@ -5,10 +5,10 @@ use std::{fs, path::Path};
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use burn_moe::{
-    FeedForwardForm, RouterOptions, UpcycleFromDense, UpcycleOptions,
+    BalancingOptions, BalancingRule, FeedForwardForm, Router, RouterOptions, UpcycleFromDense, UpcycleOptions,
     clip::{
-        ClipConfig, ImagePreprocessing, Interpolation, MAX_LOGIT_SCALE, ResizeMode, SparseClipConfig, TextConfig, TokenizerKind,
-        VisionConfig,
+        Clip, ClipConfig, ImagePreprocessing, Interpolation, MAX_LOGIT_SCALE, ResizeMode, SparseClipConfig, TextConfig,
+        TokenizerKind, VisionConfig,
         checkpoint::{CheckpointError, ClipCheckpoint, Precision},
     },
     transformer::{EncoderConfig, FeedForward, Padding, RoutedLayerConfig, SparseEncoderConfig, SparseLayer},
@@ -59,7 +59,7 @@ fn a_model_comes_back_from_disk_to_the_bit() {
 fn a_balancing_bias_and_narrow_experts_come_back_from_disk() {
     let device = Device::default();
     let folder = tempfile::tempdir().unwrap();
-    let router = RouterOptions::new().with_balancing_rate(Some(0.5));
+    let router = RouterOptions::new().with_balancing(Some(BalancingOptions::new(0.5)));
     let experts = SparseEncoderConfig::new().with_layer(RoutedLayerConfig::new().with_router(router).into()).with_d_ff(Some(4));
     let sparse_config = config().sparse(SparseClipConfig::new().with_vision(Some(experts)));
     let model = sparse_config.init(&device);
@@ -72,6 +72,49 @@ fn a_balancing_bias_and_narrow_experts_come_back_from_disk() {
     let FeedForward::Moe(layer) = &back.model.vision.encoder.blocks[1].feed_forward else { panic!("block 1 is sparse") };
     let bias = values(&layer.router.balancing_bias.as_ref().unwrap().val());
     assert!(bias.contains(&0.5) && bias.contains(&-0.5), "{bias:?}");
+}
+
+#[test]
+fn balancing_goes_on_where_a_checkpoint_was_written() {
+    let device = Device::default();
+    let balancing =
+        BalancingOptions::new(0.5).with_rule(BalancingRule::ZScore).with_momentum(0.75).with_cap(Some(0.25)).with_warmup_steps(700);
+    let router = RouterOptions::new().with_balancing(Some(balancing)).with_logit_normalization(Some(2.0));
+    let experts = SparseEncoderConfig::new().with_layer(RoutedLayerConfig::new().with_router(router.clone()).into());
+    let sparse_config = config().sparse(SparseClipConfig::new().with_text(Some(experts)));
+    let router_of = |model: &Clip| match &model.text.encoder.blocks[1].feed_forward {
+        FeedForward::Moe(layer) => layer.router.clone(),
+        _ => panic!("block 1 is sparse"),
+    };
+    let state = |router: &Router| {
+        let params = [&router.balancing_bias, &router.balancing_momentum, &router.balancing_warmup];
+        params.map(|param| values(&param.as_ref().unwrap().val()))
+    };
+    let mut model = sparse_config.init(&device);
+    let FeedForward::Moe(layer) = &mut model.text.encoder.blocks[1].feed_forward else { panic!("block 1 is sparse") };
+    for load in [[1, 2, 3, 4, 5, 6, 7, 8], [9, 0, 0, 1, 0, 3, 0, 0], [0; 8]] {
+        layer.router = layer.router.clone().update_balancing_bias(&load);
+    }
+    let written = ClipCheckpoint { config: sparse_config, model };
+    let next = |router: Router| router.update_balancing_bias(&[3, 1, 4, 1, 5, 9, 2, 6]);
+    for precision in [Precision::F32, Precision::BF16, Precision::F16] {
+        let folder = tempfile::tempdir().unwrap();
+        written.save_sparse(folder.path(), precision).unwrap();
+        let back = ClipCheckpoint::load(folder.path(), &device).unwrap();
+        assert_eq!(format!("{}", back.config), format!("{}", written.config));
+        let [before, after] = [&written.model, &back.model].map(router_of);
+        assert_eq!((&after.balancing, after.logit_normalization), (&router.balancing, Some(2.0)));
+        if precision == Precision::F32 {
+            assert_eq!(state(&after), state(&before));
+            assert_eq!(state(&next(after)), state(&next(before)));
+        } else {
+            let (before, after) = (state(&next(before)), state(&next(after)));
+            assert_eq!(after[2], before[2], "steps of the warm-up are whole");
+            for (before, after) in before.into_iter().flatten().zip(after.into_iter().flatten()) {
+                assert!((before - after).abs() < 1e-2 * before.abs(), "{before} {after}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -374,8 +417,21 @@ fn hostile_weights_are_refused() {
     }
 }
 
+/// The file of version 7 that says what this one says, as far as version 7 could.
+fn as_version_7(file: &mut serde_json::Value) {
+    file["version"] = 7.into();
+    for tower in ["vision", "text"] {
+        let Some(router) = file["clip"][tower].pointer_mut("/encoder/sparse/layer/Routed/router") else { continue };
+        let router = router.as_object_mut().unwrap();
+        router.remove("logit_normalization").unwrap();
+        let balancing = router.remove("balancing").unwrap();
+        router.insert("balancing_rate".into(), balancing.get("rate").cloned().unwrap_or_default());
+    }
+}
+
 /// The file of version 4 that says what this one says, as far as version 4 could.
 fn as_version_4(file: &mut serde_json::Value) {
+    as_version_7(file);
     file["version"] = 4.into();
     for tower in ["vision", "text"] {
         let Some(blocks) = file["clip"][tower]["encoder"]["sparse"].as_object_mut() else { continue };
@@ -387,7 +443,7 @@ fn as_version_4(file: &mut serde_json::Value) {
             }
             None => defaults,
         };
-        let rate = routed["router"].as_object_mut().unwrap().remove("balancing_rate").unwrap();
+        let rate = routed["router"].as_object_mut().unwrap().remove("balancing_rate").unwrap_or_default();
         routed["router"]["balancing_bias"] =
             if rate.is_null() { "None".into() } else { serde_json::json!({ "Sign": { "rate": rate } }) };
         blocks.append(routed.as_object_mut().unwrap());
@@ -397,13 +453,15 @@ fn as_version_4(file: &mut serde_json::Value) {
 #[test]
 fn sparse_checkpoints_of_older_versions_are_read() {
     let device = Device::default();
-    let router = RouterOptions::new().with_balancing_rate(Some(0.25));
+    let router = RouterOptions::new().with_balancing(Some(BalancingOptions::new(0.25)));
     let sparse = SparseEncoderConfig::new();
     for (layer, version) in [
         (RoutedLayerConfig::new().into(), 2),
         (RoutedLayerConfig::new().into(), 4),
-        (RoutedLayerConfig::new().with_router(router).with_shared_expert(Some(5)).into(), 4),
+        (RoutedLayerConfig::new().with_router(router.clone()).with_shared_expert(Some(5)).into(), 4),
         (SparseLayer::Soft { slots_per_expert: 2 }, 4),
+        (RoutedLayerConfig::new().into(), 7),
+        (RoutedLayerConfig::new().with_router(router.clone()).into(), 7),
     ] {
         let folder = tempfile::tempdir().unwrap();
         let sparse = sparse.clone().with_layer(layer);
@@ -412,7 +470,11 @@ fn sparse_checkpoints_of_older_versions_are_read() {
         written.save_sparse(folder.path(), Precision::F32).unwrap();
         let path = folder.path().join("burn_moe_config.json");
         let mut file: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
-        as_version_4(&mut file);
+        if version == 7 {
+            as_version_7(&mut file)
+        } else {
+            as_version_4(&mut file)
+        }
         if version == 2 {
             file["version"] = 2.into();
             // Its weights had the name that Hugging Face's have.
@@ -533,7 +595,7 @@ fn a_version_of_the_future_says_so() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("burn_moe_config.json"), r#"{"version": 99, "clip": {}}"#).unwrap();
     let error = ClipCheckpoint::load(folder.path(), &Device::default()).unwrap_err().to_string();
-    assert!(error.contains("version 99 was written by another burn-moe; this one reads 2 to 7"), "{error}");
+    assert!(error.contains("version 99 was written by another burn-moe; this one reads 2 to 8"), "{error}");
 }
 
 #[test]

@@ -7,9 +7,9 @@ use burn::nn::{
 };
 use burn::tensor::{Bool, DType, Device, Distribution, FloatDType, Int, Tensor};
 use burn_moe::{
-    Activation, AssignmentConfig, AuxiliaryLossConfig, Capacity, ExpertChoiceConfig, ExpertOptions, MoeFeedForward,
-    MoeFeedForwardConfig, MoeInput, RouterOptions, RouterScore, SoftMoeFeedForwardConfig, TokenChoiceConfig, TokenGroups,
-    UpcycleFromDense, UpcycleOptions,
+    Activation, AssignmentConfig, AuxiliaryLossConfig, BalancingOptions, Capacity, ExpertChoiceConfig, ExpertOptions,
+    MoeFeedForward, MoeFeedForwardConfig, MoeInput, RouterOptions, RouterScore, SoftMoeFeedForwardConfig, TokenChoiceConfig,
+    TokenGroups, UpcycleFromDense, UpcycleOptions,
     clip::{ClipConfig, SparseClipConfig, TextConfig, VisionConfig, tokenizer::ClipTokenizer},
     kernels::{Kernels, with_kernels},
     routing::{AssignmentInput, DispatchPlan, Dispatcher, Phase, TokenMask},
@@ -275,7 +275,7 @@ fn an_activation_that_does_not_fit_is_named_with_that_of_the_experts() {
 #[test]
 fn a_balancing_bias_survives_an_empty_batch() {
     let device = Device::default().autodiff();
-    let router = RouterOptions::new().with_balancing_rate(Some(0.1));
+    let router = RouterOptions::new().with_balancing(Some(BalancingOptions::new(0.1)));
     let layer = MoeFeedForwardConfig::new(6, 10, 4).with_router(router).init(&device);
     let routing = layer.forward(Tensor::<2>::zeros([0, 6], &device)).routing;
     let layer = layer.update_balancing_bias(&routing);
@@ -375,7 +375,7 @@ impl ModuleMapper for Numbered {
 
 #[test]
 fn gradient_checkpointing_changes_no_gradient_and_parameters_can_be_moved() {
-    let router = RouterOptions::new().with_init_std(1.0).with_balancing_rate(Some(0.1));
+    let router = RouterOptions::new().with_init_std(1.0).with_balancing(Some(BalancingOptions::new(0.1)));
     let config = MoeFeedForwardConfig::new(6, 10, 4).with_router(router);
     let run = |device: Device| {
         let mut layer = config.init(&device).map(&mut Numbered(0));

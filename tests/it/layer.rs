@@ -3,8 +3,8 @@
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use burn_moe::{
-    Activation, Capacity, ExpertChoiceConfig, ExpertOptions, FillOrder, GateNormalization, MoeFeedForward, MoeFeedForwardConfig,
-    MoeInput, RouterOptions, RouterScore, Routing, SoftMoeFeedForwardConfig, TokenChoiceConfig, TokenGroups,
+    Activation, BalancingOptions, Capacity, ExpertChoiceConfig, ExpertOptions, FillOrder, GateNormalization, MoeFeedForward,
+    MoeFeedForwardConfig, MoeInput, RouterOptions, RouterScore, Routing, SoftMoeFeedForwardConfig, TokenChoiceConfig, TokenGroups,
     clip::{ClipConfig, TextConfig, VisionConfig},
     kernels::{Kernels, with_kernels},
     stats::RoutingStats,
@@ -69,7 +69,7 @@ fn layer(case: &Case, device: &Device) -> MoeFeedForward {
         .with_groups(TokenGroups::OfSize(case.group))
         .with_training_capacity(case.capacity)
         .with_inference_capacity(case.capacity);
-    let router = RouterOptions::new().with_init_std(1.0).with_score(case.score).with_balancing_rate(Some(1e-3));
+    let router = RouterOptions::new().with_init_std(1.0).with_score(case.score).with_balancing(Some(BalancingOptions::new(1e-3)));
     let mut layer = MoeFeedForwardConfig::new(case.d, case.f, case.e)
         .with_assignment(assignment.into())
         .with_router(router)

@@ -3,7 +3,8 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
 use burn_moe::{
-    AuxiliaryLossConfig, Capacity, LoraOptions, RouterOptions, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
+    AuxiliaryLossConfig, BalancingOptions, Capacity, LoraOptions, RouterOptions, TokenChoiceConfig, UpcycleFromDense,
+    UpcycleOptions,
     clip::{
         Clip, ClipAuxiliaryLossConfig, ClipConfig, ImageEmbedder, ImagePreprocessing, Interpolation, ResizeMode, RetrievalMetrics,
         SparseClipConfig, TextConfig, TextEmbedder, VisionConfig,
@@ -314,7 +315,7 @@ fn micro_batches_train_the_same_models() {
         })
         .map(|trained| (trained, losses.0))
     };
-    let balanced = arm(sparse(RouterOptions::new().with_balancing_rate(Some(0.01))));
+    let balanced = arm(sparse(RouterOptions::new().with_balancing(Some(BalancingOptions::new(0.01)))));
     let arms = vec![balanced.clone(), Arm { frozen: Some(Tower::Vision), ..balanced }];
     let (whole, expected) = run(arms.clone(), None).unwrap();
     // 4 leaves a last one of two pairs.

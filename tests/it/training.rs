@@ -10,7 +10,7 @@ use std::{
 
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_moe::{
-    Capacity, RouterOptions, TokenChoiceConfig,
+    BalancingOptions, BalancingRule, Capacity, RouterOptions, TokenChoiceConfig,
     clip::{
         Clip, SparseClipConfig,
         checkpoint::ClipCheckpoint,
@@ -61,13 +61,19 @@ fn stream(folder: &Path, batch_size: usize) -> Stream {
 }
 
 /// A sparse model that drops nothing and moves a balancing bias.
-fn model(device: &Device) -> Clip {
+fn model(device: &Device, balancing: BalancingOptions) -> Clip {
     let tokens = TokenChoiceConfig::new().with_training_capacity(Capacity::Dropless);
-    let router = RouterOptions::new().with_balancing_rate(Some(0.01));
+    let router = RouterOptions::new().with_balancing(Some(balancing));
     let layer = RoutedLayerConfig::new().with_router(router).with_assignment(tokens.into());
     let encoder = SparseEncoderConfig::new().with_layer(layer.into());
     let sparse = SparseClipConfig::new().with_vision(Some(encoder.clone())).with_text(Some(encoder));
     clip_config().sparse(sparse).init(device)
+}
+
+/// Balancing that has a state beside the bias.
+fn with_momentum() -> BalancingOptions {
+    let balancing = BalancingOptions::new(0.01).with_rule(BalancingRule::ZScore);
+    balancing.with_momentum(0.9).with_cap(Some(0.05)).with_warmup_steps(8)
 }
 
 fn optimizer() -> OptimizerConfig {
@@ -77,7 +83,10 @@ fn optimizer() -> OptimizerConfig {
 fn weights(model: &Clip) -> Vec<f32> {
     let router = |encoder: &burn_moe::transformer::Encoder| match &encoder.blocks[1].feed_forward {
         burn_moe::transformer::FeedForward::Moe(moe) => {
-            [values(&moe.router.weight.val()), values(&moe.router.balancing_bias.as_ref().unwrap().val())].concat()
+            let router = &moe.router;
+            let balancing = [&router.balancing_bias, &router.balancing_momentum, &router.balancing_warmup];
+            let balancing = balancing.into_iter().flatten().flat_map(|param| values(&param.val()));
+            values(&router.weight.val()).into_iter().chain(balancing).collect::<Vec<f32>>()
         }
         _ => panic!("the block is sparse"),
     };
@@ -138,7 +147,7 @@ impl Setup<'_> {
 
 fn setup(stream: &Stream, steps: usize) -> Setup<'_> {
     let device = Device::default();
-    let arm = Arm::new("sparse", model(&device), optimizer());
+    let arm = Arm::new("sparse", model(&device, BalancingOptions::new(0.01)), optimizer());
     Setup { arm, stream, config: TrainConfig::new(steps).with_micro_batch(Some(4)), device }
 }
 
@@ -231,6 +240,34 @@ fn ranks_train_the_model_that_one_process_trains() {
 }
 
 #[test]
+fn the_state_of_balancing_is_that_of_the_batch_on_every_rank_and_is_resumed() {
+    let folder = tempfile::tempdir().unwrap();
+    let stream = stream(folder.path(), 12);
+    let mut setup = setup(&stream, 6);
+    setup.arm.model = model(&setup.device, with_momentum());
+    let checkpointing = Checkpointing { keep: 2, ..Checkpointing::new(folder.path().join("run"), 3) };
+    let run = || {
+        let trained: Vec<Vec<f32>> = thread::scope(|scope| {
+            let run = |ranks: Threads| weights(&setup.run(&ranks, Some(&checkpointing), &mut ()).unwrap().model);
+            let threads: Vec<_> = Threads::new(2).into_iter().map(|ranks| scope.spawn(move || run(ranks))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!(trained[0], trained[1], "the same bits on every rank");
+        trained.into_iter().next().unwrap()
+    };
+    let whole = run();
+    fs::remove_dir_all(folder.path().join("run/step-00000006")).unwrap();
+    assert_eq!(checkpointing.kept_run().unwrap(), Some(KeptRun { step: 3, steps: 6 }));
+    assert_eq!(run(), whole, "as if it was never stopped");
+    let alone = setup.run(&Solo, None, &mut ()).unwrap();
+    assert!(apart(&weights(&alone.model), &whole) < 1e-5);
+    // Other balancing is another run.
+    setup.arm.model = model(&setup.device, with_momentum().with_momentum(0.8));
+    let error = setup.run(&Solo, Some(&checkpointing), &mut ()).unwrap_err().to_string();
+    assert!(error.contains("another configuration"), "{error}");
+}
+
+#[test]
 fn a_rank_that_fails_ends_the_run() {
     let folder = tempfile::tempdir().unwrap();
     let stream = stream(folder.path(), 12);
@@ -259,6 +296,7 @@ fn a_run_that_was_stopped_within_an_epoch_ends_with_the_same_bits() {
     // 38 samples: the checkpoints are within the first epochs.
     let stream = stream(folder.path(), 10);
     let mut setup = setup(&stream, 11);
+    setup.arm.model = model(&setup.device, with_momentum());
     setup.arm.optimizer = optimizer().with_clip_norm(Some(0.5)).with_average(Some(0.9));
     let log = |name: &str| folder.path().join(name);
     let run = |name: &str, checkpointing: Option<&Checkpointing>, observer: &mut dyn Observer| {

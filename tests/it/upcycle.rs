@@ -5,7 +5,7 @@ use burn::nn::{Linear, LinearConfig, activation::ActivationConfig, transformer::
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Bool, Device, Int, Tensor};
 use burn_moe::{
-    Activation, Capacity, ExpertOptions, GateNormalization, MoeFeedForwardConfig, RouterOptions, RouterScore,
+    Activation, BalancingOptions, Capacity, ExpertOptions, GateNormalization, MoeFeedForwardConfig, RouterOptions, RouterScore,
     SoftMoeFeedForwardConfig, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{Clip, ClipConfig, EndOfText, SparseClipConfig, TextConfig, VisionConfig},
     transformer::{Encoder, EncoderConfig, MlpConfig, RoutedLayerConfig, SparseEncoderConfig, TokenMarks},
@@ -381,7 +381,7 @@ fn copies_go_back_to_the_dense_network_they_came_from() {
 #[test]
 fn a_layer_of_sigmoid_scores_is_averaged_too() {
     let device = Device::default();
-    let router = RouterOptions::new().with_score(RouterScore::Sigmoid).with_balancing_rate(Some(0.1));
+    let router = RouterOptions::new().with_score(RouterScore::Sigmoid).with_balancing(Some(BalancingOptions::new(0.1)));
     let dense = MlpConfig::new(6, 24).init(&device);
     let sparse = MoeFeedForwardConfig::new(6, 24, 4).with_router(router).init(&device);
     let sparse = sparse.upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap().model;

@@ -12,6 +12,7 @@ use super::{
 use crate::{
     clip::{ClipConfig, ImagePreprocessing, TokenizerKind, text::CLIP_VOCAB_SIZE},
     layer::experts::FeedForwardForm,
+    routing::balancing::BalancingOptions,
     transformer::{SparseEncoderConfig, SparseLayer},
 };
 
@@ -26,7 +27,7 @@ pub(super) const FORMAT: Format = Format {
 };
 
 /// Version of `burn_moe_config.json`.
-const VERSION: u64 = 7;
+const VERSION: u64 = 8;
 /// The oldest one that is still read.
 const OLDEST: u64 = 2;
 
@@ -79,6 +80,12 @@ fn add_newer_fields(clip: &mut Value) -> Result<()> {
         sparse.entry("padding").or_insert(json!("Excluded"));
         // Since version 5.
         nest_routing(sparse);
+        // Since version 8.
+        if let Some(Value::Object(router)) = sparse.get_mut("layer").and_then(|layer| layer.pointer_mut("/Routed/router"))
+            && let Some(rate) = router.remove("balancing_rate").and_then(|rate| rate.as_f64())
+        {
+            router.insert("balancing".into(), serde_json::to_value(BalancingOptions::new(rate))?);
+        }
     }
     if let Some(Value::Object(text)) = clip.get_mut("text") {
         text.entry("projection_bias").or_insert(Value::Bool(false));
@@ -125,8 +132,16 @@ pub(super) fn sparse_layer(table: &mut Table, key: &str, sparse: &SparseEncoderC
         SparseLayer::Routed(routed) => {
             let path = format!("{path}.feed_forward.Moe");
             table.same(&format!("{key}.router.weight"), &[d, e], &format!("{path}.router.weight"));
-            if routed.router.balancing_rate.is_some() {
-                table.same(&format!("{key}.router.balancing_bias"), &[e], &format!("{path}.router.balancing_bias"));
+            if let Some(balancing) = &routed.router.balancing {
+                let mut state =
+                    |name: &str, len| table.same(&format!("{key}.router.{name}"), &[len], &format!("{path}.router.{name}"));
+                state("balancing_bias", e);
+                if balancing.has_momentum() {
+                    state("balancing_momentum", e);
+                }
+                if balancing.has_warmup() {
+                    state("balancing_warmup", 1);
+                }
             }
             experts(table, &format!("{key}.experts"), sparse.form, [e, d, f], &format!("{path}.experts"));
             if let Some(f) = routed.shared_expert {

@@ -136,9 +136,9 @@ impl ClipCheckpoint {
     /// Writes `burn_moe_config.json` and `burn_moe_model.safetensors` into `folder`, which is made if need be. Tensor names are
     /// open_clip's; a sparse block has `moe.router.weight` `[D, E]`, `moe.experts.w_in` `[E, D, F]`, `moe.experts.b_in` `[E, F]`,
     /// `moe.experts.w_out` `[E, F, D]` and `moe.experts.b_out` `[E, D]` where a dense one has `mlp`; if it has them also
-    /// `moe.router.balancing_bias` `[E]`, `moe.experts.w_gate` and `b_gate` (as `w_in` and `b_in`), and `moe.shared_expert.*` (as `moe.experts.*`
-    /// with `E` 1). A soft one has `moe.slots` `[D, E · S]` and no router. With [`Precision::Int8`], each weight in 8 bits has its scales beside it: `NAME.scale`,
-    /// f32, one for each output column.
+    /// `moe.router.balancing_bias` `[E]`, `balancing_momentum` `[E]` and `balancing_warmup` `[1]`, `moe.experts.w_gate` and `b_gate` (as `w_in` and `b_in`), and
+    /// `moe.shared_expert.*` (as `moe.experts.*` with `E` 1). A soft one has `moe.slots` `[D, E · S]` and no router. With [`Precision::Int8`], each weight in 8
+    /// bits has its scales beside it: `NAME.scale`, f32, one for each output column.
     ///
     /// # Errors
     /// When a value is not finite or beyond the precision, or on a failure of the file system; a file that was there before is then as it was.

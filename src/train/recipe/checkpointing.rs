@@ -168,9 +168,9 @@ pub(super) fn routing_of(model: &Clip) -> Vec<String> {
         FeedForward::Dense(_) => "dense".to_string(),
         FeedForward::SoftMoe(_) => format!("soft {:?}", encoder.padding),
         FeedForward::Moe(moe) => {
-            let Router { score, noise, jitter, balancing_rate, .. } = &moe.router;
+            let Router { score, noise, jitter, balancing, logit_normalization, .. } = &moe.router;
             format!(
-                "{:?} {score:?} {noise} {jitter} {balancing_rate} {:?} {:?}",
+                "{:?} {score:?} {noise} {jitter} {balancing:?} {logit_normalization:?} {:?} {:?}",
                 moe.assignment, encoder.protection, encoder.padding
             )
         }

@@ -7,14 +7,20 @@ use burn::nn::attention::MultiHeadAttentionConfig;
 use burn::tensor::{Device, Int, Tensor};
 use burn_moe::{
     Activation, ExpertOptions, LoraOptions, MoeFeedForward, MoeFeedForwardConfig, PackedWeight, Precision, RouterOptions,
-    SoftMoeFeedForwardConfig, TokenChoiceConfig,
+    SoftMoeFeedForwardConfig, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{
         Clip, ClipConfig, SparseClipConfig, TextConfig, VisionConfig,
         checkpoint::{ClipCheckpoint, LoadOptions, VisionCheckpoint},
+        normalize,
+        tokenizer::ClipTokenizer,
     },
     kernels::{Kernels, with_kernels},
     pack_weights,
-    transformer::{EncoderConfig, MlpConfig, RoutedLayerConfig, SparseEncoderConfig},
+    train::{
+        data::{EmojiPack, EmojiVendor, Language},
+        evaluate,
+    },
+    transformer::{BlockSelection, EncoderConfig, MlpConfig, RoutedLayerConfig, SparseEncoderConfig},
 };
 
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -289,5 +295,42 @@ fn scales_that_are_missing_or_do_not_fit_are_named() {
     {
         let error = error.unwrap_err().to_string();
         assert!(error.ends_with("has no place for weights in 8 bits: `save_sparse` writes them"), "{error}");
+    }
+}
+
+/// The main job's dense model, and a sparse one of it, among drawings and labels that it was not trained on.
+#[test]
+fn a_trained_model_finds_as_much_with_weights_in_8_bits() {
+    let device = Device::flex();
+    let root = env!("CARGO_MANIFEST_DIR");
+    let ClipCheckpoint { config, model } = ClipCheckpoint::load(format!("{root}/data/clip-emoji"), &device).unwrap();
+    let sparse = SparseEncoderConfig::new().with_blocks(BlockSelection::EveryNth(1));
+    let towers = SparseClipConfig::new().with_vision(Some(sparse.clone())).with_text(Some(sparse));
+    let sparse = config.clone().sparse(towers).init(&device);
+    let sparse = sparse.upcycle_from_dense(&model, &UpcycleOptions::default()).unwrap().model;
+    // Without optimisation a part of the drawings.
+    let count = if cfg!(debug_assertions) { 100 } else { usize::MAX };
+    let pack = EmojiPack::open(format!("{root}/data/emoji")).unwrap();
+    let set = pack.load(&[EmojiVendor::Twemoji], &Language::ALL, false).unwrap().select(|image| image < count);
+    let set = set.with_preprocessing(model.vision.preprocessing.clone());
+    let tokenizer = ClipTokenizer::for_model(&model.text).unwrap();
+    let texts: Vec<&String> = set.queries().map(|(_, caption)| &caption.text).collect();
+    let tokens = tokenizer.tokenize(&texts[..200], config.text.context_length).tensor(&device);
+    for model in [model, sparse] {
+        let packed = pack_weights(model.clone(), Precision::Int8);
+        let embeddings = |model: &Clip| [model.vision.embedding(set.images(0..100, &device)), model.text.embedding(tokens.clone())];
+        for (found, expected) in embeddings(&packed).into_iter().zip(embeddings(&model)) {
+            let cosines = values(&(normalize(found) * normalize(expected)).sum_dim(1));
+            let mean = cosines.iter().sum::<f32>() / cosines.len() as f32;
+            let least = cosines.iter().copied().fold(1.0, f32::min);
+            println!("cosine in the mean {mean}, least {least}");
+            assert!(mean >= 0.999, "{mean}");
+        }
+        let recall = |model: &Clip| {
+            evaluate(model, &set, &tokenizer, config.text.context_length, None, &device).unwrap().retrieval.text_to_image.r1
+        };
+        let (found, expected) = (recall(&packed), recall(&model));
+        println!("recall {found}, with plain weights {expected}");
+        assert!((found - expected).abs() <= if cfg!(debug_assertions) { 0.01 } else { 0.003 }, "{found} and {expected}");
     }
 }

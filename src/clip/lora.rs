@@ -5,17 +5,17 @@ use burn::module::{Lora, Module, ModuleVisitor, ParamGroup};
 use super::Clip;
 use crate::{LoraOptions, support::error::expect_valid, transformer::FeedForward};
 
-/// Whether some parameter has an adapter of low rank, burn's or ours.
-fn has_adapters(model: &Clip) -> bool {
-    struct Adapters(bool);
-    impl ModuleVisitor for Adapters {
+/// Whether some parameter has an attachment of this name: an adapter of low rank, burn's or ours, or packed weights.
+fn has(name: &'static str, model: &Clip) -> bool {
+    struct Found(&'static str, bool);
+    impl ModuleVisitor for Found {
         fn enter_module(&mut self, name: &str, _: &str) {
-            self.0 |= name == "lora";
+            self.1 |= name == self.0;
         }
     }
-    let mut adapters = Adapters(false);
-    model.visit(&mut adapters);
-    adapters.0
+    let mut found = Found(name, false);
+    model.visit(&mut found);
+    found.1
 }
 
 impl Clip {
@@ -43,12 +43,13 @@ impl Clip {
     /// ```
     ///
     /// # Panics
-    /// When the options cannot be used, or there are adapters already.
+    /// When the options cannot be used, or there are adapters or packed weights already.
     #[track_caller]
     pub fn with_lora(self, options: &LoraOptions) -> Self {
         expect_valid(options.validate());
         // burn would freeze the old ones and adapt them in turn.
-        assert!(!has_adapters(&self), "the model has adapters already: merge them first, by `materialize`");
+        assert!(!has("lora", &self), "the model has adapters already: merge them first, by `materialize`");
+        assert!(!has("packed", &self), "the model's weights are packed: make them plain first, by `materialize`");
         let matrices = ParamGroup::from_any_predicates(vec![".attention.", ".linear_in.", ".linear_out."]);
         let mut adapted = self.apply_lora(Lora::new(options.rank, options.alpha).set_param_group(matrices));
         for encoder in [&mut adapted.vision.encoder, &mut adapted.text.encoder] {

@@ -199,7 +199,7 @@ impl ExpertMlp {
     /// it before this, on a group of parameters that leaves experts out; experts whose biases it adapted refuse to compute.
     ///
     /// # Panics
-    /// When the options cannot be used, or there are adapters already.
+    /// When the options cannot be used, or there are adapters or packed weights already.
     #[track_caller]
     pub fn with_lora(mut self, options: &LoraOptions) -> Self {
         let frozen = |bias: Option<Param<Tensor<2>>>| bias.map(|bias| bias.set_require_grad(false));

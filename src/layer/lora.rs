@@ -79,6 +79,11 @@ impl Reparameterizer for Attach<'_> {
 #[track_caller]
 pub(super) fn adapted(weight: Param<Tensor<3>>, options: &LoraOptions) -> Param<Tensor<3>> {
     expect_valid(options.validate());
+    #[cfg(feature = "flex")]
+    assert!(
+        weight.reparameterization::<super::packed::PackedWeight>().is_none(),
+        "packed weights take no adapter: make them plain first, by `materialize`"
+    );
     assert!(
         weight.reparameterization::<ExpertLora>().is_none(),
         "the experts have an adapter already: merge it first, by `materialize`"

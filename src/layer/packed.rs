@@ -9,7 +9,7 @@ use burn::module::{Module, ModuleMapper, Reparameterization, Reparameterizer};
 use burn::nn::Linear;
 use burn::tensor::Tensor;
 #[cfg(feature = "flex")]
-use burn::tensor::{Device, Slice, TensorData};
+use burn::tensor::{DType, Device, Slice, TensorData};
 
 use crate::ops::{self, Activation, Offsets};
 #[cfg(feature = "flex")]
@@ -22,10 +22,11 @@ use crate::ops::{PackedMaps, Precision};
 /// Products are then faster, most of all where experts have few rows, and with less than 32 bits the weights need less memory. The plain weights are not kept:
 /// where something else reads them (another backend, [`Kernels::Reference`](crate::kernels::Kernels::Reference), a record), they are unpacked for it.
 /// Packed weights are not trained: gradients pass them and are not taken. burn's [`materialize`](burn::module::Module::materialize) makes them plain again, with
-/// what rounding has done to them. Adapters are merged first.
+/// what rounding has done to them: call it before burn's `apply_lora` or `quantize_weights`, of which the first would have no effect on them. Adapters are merged
+/// first.
 ///
 /// `F32` computes the same to rounding; `F16` and `BF16` round the weights and compute in f32. With `Int8`, each row of activations is rounded to 8 bits as well
-/// (to 7 on x86 processors without VNNI), with a scale of its own, and products are of integers. In every precision, the result of a row does not depend on
+/// (to 7 on processors with AVX2 and without AVX-512 VNNI), with a scale of its own, and products are of integers. In every precision, the result of a row does not depend on
 /// the rows beside it.
 ///
 /// ```
@@ -73,7 +74,10 @@ impl PackedWeight {
 impl Reparameterization for PackedWeight {
     const NAME: &'static str = "packed";
 
-    /// The weight, unpacked; `base`, if it was loaded or trained since.
+    /// The weight, unpacked; `base`, if it was loaded since.
+    ///
+    /// # Panics
+    /// When burn quantized what stands in the weight's place.
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
         if is_placeholder(&base) { self.unpacked(base.dims(), &base.device()) } else { base }
     }
@@ -87,6 +91,10 @@ fn placeholder<const D: usize>(dims: [usize; D], device: &Device) -> Tensor<D> {
 
 #[cfg(feature = "flex")]
 fn is_placeholder<const D: usize>(base: &Tensor<D>) -> bool {
+    assert!(
+        !matches!(base.dtype(), DType::QFloat(_)),
+        "burn's `quantize_weights` cannot quantize packed weights: make them plain first, by `materialize`"
+    );
     let first = base.clone().slice(std::array::from_fn::<_, D, _>(|_| Slice::from(0..1)));
     first.into_data().iter::<f32>().next().is_some_and(f32::is_nan)
 }
@@ -107,12 +115,18 @@ pub(crate) fn with_packed<const R: usize>(
             (param, self.0.take())
         }
     }
+    let (id, shape, device) = (param.id, param.lazy_shape().dims(), param.lazy_device());
+    assert!(ops::is_flex(&device), "packed weights are for burn's CPU backend, `Device::flex()`, not for {device:?}");
     let packed = PackedWeight { maps: Arc::new(PackedMaps::new(weights, dims, precision)) };
-    let (id, dims, device) = (param.id, param.lazy_shape().dims(), param.lazy_device());
-    let saved = packed.clone();
-    let param = param.transform_for_load(placeholder(dims, &device), id);
+    // Without the maps, once the weight is plain again.
+    let saved = Arc::downgrade(&packed.maps);
+    let param = param.transform_for_load(placeholder(shape, &device), id);
     // Records hold plain weights.
-    param.save_mapper(move |base| saved.apply(base)).apply_reparameterization(Attach(Some(packed)))
+    let save = move |base| match saved.upgrade() {
+        Some(maps) => PackedWeight { maps }.apply(base),
+        None => base,
+    };
+    param.save_mapper(save).apply_reparameterization(Attach(Some(packed)))
 }
 
 /// Finds the weights that are packed by the modules that they are in.
@@ -157,12 +171,6 @@ impl ModuleMapper for Pack {
             _ => [shape[0], shape[1], shape[2]],
         };
         let name = || self.inside.iter().map(|(field, _)| &**field).collect::<Vec<_>>().join(".");
-        assert!(
-            ops::is_flex(&param.lazy_device()),
-            "the weight `{}` is on {:?}: packed weights are for burn's CPU backend, `Device::flex()`",
-            name(),
-            param.lazy_device()
-        );
         let values: Vec<f32> = param.val().detach().dequantize().try_into_vec_as().expect("weights are floats");
         let bad = values.iter().filter(|value| !self.precision.holds(**value)).count();
         assert!(

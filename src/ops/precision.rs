@@ -40,7 +40,8 @@ pub(crate) fn quantize(weights: &[f32], d_in: usize, d_out: usize) -> (Vec<i8>, 
         scales.iter_mut().for_each(|scale| *scale /= 127.0);
         for row in weights.chunks_exact(d_out) {
             // A column of zeros has a scale of zero.
-            let byte = |(weight, scale): (&f32, &f32)| if *scale > 0.0 { (weight / scale).round() as i8 } else { 0 };
+            let byte =
+                |(weight, scale): (&f32, &f32)| if *scale > 0.0 { (weight / scale).round().clamp(-127.0, 127.0) as i8 } else { 0 };
             bytes.extend(row.iter().zip(&scales).map(byte));
         }
         all_scales.extend(scales);

@@ -53,7 +53,7 @@ impl ModuleVisitor for Finite {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if self.first.is_ok() {
-            self.first = check_finite(&self.path.join("."), &param.val());
+            self.first = check_finite(&self.path.join("."), &param.transform_for_save().val());
         }
     }
 }

@@ -142,8 +142,10 @@ fn attention(target: &mut MultiHeadAttention, source: &MultiHeadAttention) -> Re
 /// The source on the target's device. Parameters keep the source's identity, so that records and optimiser states of the dense
 /// model still find them.
 pub(super) fn same_place<M: Module>(source: &M, target: &M) -> M {
+    // Packed weights would never be trained.
+    let source = source.clone().materialize();
     match target.devices().first() {
-        Some(device) => source.clone().fork(device),
-        None => source.clone(),
+        Some(device) => source.fork(device),
+        None => source,
     }
 }

@@ -2,9 +2,12 @@
 
 use std::fs;
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{Module, ModuleVisitor, Param, Quantizer};
 use burn::nn::attention::MultiHeadAttentionConfig;
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{
+    Device, Int, Tensor,
+    quantization::{Calibration, QuantScheme},
+};
 use burn_moe::{
     Activation, ExpertOptions, LoraOptions, MoeFeedForward, MoeFeedForwardConfig, PackedWeight, Precision, RouterOptions,
     SoftMoeFeedForwardConfig, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
@@ -14,6 +17,7 @@ use burn_moe::{
         normalize,
         tokenizer::ClipTokenizer,
     },
+    finite,
     kernels::{Kernels, with_kernels},
     pack_weights,
     train::{
@@ -213,6 +217,27 @@ fn a_token_that_is_not_finite_spoils_no_other() {
 }
 
 #[test]
+fn other_tools_on_packed_weights_are_refused_or_get_plain_ones() {
+    let device = Device::flex();
+    let x = || numbers::<2>([20, 16], 3, &device);
+    let config = MoeFeedForwardConfig::new(16, 24, 4);
+    let packed = pack_weights(config.init(&device), Precision::F32);
+    let quantized = packed.clone().quantize_weights(&mut Quantizer::new(Calibration::MinMax, QuantScheme::default()));
+    assert!(panic_of(|| quantized.forward(x())).contains("make them plain first, by `materialize`"));
+    assert!(panic_of(|| packed.experts.clone().with_lora(&LoraOptions::new())).contains("packed weights take no adapter"));
+    assert!(finite::check_finite_module(&packed).is_ok());
+    // A dense model of which a sparse one is made.
+    let dense = clip().dense();
+    let (model, options) = (dense.init(&device), UpcycleOptions::default());
+    let upcycled = |dense: &Clip| clip().init(&device).upcycle_from_dense(dense, &options).unwrap().model;
+    let sparse = upcycled(&pack_weights(model.clone(), Precision::F32));
+    assert!(sparse.vision.encoder.blocks[0].attention.query.weight.reparameterization::<PackedWeight>().is_none());
+    for (found, expected) in embeddings(&sparse, 3).iter().zip(embeddings(&model, 3)) {
+        assert!(error(&values(found), &values(&expected)) < 1e-5);
+    }
+}
+
+#[test]
 fn weights_that_cannot_be_stored_are_refused() {
     let mut mlp = MlpConfig::new(2, 3).init(&Device::flex());
     mlp.linear_in.weight = mlp.linear_in.weight.map(|weight| weight.slice_fill([0..1, 0..1], 1e5));
@@ -220,6 +245,18 @@ fn weights_that_cannot_be_stored_are_refused() {
         pack_weights(mlp, Precision::F16);
     });
     assert!(message.contains("1 of 6 values of the weight `linear_in.weight` are not finite, or too large for F16"), "{message}");
+    let config = clip();
+    let mut model = config.init(&Device::flex());
+    let query = &mut model.text.encoder.blocks[0].attention.query.weight;
+    *query = query.clone().map(|weight| weight.slice_fill([0..1, 0..2], -1e5));
+    let folder = tempfile::tempdir().unwrap();
+    ClipCheckpoint { model, config }.save_sparse(folder.path(), Precision::F32).unwrap();
+    let options = LoadOptions::new().with_packed(Some(Precision::F16));
+    let error = ClipCheckpoint::load_with(folder.path(), &options, &Device::flex()).unwrap_err().to_string();
+    assert!(
+        error.contains("`transformer.resblocks.0.attn.in_proj_weight` holds 2 values that are too large for weights packed as F16"),
+        "{error}"
+    );
 }
 
 fn loaded(folder: &tempfile::TempDir, packed: Option<Precision>) -> Clip {

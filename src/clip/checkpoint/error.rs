@@ -161,6 +161,16 @@ pub enum CheckpointError {
         /// How many values.
         count: usize,
     },
+    /// Weights do not fit the precision that they should be packed in.
+    #[error("`{tensor}` holds {count} values that are too large for weights packed as {precision:?}: choose another precision")]
+    Packed {
+        /// Its name in the file.
+        tensor: String,
+        /// How many values.
+        count: usize,
+        /// What they should be packed in.
+        precision: crate::Precision,
+    },
     /// The format has no place for something this model has.
     #[error("{format}'s format has no place for {what}")]
     NoPlace {

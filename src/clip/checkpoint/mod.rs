@@ -73,10 +73,10 @@ impl ClipCheckpoint {
     /// The same with options.
     ///
     /// # Errors
-    /// As [`load`](Self::load), and when the size of images is no multiple of the patch size.
+    /// As [`load`](Self::load), when the size of images is no multiple of the patch size, and when a weight that is to be packed is beyond the precision.
     ///
     /// # Panics
-    /// When weights are to be packed and `device` is not burn's CPU backend.
+    /// When weights are to be packed and `device` is not burn's CPU backend, or one has more than 65,536 rows and 8 bits.
     pub fn load_with(folder: impl AsRef<Path>, options: &LoadOptions, device: &Device) -> Result<Self, CheckpointError> {
         let (config, model) = read::load(folder.as_ref(), Towers::Both, options, |config| config.init(device))?;
         Ok(Self { config, model })

@@ -55,13 +55,16 @@ impl LoadOptions {
         self
     }
 
-    fn loaded(&self, entry: &Entry, values: Vec<f32>) -> Loaded {
+    fn loaded(&self, entry: &Entry, values: Vec<f32>) -> Result<Loaded, CheckpointError> {
         #[cfg(feature = "flex")]
         if let (Some(precision), Some(dims)) = (self.packed, entry.maps()) {
-            return Loaded::Packed(values, dims, precision);
+            return match values.iter().filter(|value| !precision.holds(**value)).count() {
+                0 => Ok(Loaded::Packed(values, dims, precision)),
+                count => Err(CheckpointError::Packed { tensor: entry.key.clone(), count, precision }),
+            };
         }
         let _ = entry;
-        Loaded::Plain(values)
+        Ok(Loaded::Plain(values))
     }
 }
 
@@ -108,10 +111,13 @@ fn load_weights<M: Module>(
     // What a whole checkpoint holds beside the tower that is asked for.
     let mut ignored = if found.towers == Towers::Both { keys(&others) } else { BTreeSet::new() };
     let naming = Naming::of(files, &expected.union(&ignored).map(String::as_str).collect());
+    let stored: BTreeSet<&str> = files.names().collect();
     let scales = |entries: &[Entry], keys: &BTreeSet<String>| {
-        let stored = entries.iter().filter(|entry| files.names().any(|name| naming.key_of(name) == entry.key));
-        let of_bytes = stored.filter(|entry| is_int8(entry, &files.info(&naming.stored(&entry.key))));
-        of_bytes.map(|entry| entry.scales().0).chain(keys.iter().cloned()).collect::<BTreeSet<String>>()
+        let is_int8 = |entry: &&Entry| {
+            let name = naming.stored(&entry.key);
+            stored.contains(&*name) && is_int8(entry, &files.info(&name))
+        };
+        entries.iter().filter(is_int8).map(|entry| entry.scales().0).chain(keys.iter().cloned()).collect::<BTreeSet<String>>()
     };
     expected = scales(&entries, &expected);
     ignored = scales(&others, &ignored);
@@ -121,7 +127,7 @@ fn load_weights<M: Module>(
             return Err(CheckpointError::Duplicate { path: files.path.clone(), tensor: key.to_string() });
         }
     }
-    let missing: Vec<String> = expected.iter().filter(|key| !found.contains(key.as_str())).cloned().collect();
+    let missing: Vec<String> = expected.iter().filter(|key| !stored.contains(&*naming.stored(key))).cloned().collect();
     let is_unexpected = |key: &&&str| !expected.contains(**key) && !ignored.contains(**key);
     let unexpected: Vec<String> = found.iter().filter(is_unexpected).map(|key| key.to_string()).collect();
     if !missing.is_empty() || !unexpected.is_empty() {
@@ -199,7 +205,7 @@ fn load_weights<M: Module>(
             Some(side) if info.shape != entry.stored_shape => {
                 Ok(Loaded::Plain(interpolated(&values, side, config.vision.image_size / config.vision.patch_size)))
             }
-            _ => Ok(options.loaded(&entry, entry.load(values))),
+            _ => options.loaded(&entry, entry.load(values)),
         }
     })?;
     assert!(entries.is_empty(), "no parameter for {:?}", entries.keys());

@@ -41,7 +41,8 @@ struct Sums {
 
 impl ModuleVisitor for Sums {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let values: Vec<f32> = param.val().detach().try_into_vec_as().expect("a float tensor reads as f32");
+        // What a record would hold: of a packed weight, the weight.
+        let values: Vec<f32> = param.transform_for_save().val().detach().try_into_vec_as().expect("a float tensor reads as f32");
         match self.values.get_mut(self.next) {
             None => self.values.push(values),
             Some(sum) => sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value),

@@ -6,6 +6,8 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
+use std::sync::LazyLock;
+
 use pulp::{Arch, Simd, WithSimd};
 
 use crate::ops::flex::tiles::{self, Line, PANEL, TILE_ROWS};
@@ -32,7 +34,8 @@ enum Kind {
 impl Dot {
     /// The fastest that this processor has.
     pub(super) fn fastest() -> Self {
-        Self::all()[0]
+        static FASTEST: LazyLock<Dot> = LazyLock::new(|| Dot::all()[0]);
+        *FASTEST
     }
 
     /// All that this processor has, the fastest first.

@@ -44,8 +44,9 @@ impl PackedMaps {
     /// Of the weights `[E, D, F]`.
     ///
     /// # Panics
-    /// When `D` is above 65,536 and the precision is `Int8`: sums might not fit 32 bits.
+    /// When `D` or `F` is 0, or `D` is above 65,536 and the precision is `Int8`: sums might not fit 32 bits.
     pub(crate) fn new(weights: &[f32], [num_experts, d_in, d_out]: [usize; 3], precision: Precision) -> Self {
+        assert!(d_in > 0 && d_out > 0, "maps from {d_in} to {d_out} values: expected at least one");
         assert_eq!(weights.len(), num_experts * d_in * d_out, "weights of {num_experts} maps from {d_in} to {d_out}");
         let panels = match precision {
             Precision::F32 => Panels::F32(lines(weights, d_in, d_out, |value| value)),

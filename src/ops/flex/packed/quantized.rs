@@ -77,6 +77,8 @@ fn scale_of(row: &[f32], largest: u8) -> RowScale {
     let high = high.into_iter().fold(0.0, f32::max);
     // In parts, as the range of finite values may not be finite.
     let scale = high / f32::from(largest) - low / f32::from(largest);
+    // Values of no normal size are zeros.
+    let scale = if scale < f32::MIN_POSITIVE { 0.0 } else { scale };
     let zero = if scale > 0.0 { (-low / scale).round().clamp(0.0, f32::from(largest)) as i32 } else { 0 };
     RowScale { scale: scale + finite.into_iter().sum::<f32>(), zero }
 }

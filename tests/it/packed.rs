@@ -349,7 +349,7 @@ fn a_trained_model_finds_as_much_with_weights_in_8_bits() {
     let count = if cfg!(debug_assertions) { 100 } else { usize::MAX };
     let pack = EmojiPack::open(format!("{root}/data/emoji")).unwrap();
     let set = pack.load(&[EmojiVendor::Twemoji], &Language::ALL, false).unwrap().select(|image| image < count);
-    let set = set.with_preprocessing(model.vision.preprocessing.clone());
+    let set = set.with_preprocessing(model.vision.preprocessing);
     let tokenizer = ClipTokenizer::for_model(&model.text).unwrap();
     let texts: Vec<&String> = set.queries().map(|(_, caption)| &caption.text).collect();
     let tokens = tokenizer.tokenize(&texts[..200], config.text.context_length).tensor(&device);

@@ -374,6 +374,7 @@ fn bfloat16_with_32_bit_weights_trains_alike() {
     for (micro_batch, recompute_blocks) in [(Some(4), false), (None, false), (Some(4), true)] {
         let (found, trained) = losses(TrainPrecision::Bf16, micro_batch, recompute_blocks);
         // Later, so small a model on so few samples goes its own way; from some starts, which no test can choose, a single step differs by 9 % before.
+        assert!((found[0] / expected[0] - 1.0).abs() < 0.05, "the same weights: {} {}", found[0], expected[0]);
         let early = |losses: &[f64]| losses[..6].iter().sum::<f64>() / 6.0;
         assert!((early(&found) / early(&expected) - 1.0).abs() < 0.1, "{found:?} {expected:?}");
         let last = found[30..].iter().sum::<f64>() / 10.0;

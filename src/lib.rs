@@ -50,7 +50,7 @@ pub use layer::packed::{PackedWeight, pack_weights};
 pub use layer::soft_moe::{SoftMoeFeedForward, SoftMoeFeedForwardConfig, SoftMoeOutput};
 pub use loss::{AuxiliaryLoss, AuxiliaryLossConfig};
 pub use ops::Precision;
-pub use routing::assignment::{AssignmentConfig, ExpertChoiceConfig, FillOrder, GateNormalization, TokenChoiceConfig, TokenGroups};
+pub use routing::assignment::{AssignmentConfig, ExpertChoiceConfig, ExpertGroups, FillOrder, GateNormalization, TokenChoiceConfig, TokenGroups};
 pub use routing::balancing::{BalancingOptions, BalancingRule};
 pub use routing::capacity::Capacity;
 pub use routing::router::{Router, RouterConfig, RouterOptions, RouterScore};

@@ -14,17 +14,28 @@ pub use crate::ops::Activation;
 use crate::{
     ops::{self, Offsets},
     routing::Dispatcher,
-    support::cost::Cost,
+    support::{
+        cost::Cost,
+        error::{ConfigError, expect_valid},
+    },
 };
 
 /// How a feed-forward network uses its activation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum FeedForwardForm {
     /// `act(x · W_in + b_in) · W_out + b_out`.
     Plain,
     /// `(act(x · W_gate + b_gate) ⊙ (x · W_in + b_in)) · W_out + b_out` (Shazeer, [arXiv 2002.05202](https://arxiv.org/abs/2002.05202)): SwiGLU
     /// with SiLU, GEGLU with GELU.
     Gated,
+    /// The gated form of gpt-oss ([arXiv 2508.10925](https://arxiv.org/abs/2508.10925)), `(act(α · g) / α ⊙ (u + 1)) · W_out + b_out` with
+    /// `g = min(x · W_gate + b_gate, limit)` and `u = x · W_in + b_in` between `−limit` and `limit`. With SiLU, `act(α · g) / α` is `g · σ(α · g)`.
+    ClampedGated {
+        /// The largest gate, and the largest size of what it multiplies; above 0.
+        limit: f64,
+        /// The steepness of the activation, `α`; above 0. gpt-oss has 1.702.
+        alpha: f64,
+    },
 }
 
 /// Configuration of an [`ExpertMlp`].
@@ -44,7 +55,7 @@ pub struct ExpertMlpConfig {
 /// Options of an [`ExpertMlp`], whatever its sizes are.
 #[derive(Config, Debug)]
 pub struct ExpertOptions {
-    /// Plain or gated. Default: `Plain`
+    /// Plain, gated or clamped. Default: `Plain`
     #[config(default = "FeedForwardForm::Plain")]
     pub form: FeedForwardForm,
     /// The non-linearity. Default: `Gelu`
@@ -58,7 +69,7 @@ pub struct ExpertOptions {
     pub initializer: Initializer,
 }
 
-/// `E` feed-forward networks side by side: `FFN_e(x) = act(x · W_in[e] + b_in[e]) · W_out[e] + b_out[e]`, or the gated form of
+/// `E` feed-forward networks side by side: `FFN_e(x) = act(x · W_in[e] + b_in[e]) · W_out[e] + b_out[e]`, or another form of
 /// [`FeedForwardForm`].
 #[derive(Module, Debug)]
 #[module(custom_display)]
@@ -67,9 +78,9 @@ pub struct ExpertMlp {
     pub w_in: Param<Tensor<3>>,
     /// `[E, F]`
     pub b_in: Option<Param<Tensor<2>>>,
-    /// `[E, D, F]`, in the gated form.
+    /// `[E, D, F]`, in the gated forms.
     pub w_gate: Option<Param<Tensor<3>>>,
-    /// `[E, F]`, in the gated form.
+    /// `[E, F]`, in the gated forms.
     pub b_gate: Option<Param<Tensor<2>>>,
     /// `[E, F, D]`
     pub w_out: Param<Tensor<3>>,
@@ -78,6 +89,27 @@ pub struct ExpertMlp {
     /// The non-linearity.
     #[module(skip)]
     pub activation: Activation,
+    /// How the activation is used.
+    #[module(skip)]
+    pub form: FeedForwardForm,
+}
+
+impl FeedForwardForm {
+    /// Whether there are `W_gate` and `b_gate`.
+    pub fn is_gated(self) -> bool {
+        self != Self::Plain
+    }
+
+    /// Refuses numbers outside their range.
+    pub(crate) fn validate(self) -> Result<(), ConfigError> {
+        let Self::ClampedGated { limit, alpha } = self else { return Ok(()) };
+        for (field, value) in [("form.limit", limit), ("form.alpha", alpha)] {
+            if !(value.is_finite() && value > 0.0) {
+                return Err(ConfigError::OutOfRange { field, value, reason: "it must be finite and above 0" });
+            }
+        }
+        Ok(())
+    }
 }
 
 impl ExpertOptions {
@@ -95,23 +127,28 @@ impl ExpertOptions {
 impl ExpertMlpConfig {
     /// Cost of one expert over `rows` rows.
     pub(crate) fn cost_of_one(&self, rows: usize) -> Cost {
-        let gate = match self.options.form {
-            FeedForwardForm::Plain => Cost::default(),
-            FeedForwardForm::Gated => Cost::linear(rows, self.d_model, self.d_ff, self.options.bias),
+        let gate = match self.options.form.is_gated() {
+            false => Cost::default(),
+            true => Cost::linear(rows, self.d_model, self.d_ff, self.options.bias),
         };
         gate + Cost::feed_forward(rows, self.d_model, self.d_ff, self.options.bias)
     }
 
     /// New experts.
+    ///
+    /// # Panics
+    /// When the form has a number out of its range.
+    #[track_caller]
     pub fn init(&self, device: &Device) -> ExpertMlp {
         let &Self { d_model, d_ff, num_experts, ref options } = self;
+        expect_valid(options.form.validate());
         let weight =
             |fan_in, fan_out| options.initializer.init_with([num_experts, fan_in, fan_out], Some(fan_in), Some(fan_out), device);
         let bias = |fan_in, fan_out| {
             let init = || options.initializer.init_with([num_experts, fan_out], Some(fan_in), Some(fan_out), device);
             options.bias.then(init)
         };
-        let is_gated = options.form == FeedForwardForm::Gated;
+        let is_gated = options.form.is_gated();
         ExpertMlp {
             w_in: weight(d_model, d_ff),
             b_in: bias(d_model, d_ff),
@@ -120,6 +157,7 @@ impl ExpertMlpConfig {
             w_out: weight(d_ff, d_model),
             b_out: bias(d_ff, d_model),
             activation: options.activation,
+            form: options.form,
         }
     }
 }
@@ -183,8 +221,15 @@ impl ExpertMlp {
             let hidden = match &self.w_gate {
                 None => map(rows, &self.w_in, bias(&self.b_in), Some(self.activation), offsets),
                 Some(w_gate) => {
-                    let gate = map(rows.clone(), w_gate, bias(&self.b_gate), Some(self.activation), offsets);
-                    gate * map(rows, &self.w_in, bias(&self.b_in), None, offsets)
+                    let gate = |activation| map(rows.clone(), w_gate, bias(&self.b_gate), activation, offsets);
+                    let scaled = || map(rows.clone(), &self.w_in, bias(&self.b_in), None, offsets);
+                    match self.form {
+                        FeedForwardForm::ClampedGated { limit, alpha } => {
+                            let gate = ops::activation(gate(None).clamp_max(limit) * alpha, self.activation) / alpha;
+                            gate * (scaled().clamp(-limit, limit) + 1.0)
+                        }
+                        _ => gate(Some(self.activation)) * scaled(),
+                    }
                 }
             };
             map(hidden, &self.w_out, bias(&self.b_out), None, offsets)
@@ -246,7 +291,7 @@ impl ModuleDisplay for ExpertMlp {
             .add("d_model", &d_model)
             .add("d_ff", &d_ff)
             .add_debug_attribute("activation", &self.activation)
-            .add("gated", &self.w_gate.is_some())
+            .add_debug_attribute("form", &self.form)
             .add("bias", &self.b_in.is_some())
             .optional()
     }
@@ -266,7 +311,7 @@ mod tests {
     #[test]
     fn display() {
         let experts = ExpertMlpConfig::new(4, 8, 2).init(&Device::default());
-        let text = "ExpertMlp {num_experts: 2, d_model: 4, d_ff: 8, activation: Gelu, gated: false, bias: true, params: 152}";
+        let text = "ExpertMlp {num_experts: 2, d_model: 4, d_ff: 8, activation: Gelu, form: Plain, bias: true, params: 152}";
         assert_eq!(format!("{experts}"), text);
     }
 }

@@ -2,10 +2,12 @@
 
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Flag, Module, ModuleDisplay, Param};
-use burn::tensor::{Device, Tensor};
+use burn::nn::Initializer;
+use burn::tensor::{Device, Tensor, activation::sigmoid};
 
 use crate::{
     layer::experts::{ExpertMlp, ExpertMlpConfig, ExpertOptions},
+    ops,
     routing::{
         DispatchPlan, Dispatcher, FlatTokens, MoeInput, MoeOutput, Phase, Routing, TokenMask,
         assignment::{AssignmentConfig, AssignmentInput},
@@ -39,6 +41,9 @@ pub struct MoeFeedForwardConfig {
     /// Hidden width of an expert that every valid token passes, added without a gate (DeepSeekMoE,
     /// [arXiv 2401.06066](https://arxiv.org/abs/2401.06066), section 3.2). Default: none
     pub shared_expert: Option<usize>,
+    /// Whether the shared expert's output has a gate of its own, `σ(x · w)` with a trained `w` `[D, 1]` (Qwen1.5-MoE). Default: false
+    #[config(default = false)]
+    pub shared_expert_gate: bool,
 }
 
 /// A sparse feed-forward layer: `y_t = Σ_k gate[t, k] · FFN_{e(t, k)}(x_t)` over the choices that have a slot.
@@ -57,6 +62,8 @@ pub struct MoeFeedForward {
     pub experts: ExpertMlp,
     /// One more network, which every valid token passes; experts of one, `[1, D, F']`.
     pub shared_expert: Option<ExpertMlp>,
+    /// Weight of the shared expert's gate, `[D, 1]`, if it has one.
+    pub shared_expert_gate: Option<Param<Tensor<2>>>,
     /// Which experts compute which tokens.
     #[module(skip)]
     pub assignment: AssignmentConfig,
@@ -74,7 +81,11 @@ impl MoeFeedForwardConfig {
         ConfigError::non_zero("d_ff", self.d_ff)?;
         if let Some(d_ff) = self.shared_expert {
             ConfigError::non_zero("shared_expert", d_ff)?;
+        } else if self.shared_expert_gate {
+            let reason = "there is no shared expert whose output it could multiply: set `shared_expert`";
+            return Err(ConfigError::OutOfRange { field: "shared_expert_gate", value: 1.0, reason });
         }
+        self.experts.form.validate()?;
         self.router.validate()?;
         if let (Some(balancing), AssignmentConfig::ExpertChoice(_)) = (&self.router.balancing, &self.assignment) {
             let reason = "expert choice is balanced by itself, and a bias per expert changes no choice of it";
@@ -89,7 +100,8 @@ impl MoeFeedForwardConfig {
         let active = self.assignment.active_experts(self.num_experts);
         let experts = Cost::experts(self.expert_config(self.d_ff, self.num_experts).cost_of_one(rows), self.num_experts, active);
         let shared = self.shared_expert.map_or(Cost::default(), |d_ff| self.expert_config(d_ff, 1).cost_of_one(num_tokens));
-        self.router_config().cost(num_tokens) + experts + shared
+        let gate = if self.shared_expert_gate { Cost::linear(num_tokens, self.d_model, 1, false) } else { Cost::default() };
+        self.router_config().cost(num_tokens) + experts + shared + gate
     }
 
     fn router_config(&self) -> RouterConfig {
@@ -111,6 +123,9 @@ impl MoeFeedForwardConfig {
             router: self.router_config().init(device),
             experts: self.expert_config(self.d_ff, self.num_experts).init(device),
             shared_expert: self.shared_expert.map(|d_ff| self.expert_config(d_ff, 1).init(device)),
+            shared_expert_gate: self
+                .shared_expert_gate
+                .then(|| Initializer::Normal { mean: 0.0, std: self.router.init_std }.init([self.d_model, 1], device)),
             assignment: self.assignment.clone(),
             training: Param::from_bool(true),
         }
@@ -193,7 +208,7 @@ impl MoeFeedForward {
         if let Some(shared) = self.shared_expert.as_ref().filter(|_| plan.num_tokens() > 0) {
             // A token that is not finite has its NaN from combining, and must not reach the weights' gradient.
             let tokens = if tokens.device().is_autodiff() { without_non_finite(tokens) } else { tokens };
-            let shared = shared.forward(tokens.unsqueeze_dim(0)).squeeze_dim(0);
+            let shared = self.gated(shared.forward(tokens.clone().unsqueeze_dim(0)).squeeze_dim(0), tokens);
             output = output
                 + match valid {
                     Some(valid) => shared.clone().mask_fill(valid.unset(&shared.device()), 0.0),
@@ -201,6 +216,14 @@ impl MoeFeedForward {
                 };
         }
         output
+    }
+
+    /// The shared expert's output for these tokens, times its gate if it has one.
+    fn gated(&self, output: Tensor<2>, tokens: Tensor<2>) -> Tensor<2> {
+        let Some(weight) = &self.shared_expert_gate else { return output };
+        let gate = sigmoid(ops::router_logits(tokens, weight.val()));
+        let dtype = output.dtype();
+        output * gate.cast(dtype)
     }
 
     /// Moves the router's balancing bias by what one training step routed; see

@@ -126,7 +126,7 @@ pub(super) fn has_router_kernel(device: &Device, dtype: DType) -> bool {
 }
 
 /// The most choices per token that a device assigns slots for: it goes through them in code without loops.
-const MAX_CHOICES: usize = 8;
+const MAX_CHOICES: usize = 16;
 
 /// Whether slots for `top_k` choices per token can be assigned on `device` itself.
 pub(crate) fn can_assign_slots(device: &Device, top_k: usize) -> bool {

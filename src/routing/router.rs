@@ -45,6 +45,10 @@ pub struct RouterOptions {
     /// [arXiv 2101.03961](https://arxiv.org/abs/2101.03961), section 2.4, with 0.01). Default: 0
     #[config(default = 0.0)]
     pub jitter: f64,
+    /// Whether the logits have a trained bias per expert, `logits = x · W_r + b_r`, which starts from 0 (gpt-oss,
+    /// [arXiv 2508.10925](https://arxiv.org/abs/2508.10925)). Scores, gates and losses are with it. Default: false
+    #[config(default = false)]
+    pub bias: bool,
     /// Balancing without a loss: a bias per expert, which is added to the scores for selection only. Default: no bias
     pub balancing: Option<BalancingOptions>,
     /// `λ` of gating logit normalisation (Skywork-MoE, [arXiv 2406.06563](https://arxiv.org/abs/2406.06563), section 4.1, with `λ = 1`): before the
@@ -66,15 +70,17 @@ pub enum RouterScore {
     Sigmoid,
 }
 
-/// Scores every expert for every token: `logits = x · W_r`, and scores by [`RouterScore`].
+/// Scores every expert for every token: `logits = x · W_r`, plus a trained bias if [`RouterOptions::bias`] says so, and scores by [`RouterScore`].
 ///
-/// No bias on the logits. All is computed in f32 whatever the dtype of `x`: rounding here changes which expert a token goes to (Switch
+/// All is computed in f32 whatever the dtype of `x`: rounding here changes which expert a token goes to (Switch
 /// Transformer, [arXiv 2101.03961](https://arxiv.org/abs/2101.03961), section 2.4).
 #[derive(Module, Debug)]
 #[module(custom_display)]
 pub struct Router {
     /// Router weight `W_r`, `[D, E]`.
     pub weight: Param<Tensor<2>>,
+    /// Added to the logits, `[E]`; trained.
+    pub bias: Option<Param<Tensor<1>>>,
     /// Added to scores when choosing, never to a gate, `[E]`; has no gradient.
     pub balancing_bias: Option<Param<Tensor<1>>>,
     /// Mean direction of the last moves of the bias, `[E]`, if [`BalancingOptions::momentum`] is not 0; has no gradient.
@@ -162,7 +168,7 @@ impl RouterConfig {
     /// Cost of scoring `num_tokens` tokens.
     pub fn cost(&self, num_tokens: usize) -> Cost {
         let balancing = self.options.balancing.as_ref().map_or(Cost::default(), |balancing| balancing.cost(self.num_experts));
-        Cost::linear(num_tokens, self.d_model, self.num_experts, false) + balancing
+        Cost::linear(num_tokens, self.d_model, self.num_experts, self.options.bias) + balancing
     }
 
     /// A new router.
@@ -171,11 +177,12 @@ impl RouterConfig {
     /// With the text of [`RouterOptions::validate`].
     pub fn init(&self, device: &Device) -> Router {
         crate::support::error::expect_valid(self.options.validate());
-        let RouterOptions { init_std, score, noise, jitter, balancing, logit_normalization } = self.options.clone();
+        let RouterOptions { init_std, score, noise, jitter, bias, balancing, logit_normalization } = self.options.clone();
         let state = |is_kept: bool, len: usize| is_kept.then(|| balancing::zeros(len, device));
         let has = |part: fn(&BalancingOptions) -> bool| balancing.as_ref().is_some_and(part);
         Router {
             weight: Initializer::Normal { mean: 0.0, std: init_std }.init([self.d_model, self.num_experts], device),
+            bias: bias.then(|| Initializer::Zeros.init([self.num_experts], device)),
             balancing_bias: state(balancing.is_some(), self.num_experts),
             balancing_momentum: state(has(BalancingOptions::has_momentum), self.num_experts),
             balancing_warmup: state(has(BalancingOptions::has_warmup), 1),
@@ -203,7 +210,8 @@ impl Router {
         assert_shape!(x, [_, d_model]);
         // Zero times NaN is NaN: in the weight's gradient, one bad token would spoil all. A kernel sees to that itself; elsewhere the tokens are set to
         // zero. Without gradients there is nothing to guard.
-        let needs_guard = x.device().is_autodiff() && x.dims()[0] > 0 && !ops::router_is_guarded(&x);
+        let is_guarded = self.bias.is_none() && ops::router_is_guarded(&x);
+        let needs_guard = x.device().is_autodiff() && x.dims()[0] > 0 && !is_guarded;
         let bad_tokens = needs_guard.then(|| non_finite_rows(x.clone()));
         let x = match &bad_tokens {
             Some(bad) => x.mask_fill(bad.clone(), 0.0),
@@ -219,7 +227,7 @@ impl Router {
             let bad = bad_tokens.clone().bool_or(non_finite_rows(scores));
             Guarded { logits: logits.mask_fill(bad.clone(), 0.0), bad: Some(bad) }
         };
-        let logits = ops::router_logits(x.clone(), weight.clone());
+        let logits = self.logits(x.clone(), weight.clone());
         let is_clean = phase == Phase::Inference || (self.noise == 0.0 && self.jitter == 0.0);
         if is_clean {
             let logits = guarded(logits);
@@ -232,7 +240,7 @@ impl Router {
         if self.jitter > 0.0 {
             let x = x.cast(FloatDType::F32);
             let factor = x.random_like(Distribution::Uniform(1.0 - self.jitter, 1.0 + self.jitter));
-            routed = ops::router_logits(x * factor, weight);
+            routed = self.logits(x * factor, weight);
         }
         let noise_std = (self.noise > 0.0).then(|| self.noise / num_experts as f64);
         if let Some(std) = noise_std {
@@ -242,6 +250,15 @@ impl Router {
         let (scores, probs) = routed.marked_scores(self);
         let (logits, clean_logits) = (routed.marked(), clean.marked());
         RouterOutput { logits, probs, scores, clean_logits, clean_probs, noise_std, score: self.score }
+    }
+
+    /// `[T, D], [D, E] -> [T, E]`
+    fn logits(&self, x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+        let logits = ops::router_logits(x, weight);
+        match &self.bias {
+            Some(bias) => logits + bias.val().dequantize().cast(FloatDType::F32).unsqueeze(),
+            None => logits,
+        }
     }
 
     /// Scores, and the probabilities that belong to them.

@@ -78,6 +78,8 @@ pub(super) fn copy(
     let router = fill(&mut moe.experts, active_experts, weights, strategy, calibration)?;
     if let UpcycleStrategy::Granular { shards } = strategy {
         moe.router.weight = with_value(moe.router.weight, |weight| repeat_columns(weight, shards));
+        let repeated = |bias: Tensor<1>| repeat_columns(bias.unsqueeze_dim::<2>(0), shards).squeeze_dim(0);
+        moe.router.bias = moe.router.bias.map(|bias| with_value(bias, repeated));
     }
     if let Some(router) = router {
         moe.router.weight = replace(moe.router.weight, router);
@@ -186,8 +188,8 @@ fn check(
     }
     UpcycleError::shapes("w_in", &weights.w_in.dims(), &[d_model, d_ff * shards])?;
     UpcycleError::shapes("w_out", &weights.w_out.dims(), &[d_ff * shards, d_model])?;
-    let form = |is_gated: bool| if is_gated { FeedForwardForm::Gated } else { FeedForwardForm::Plain };
-    UpcycleError::settings("form", form(weights.w_gate.is_some()), form(experts.w_gate.is_some()))?;
+    let form = if weights.w_gate.is_some() { FeedForwardForm::Gated } else { FeedForwardForm::Plain };
+    UpcycleError::settings("form", form, experts.form)?;
     if let Some(w_gate) = &weights.w_gate {
         if let UpcycleStrategy::ClusterAware { .. } = strategy {
             return refused("it is for plain networks, not for gated ones".into());

@@ -6,7 +6,10 @@ use burn::tensor::{Tensor, TensorData};
 
 use super::{DenseWeights, UpcycleError};
 use crate::{
-    layer::{experts::ExpertMlp, moe::MoeFeedForward},
+    layer::{
+        experts::{ExpertMlp, FeedForwardForm},
+        moe::MoeFeedForward,
+    },
     routing::{
         MoeInput,
         router::{Router, RouterScore},
@@ -77,6 +80,9 @@ impl MoeFeedForward {
         {
             return Err(refused(format!("between {least} and {num_experts} experts can be left")));
         }
+        if let Reduction::Prune { count } | Reduction::Merge { count } = reduction {
+            self.assignment.validate(*count).map_err(|error| refused(error.to_string()))?;
+        }
         let made_from = match reduction {
             Reduction::Average => vec![(0..num_experts).collect()],
             Reduction::Prune { count } => busiest(load, *count),
@@ -89,6 +95,7 @@ impl MoeFeedForward {
             model.router = Router {
                 score: RouterScore::Softmax,
                 noise: 0.0,
+                bias: None,
                 balancing_bias: None,
                 balancing_momentum: None,
                 balancing_warmup: None,
@@ -115,6 +122,9 @@ impl MoeFeedForward {
         let [num_experts, _, _] = experts.dims();
         UpcycleError::settings("num_experts", 1, num_experts)?;
         UpcycleError::settings("shared_expert", false, self.shared_expert.is_some())?;
+        if let FeedForwardForm::ClampedGated { .. } = experts.form {
+            UpcycleError::settings("form", FeedForwardForm::Gated, experts.form)?;
+        }
         let bias = |bias: &Option<Param<Tensor<2>>>| bias.as_ref().map(|bias| bias.val().squeeze_dim(0));
         Ok(DenseWeights {
             w_in: experts.w_in.val().squeeze_dim(0),
@@ -255,6 +265,7 @@ fn recombine(moe: &MoeFeedForward, made_from: &[Vec<usize>], load: &[f64]) -> Mo
     let per_expert = |param: Option<Param<Tensor<1>>>| {
         param.map(|param| with_value(param, |values| mix(values.unsqueeze_dim::<2>(1), &mixing).squeeze_dim(1)))
     };
+    moe.router.bias = per_expert(moe.router.bias);
     moe.router.balancing_bias = per_expert(moe.router.balancing_bias);
     moe.router.balancing_momentum = per_expert(moe.router.balancing_momentum);
     moe

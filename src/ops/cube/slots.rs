@@ -13,6 +13,8 @@ use super::{
 };
 use crate::ops::{NON_FINITE, SlotRules};
 
+/// The most choices of a block, which its cube holds in shared memory: those of 256 tokens with 8 choices each.
+const MAX_CHOICES: usize = 2048;
 /// The most tokens of a block.
 const MAX_BLOCK: usize = 256;
 
@@ -259,7 +261,7 @@ pub(super) fn assign(scores: CubeTensor, states: CubeTensor, rules: SlotRules) -
         top_k,
         token_major,
         rounds: if protects { 2 } else { 1 },
-        block: group_size.next_power_of_two().clamp(32, MAX_BLOCK),
+        block: group_size.next_power_of_two().clamp(32, MAX_BLOCK.min((MAX_CHOICES / top_k).next_power_of_two())),
     };
     let blocks = group_size.div_ceil(order.block);
     let counts_each = order.rounds * order.classes() * blocks;

@@ -4,10 +4,12 @@
 //! every backend.
 
 mod expert_choice;
+mod expert_groups;
 mod groups;
 mod token_choice;
 
 pub use expert_choice::ExpertChoiceConfig;
+pub use expert_groups::ExpertGroups;
 pub use groups::TokenGroups;
 pub use token_choice::{FillOrder, GateNormalization, TokenChoiceConfig};
 
@@ -208,6 +210,7 @@ impl AssignmentConfig {
         match self {
             Self::TokenChoice(config) => {
                 let config = config.with_top_k(1).with_gate_normalization(GateNormalization::None);
+                let config = config.with_expert_groups(None).with_gate_scale(1.0);
                 config.with_training_capacity(Capacity::Dropless).with_inference_capacity(Capacity::Dropless).into()
             }
             Self::ExpertChoice(config) => config.with_capacity(Capacity::OfTokens(1.0)).into(),

@@ -4,7 +4,7 @@ use burn::config::Config;
 use burn::tensor::{Bool, Int, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::{AssignmentInput, HostInput, TokenGroups};
+use super::{AssignmentInput, ExpertGroups, HostInput, TokenGroups};
 use crate::{
     ops::{self, GateSum, MIN_GATE_SUM, SlotRules},
     routing::{
@@ -16,7 +16,8 @@ use crate::{
 };
 
 /// Configuration of token choice: each valid token requests the `K` experts of highest score plus bias (Shazeer et al.,
-/// [arXiv 1701.06538](https://arxiv.org/abs/1701.06538)). Ties go to the lower expert index, on every backend.
+/// [arXiv 1701.06538](https://arxiv.org/abs/1701.06538)), of all experts or of those that [`ExpertGroups`] leave. Ties go to the lower expert index, on
+/// every backend.
 #[derive(Config, Debug, PartialEq)]
 pub struct TokenChoiceConfig {
     /// Choices per token, `K`. Default: 2
@@ -25,6 +26,11 @@ pub struct TokenChoiceConfig {
     /// How probabilities become gates. Default: `BeforeDrop`
     #[config(default = "GateNormalization::BeforeDrop")]
     pub gate_normalization: GateNormalization,
+    /// What gates are multiplied by at the end; `routed_scaling_factor` of DeepSeek-V3's configuration. Default: 1
+    #[config(default = 1.0)]
+    pub gate_scale: f64,
+    /// Limits the choices of a token to some groups of experts. Default: all experts
+    pub expert_groups: Option<ExpertGroups>,
     /// Who gets a slot first when there are too few. Default: `ChoiceMajor`
     #[config(default = "FillOrder::ChoiceMajor")]
     pub fill_order: FillOrder,
@@ -84,6 +90,13 @@ impl TokenChoiceConfig {
         if self.top_k == 1 && self.gate_normalization != GateNormalization::None {
             return Err(ConfigError::TopOneNormalized { normalization: format!("{:?}", self.gate_normalization) });
         }
+        if !(self.gate_scale.is_finite() && self.gate_scale > 0.0) {
+            let reason = "what gates are multiplied by must be finite and above 0";
+            return Err(ConfigError::OutOfRange { field: "gate_scale", value: self.gate_scale, reason });
+        }
+        if let Some(groups) = &self.expert_groups {
+            groups.validate(num_experts, self.top_k)?;
+        }
         self.groups.validate()?;
         self.training_capacity.validate()?;
         self.inference_capacity.validate()
@@ -94,7 +107,10 @@ impl TokenChoiceConfig {
     }
 
     fn assign_on_host(&self, input: &AssignmentInput, capacity: Capacity) -> DispatchPlan {
-        let host = HostInput::new(input);
+        let mut host = HostInput::new(input);
+        if let Some(groups) = &self.expert_groups {
+            groups.limit(&mut host.selection_scores, host.num_experts);
+        }
         let shape = [host.num_tokens, self.top_k];
         let chosen = choose(&host, self.top_k);
         let outcomes = self.fill(&host, &chosen, capacity);
@@ -106,7 +122,8 @@ impl TokenChoiceConfig {
         let raw = input.scores.clone().gather(1, index);
         let without_slot: Vec<bool> = outcomes.iter().map(|outcome| !matches!(outcome, ChoiceOutcome::Kept { .. })).collect();
         let without_slot = without_slot.contains(&true).then(|| Tensor::from_data(TensorData::new(without_slot, shape), &device));
-        DispatchPlan::new(host.num_experts, self.top_k, &outcomes, self.gates(raw, without_slot), host.non_finite_tokens())
+        let gates = self.scaled(self.gates(raw, without_slot));
+        DispatchPlan::new(host.num_experts, self.top_k, &outcomes, gates, host.non_finite_tokens())
     }
 
     /// Nothing where the assignment depends on more than the device can tell: a capacity or an order that depends on the scores, a device without
@@ -130,7 +147,11 @@ impl TokenChoiceConfig {
         }
         let token_major = self.fill_order == FillOrder::TokenMajor;
         let rules = SlotRules { top_k: self.top_k, group_size, slots, token_major, protects: input.protected.is_some() };
-        let mut assigned = ops::assign_slots(input.selection_scores(), token_states(input), rules);
+        let selection_scores = match &self.expert_groups {
+            Some(groups) => groups.limited(input.selection_scores()),
+            None => input.selection_scores(),
+        };
+        let mut assigned = ops::assign_slots(selection_scores, token_states(input), rules);
         if slots.is_none() && input.valid.is_some() {
             // Padding can be most of a batch: its share of rows is worth waiting for the number of the others.
             assigned.index = assigned.index.without_rows_behind();
@@ -141,7 +162,7 @@ impl TokenChoiceConfig {
             GateNormalization::BeforeDrop => GateSum::OfChosen,
             GateNormalization::AfterDrop => GateSum::OfKept,
         };
-        let gates = ops::gates(input.scores.clone(), &assigned, rule);
+        let gates = self.scaled(ops::gates(input.scores.clone(), &assigned, rule));
         Some(DispatchPlan::on_device(num_experts, assigned, gates))
     }
 
@@ -183,6 +204,10 @@ impl TokenChoiceConfig {
             }
         }
         outcomes
+    }
+
+    fn scaled(&self, gates: Tensor<2>) -> Tensor<2> {
+        if self.gate_scale == 1.0 { gates } else { gates * self.gate_scale }
     }
 
     /// Gates from the chosen probabilities, zero for a choice without a slot; `without_slot [T, K]` marks those, if there are any.

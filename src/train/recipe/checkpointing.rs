@@ -170,8 +170,8 @@ pub(super) fn routing_of(model: &Clip) -> Vec<String> {
         FeedForward::Moe(moe) => {
             let Router { score, noise, jitter, balancing, logit_normalization, .. } = &moe.router;
             format!(
-                "{:?} {score:?} {noise} {jitter} {balancing:?} {logit_normalization:?} {:?} {:?}",
-                moe.assignment, encoder.protection, encoder.padding
+                "{:?} {score:?} {noise} {jitter} {balancing:?} {logit_normalization:?} {:?} {:?} {:?}",
+                moe.assignment, moe.experts.form, encoder.protection, encoder.padding
             )
         }
     };

@@ -5,8 +5,8 @@
 //! ```
 //!
 //! The files in a directory tell its kind: `case.json` is one layer with losses and gradients, `config.json` a Hugging Face
-//! CLIP, `open_clip_config.json` an open_clip one. Every tensor is printed with its largest error, `max|a − b| / max(1, max|b|)`.
-//! The exit status is 1 when an error is above its tolerance (1e-4, gradients 1e-3), or a case needs what is not there yet. On `cuda`
+//! CLIP or, with `*.input` in `reference.safetensors`, a language model with MoE layers, `open_clip_config.json` an open_clip CLIP. Every tensor is printed with its largest error, `max|a − b| / max(1, max|b|)`.
+//! The exit status is 1 when an error is above its tolerance (1e-4, gradients 1e-3; 1e-5 and 1e-4 for layers of language models), or a case needs what is not there yet. On `cuda`
 //! tolerances are 40 times as wide, as burn's f32 products are TF32 there where that measures faster.
 
 pub(crate) mod support;
@@ -27,6 +27,7 @@ use burn_moe::{
     Activation, AssignmentConfig, Capacity, ExpertChoiceConfig, ExpertOptions, FillOrder, GateNormalization, MoeFeedForwardConfig,
     MoeInput, TokenChoiceConfig,
     clip::checkpoint::ClipCheckpoint,
+    language_models::MoeCheckpoint,
     loss::{global_entropy_loss, importance_loss, load_balancing_loss, router_z_loss},
     stats::RoutingStats,
 };
@@ -37,6 +38,9 @@ use support::device_by_name;
 
 const FORWARD: f64 = 1e-4;
 const GRADIENT: f64 = 1e-3;
+
+/// How the input of a layer is named behind the layer.
+const INPUT: &str = ".input";
 
 #[derive(Parser)]
 #[command(
@@ -84,6 +88,12 @@ pub(crate) fn run(folder: &Path, device: &Device, errors: &mut Errors) -> Result
     if folder.join("case.json").is_file() {
         return layer_case(folder, device, errors);
     }
+    if folder.join("config.json").is_file() {
+        let reference = Reference::read(&folder.join("reference.safetensors"))?;
+        if reference.0.keys().any(|name| name.ends_with(INPUT)) {
+            return language_model_case(folder, &reference, device, errors);
+        }
+    }
     if folder.join("config.json").is_file() || folder.join("open_clip_config.json").is_file() {
         return clip_case(folder, device, errors);
     }
@@ -120,7 +130,7 @@ impl Errors {
             (false, true) => format!("ABOVE {tolerance:.0e}"),
             (false, false) => format!("SIZE {} instead of {}", found.len(), expected.len()),
         };
-        println!("  {name:<22} {error:.2e}  {verdict}");
+        println!("  {name:<40} {error:.2e}  {verdict}");
         self.checked += 1;
         self.above += usize::from(!good);
     }
@@ -335,6 +345,26 @@ fn layer_case(folder: &Path, device: &Device, errors: &mut Errors) -> Result<(),
         ("grad_b_out", values(grad(b_out, "b_out")?)),
     ] {
         errors.check(name, &found, reference.values(name)?, GRADIENT);
+    }
+    Ok(())
+}
+
+/// The MoE layers of a language model: outputs, and the gradient of the input.
+fn language_model_case(folder: &Path, reference: &Reference, device: &Device, errors: &mut Errors) -> Result<(), Box<dyn Error>> {
+    let checkpoint = MoeCheckpoint::open(folder)?;
+    let device = device.clone().autodiff();
+    for layer in reference.0.keys().filter_map(|name| name.strip_suffix(INPUT)) {
+        let block = layer.split("layers.").nth(1).and_then(|rest| rest.split('.').next()?.parse().ok());
+        let block = block.ok_or_else(|| format!("`{layer}` names no block, as `layers.0` would"))?;
+        let moe = checkpoint.load_layer(block, &device)?;
+        let named = |what: &str| format!("{layer}.{what}");
+        let shape = reference.shape::<3>(&named("input"))?;
+        let input = reference.tensor(&named("input"), shape, &device)?.require_grad();
+        let output = moe.forward(input.clone()).output;
+        let loss = (output.clone() * reference.tensor(&named("cotangent"), shape, &device)?).sum();
+        errors.check_tensor(&named("output"), output, reference.values(&named("output"))?, FORWARD / 10.0);
+        let gradient = input.grad(&loss.backward()).ok_or("no gradient reached the input")?;
+        errors.check_tensor(&named("grad_input"), gradient, reference.values(&named("grad_input"))?, GRADIENT / 10.0);
     }
     Ok(())
 }

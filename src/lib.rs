@@ -28,6 +28,10 @@
 //! See [`guide`]: `own_model`, `own_router`, `routing`, `upcycling`, `training` and others. Measurements are in `docs/results.md`.
 #![warn(clippy::print_stdout)]
 
+#[cfg(feature = "store")]
+mod checkpoint;
+#[cfg(feature = "store")]
+pub mod language_models;
 mod layer;
 pub mod loss;
 mod ops;
@@ -50,7 +54,9 @@ pub use layer::packed::{PackedWeight, pack_weights};
 pub use layer::soft_moe::{SoftMoeFeedForward, SoftMoeFeedForwardConfig, SoftMoeOutput};
 pub use loss::{AuxiliaryLoss, AuxiliaryLossConfig};
 pub use ops::Precision;
-pub use routing::assignment::{AssignmentConfig, ExpertChoiceConfig, ExpertGroups, FillOrder, GateNormalization, TokenChoiceConfig, TokenGroups};
+pub use routing::assignment::{
+    AssignmentConfig, ExpertChoiceConfig, ExpertGroups, FillOrder, GateNormalization, TokenChoiceConfig, TokenGroups,
+};
 pub use routing::balancing::{BalancingOptions, BalancingRule};
 pub use routing::capacity::Capacity;
 pub use routing::router::{Router, RouterConfig, RouterOptions, RouterScore};

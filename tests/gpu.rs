@@ -8,8 +8,9 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor};
 use burn_moe::{
-    Activation, AuxiliaryLossConfig, BalancingOptions, Capacity, ExpertChoiceConfig, ExpertOptions, FillOrder, GateNormalization,
-    MoeFeedForward, MoeFeedForwardConfig, MoeInput, RouterOptions, RouterScore, Routing, TokenChoiceConfig, TokenGroups,
+    Activation, AuxiliaryLossConfig, BalancingOptions, Capacity, ExpertChoiceConfig, ExpertGroups, ExpertOptions, FeedForwardForm,
+    FillOrder, GateNormalization, MoeFeedForward, MoeFeedForwardConfig, MoeInput, RouterOptions, RouterScore, Routing,
+    TokenChoiceConfig, TokenGroups,
     clip::{ClipConfig, SparseClipConfig, contrastive_loss},
     kernels::Kernels,
     loss::load_balancing_loss,
@@ -106,8 +107,12 @@ fn experts_with_many_rows_are_computed_one_by_one() {
 fn gated_and_shared_experts_and_expert_choice_are_those_of_the_cpu() {
     let device = Device::flex().autodiff();
     let config = MoeFeedForwardConfig::new(10, 24, 4);
+    let clamped = ExpertOptions::swiglu().with_form(FeedForwardForm::ClampedGated { limit: 0.4, alpha: 1.702 });
+    let grouped = TokenChoiceConfig::new().with_gate_scale(2.5).with_expert_groups(Some(ExpertGroups::new(2, 1)));
     for config in [
         config.clone().with_experts(ExpertOptions::swiglu()).with_shared_expert(Some(12)),
+        config.clone().with_experts(clamped).with_router(RouterOptions::new().with_bias(true)),
+        config.clone().with_assignment(grouped.into()).with_shared_expert(Some(12)).with_shared_expert_gate(true),
         config.with_assignment(ExpertChoiceConfig::new().into()),
     ] {
         let layer = init(&config, &device);
@@ -212,13 +217,19 @@ fn slots_are_assigned_as_on_the_host() {
         (40, 4, 2, TokenGroups::OfSize(8)),
         (1000, 8, 2, TokenGroups::Whole),
         (3000, 16, 4, TokenGroups::OfSize(500)),
+        (600, 32, 16, TokenGroups::Whole),
     ] {
         for (case, order) in [FillOrder::ChoiceMajor, FillOrder::TokenMajor].into_iter().cycle().take(13).enumerate() {
             let factor = [0.3, 0.9, 1.6][case % 3];
             let capacity = if case < 8 { Capacity::OfBalancedLoad(factor) } else { Capacity::Dropless };
             let normalization = if k == 1 { GateNormalization::None } else { GateNormalization::AfterDrop };
             let assignment = TokenChoiceConfig::new().with_top_k(k).with_inference_capacity(capacity).with_fill_order(order);
-            let assignment = assignment.with_groups(groups).with_gate_normalization(normalization);
+            let limited = (e >= 8 && case % 2 == 0).then(|| ExpertGroups::new(4, 3));
+            let assignment = assignment
+                .with_groups(groups)
+                .with_gate_normalization(normalization)
+                .with_expert_groups(limited)
+                .with_gate_scale(1.5);
             let router = RouterOptions::new()
                 .with_balancing((case % 2 == 1).then(|| BalancingOptions::new(0.02)))
                 .with_logit_normalization((case % 3 == 2).then_some(1.5));

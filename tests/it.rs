@@ -10,7 +10,9 @@ mod it {
     mod fixtures;
     mod input;
     mod kernels;
+    mod language_models;
     mod layer;
+    mod layer_options;
     mod lists;
     mod losses;
     mod outcome;

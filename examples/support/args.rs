@@ -104,7 +104,7 @@ impl ListArgs {
 }
 
 /// How the numbers of a checkpoint are stored.
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Stored {
     F32,
     F16,

@@ -10,6 +10,7 @@ mod normalization;
 mod phase;
 mod plan;
 pub(crate) mod router;
+mod router_options;
 mod totals;
 
 pub use assignment::AssignmentInput;

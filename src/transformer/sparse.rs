@@ -68,6 +68,7 @@ pub struct SparseEncoderConfig {
 
 /// How tokens reach the experts of a sparse block.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[allow(clippy::large_enum_variant)] // one for each encoder
 pub enum SparseLayer {
     /// Each token is computed by some experts: a [`MoeFeedForward`](crate::MoeFeedForward).
     Routed(RoutedLayerConfig),

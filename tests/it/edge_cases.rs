@@ -50,10 +50,10 @@ fn the_default_training_capacity_holds_an_even_routing_of_any_top_k() {
 fn trained(score: RouterScore, shared: bool) -> MoeFeedForward {
     let device = Device::default().autodiff();
     device.seed(5);
-    let router = RouterOptions::new().with_init_std(1.0).with_score(score).with_noise(0.0);
+    let router = RouterOptions::new().with_init_std(1.0).with_score(score).with_noise(0.0).with_bias(shared);
     let choice = TokenChoiceConfig::new().with_training_capacity(Capacity::Dropless);
     let config = MoeFeedForwardConfig::new(6, 10, 4).with_router(router).with_assignment(choice.into());
-    config.with_shared_expert(shared.then_some(5)).init(&device)
+    config.with_shared_expert(shared.then_some(5)).with_shared_expert_gate(shared).init(&device)
 }
 
 /// All gradients of the layer, for a loss that reads the first `tokens` tokens and the auxiliary losses.
@@ -74,6 +74,10 @@ fn gradients(layer: &MoeFeedForward, x: Tensor<2>, tokens: usize) -> (f32, Vec<V
     ];
     if let Some(shared) = &layer.shared_expert {
         found.push(values(&shared.w_in.val().grad(&grads).unwrap()));
+    }
+    if let (Some(bias), Some(gate)) = (&layer.router.bias, &layer.shared_expert_gate) {
+        found.push(values(&bias.val().grad(&grads).unwrap()));
+        found.push(values(&gate.val().grad(&grads).unwrap()));
     }
     (loss.into_scalar::<f32>(), found)
 }

@@ -40,6 +40,12 @@ fn clips_equal_transformers_and_open_clip() {
 }
 
 #[test]
+fn moe_layers_of_language_models_equal_transformers_forward_and_backward() {
+    let families = burn_moe::language_models::Family::ALL;
+    families.into_iter().for_each(|family| passes(&format!("lm-{}", family.model_type())));
+}
+
+#[test]
 fn a_case_beyond_what_exists_names_its_option() {
     let folder = tempfile::tempdir().unwrap();
     let text = std::fs::read_to_string(case("moe-top1").join("case.json")).unwrap();

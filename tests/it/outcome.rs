@@ -34,8 +34,13 @@ pub(crate) fn run_layer(layer: &MoeFeedForward, x: &Tensor<2>, valid: &[bool], k
         let mut outcome = vec![("output", values(&output))];
         outcome.extend(gradient("x", x.grad(&grads).map(|g| values(&g))));
         outcome.extend(gradient("router", of2(&layer.router.weight)));
+        let router_bias = layer.router.bias.as_ref().and_then(|bias| bias.val().grad(&grads));
+        outcome.extend(gradient("router_bias", router_bias.map(|g| values(&g))));
+        outcome.extend(gradient("shared_expert_gate", layer.shared_expert_gate.as_ref().and_then(of2)));
         outcome.extend(gradient("w_in", of3(&experts.w_in)));
         outcome.extend(gradient("b_in", experts.b_in.as_ref().and_then(of2)));
+        outcome.extend(gradient("w_gate", experts.w_gate.as_ref().and_then(of3)));
+        outcome.extend(gradient("b_gate", experts.b_gate.as_ref().and_then(of2)));
         outcome.extend(gradient("w_out", of3(&experts.w_out)));
         outcome.extend(gradient("b_out", experts.b_out.as_ref().and_then(of2)));
         outcome

@@ -6,24 +6,19 @@
 
 mod burn_moe;
 mod config;
-mod error;
 mod format;
 mod hugging_face;
 mod naming;
-mod numbers;
 mod open_clip;
-mod params;
-mod pickle;
 mod positions;
 mod read;
 mod table;
-mod tensors;
 mod tokenizer;
 mod tower;
 mod write;
 
 pub use crate::Precision;
-pub use error::CheckpointError;
+pub use crate::checkpoint::CheckpointError;
 pub use format::Towers;
 pub use read::LoadOptions;
 pub use tower::{TextCheckpoint, VisionCheckpoint};
@@ -33,6 +28,7 @@ use std::path::Path;
 use burn::tensor::Device;
 
 use super::{Clip, ClipConfig};
+use crate::checkpoint::{numbers, params, tensors};
 use format::found_in;
 #[cfg(feature = "preprocess")]
 use write::save_file;

@@ -1,5 +1,7 @@
 //! Which stored tensor is which parameter: what the tables of all formats are made of.
 
+use crate::checkpoint::numbers::transposed;
+
 /// One parameter and where it is stored.
 #[derive(Debug)]
 pub(super) struct Entry {
@@ -101,23 +103,6 @@ impl Entry {
             }
         }
     }
-}
-
-/// `[rows, columns] -> [columns, rows]`, in squares that fit the cache.
-fn transposed(values: &[f32], rows: usize) -> Vec<f32> {
-    const SIDE: usize = 32;
-    let columns = values.len() / rows.max(1);
-    let mut out = vec![0.0; values.len()];
-    for first_row in (0..rows).step_by(SIDE) {
-        for first_column in (0..columns).step_by(SIDE) {
-            for row in first_row..(first_row + SIDE).min(rows) {
-                for column in first_column..(first_column + SIDE).min(columns) {
-                    out[column * rows + row] = values[row * columns + column];
-                }
-            }
-        }
-    }
-    out
 }
 
 /// The table of a format, while it is written down.

@@ -45,7 +45,11 @@ impl ExpertGroups {
             return refused("expert_groups.per_token", per_token, "there are not so many groups");
         }
         if per_token * size < top_k {
-            return refused("expert_groups.per_token", per_token, "these groups have fewer experts than each token chooses, `top_k`");
+            return refused(
+                "expert_groups.per_token",
+                per_token,
+                "these groups have fewer experts than each token chooses, `top_k`",
+            );
         }
         Ok(())
     }
@@ -83,7 +87,8 @@ impl ExpertGroups {
         let own = of_groups.clone().expand(shape);
         let other = of_groups.swap_dims(1, 2).expand(shape);
         let groups = Tensor::<1, Int>::arange(0..count as i64, &device);
-        let is_lower = groups.clone().unsqueeze_dims::<3>(&[0, 1]).expand(shape).lower(groups.unsqueeze_dims::<3>(&[0, 2]).expand(shape));
+        let is_lower =
+            groups.clone().unsqueeze_dims::<3>(&[0, 1]).expand(shape).lower(groups.unsqueeze_dims::<3>(&[0, 2]).expand(shape));
         let beats = other.clone().greater(own.clone()).bool_or(other.equal(own).bool_and(is_lower));
         let is_beaten = beats.int().sum_dim(2).greater_equal_elem(self.per_token as i64);
         let lowered = is_beaten.expand([num_tokens, count, size]).bool_and(grouped.clone().is_finite());
@@ -159,7 +164,7 @@ mod tests {
     #[test]
     fn impossible_groups_are_refused_with_their_value() {
         let text = |groups: ExpertGroups, experts, top_k| groups.validate(experts, top_k).unwrap_err().to_string();
-        assert!(text(ExpertGroups::new(3, 1), 8, 2).contains("`num_experts` is 8"));
+        assert!(text(ExpertGroups::new(3, 1), 8, 2).contains("`expert_groups.count` (3) must divide `num_experts` (8)"));
         assert!(text(ExpertGroups::new(8, 2), 8, 2).contains("its two best experts"));
         assert!(text(ExpertGroups::new(4, 5), 8, 2).contains("not so many groups"));
         assert!(text(ExpertGroups::new(4, 1), 8, 3).contains("fewer experts than each token chooses"));

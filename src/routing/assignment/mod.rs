@@ -5,6 +5,7 @@
 
 mod expert_choice;
 mod expert_groups;
+mod gates;
 mod groups;
 mod token_choice;
 

@@ -1,12 +1,13 @@
 //! Each token chooses its experts.
 
 use burn::config::Config;
-use burn::tensor::{Bool, Int, Tensor, TensorData};
+use burn::tensor::{Int, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::{AssignmentInput, ExpertGroups, HostInput, TokenGroups};
+pub use super::gates::GateNormalization;
+use super::{AssignmentInput, ExpertGroups, HostInput, TokenGroups, gates::scaled};
 use crate::{
-    ops::{self, GateSum, MIN_GATE_SUM, SlotRules},
+    ops::{self, SlotRules},
     routing::{
         capacity::Capacity,
         mask::TokenMask,
@@ -43,17 +44,6 @@ pub struct TokenChoiceConfig {
     /// Which tokens compete for the same slots. Default: `Whole`
     #[config(default = "TokenGroups::Whole")]
     pub groups: TokenGroups,
-}
-
-/// How the probabilities of a token's chosen experts become gates.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum GateNormalization {
-    /// The probabilities as they are.
-    None,
-    /// Divided by their sum over the `K` chosen experts (axlearn, Tutel, ST-MoE).
-    BeforeDrop,
-    /// Divided by their sum over the experts that had a slot left (DeepSpeed).
-    AfterDrop,
 }
 
 /// The order in which choices fill an expert's slots.
@@ -122,7 +112,7 @@ impl TokenChoiceConfig {
         let raw = input.scores.clone().gather(1, index);
         let without_slot: Vec<bool> = outcomes.iter().map(|outcome| !matches!(outcome, ChoiceOutcome::Kept { .. })).collect();
         let without_slot = without_slot.contains(&true).then(|| Tensor::from_data(TensorData::new(without_slot, shape), &device));
-        let gates = self.scaled(self.gates(raw, without_slot));
+        let gates = scaled(self.gate_normalization.gates(raw, without_slot), self.gate_scale);
         DispatchPlan::new(host.num_experts, self.top_k, &outcomes, gates, host.non_finite_tokens())
     }
 
@@ -157,12 +147,8 @@ impl TokenChoiceConfig {
             assigned.index = assigned.index.without_rows_behind();
         }
 
-        let rule = match self.gate_normalization {
-            GateNormalization::None => GateSum::None,
-            GateNormalization::BeforeDrop => GateSum::OfChosen,
-            GateNormalization::AfterDrop => GateSum::OfKept,
-        };
-        let gates = self.scaled(ops::gates(input.scores.clone(), &assigned, rule));
+        let gates = ops::gates(input.scores.clone(), &assigned, self.gate_normalization.sum());
+        let gates = scaled(gates, self.gate_scale);
         Some(DispatchPlan::on_device(num_experts, assigned, gates))
     }
 
@@ -205,25 +191,6 @@ impl TokenChoiceConfig {
         }
         outcomes
     }
-
-    fn scaled(&self, gates: Tensor<2>) -> Tensor<2> {
-        if self.gate_scale == 1.0 { gates } else { gates * self.gate_scale }
-    }
-
-    /// Gates from the chosen probabilities, zero for a choice without a slot; `without_slot [T, K]` marks those, if there are any.
-    fn gates(&self, raw: Tensor<2>, without_slot: Option<Tensor<2, Bool>>) -> Tensor<2> {
-        let Some(without_slot) = without_slot else {
-            return match self.gate_normalization {
-                GateNormalization::None => raw,
-                GateNormalization::BeforeDrop | GateNormalization::AfterDrop => share(raw),
-            };
-        };
-        match self.gate_normalization {
-            GateNormalization::None => raw.mask_fill(without_slot, 0.0),
-            GateNormalization::BeforeDrop => share(raw).mask_fill(without_slot, 0.0),
-            GateNormalization::AfterDrop => share(raw.mask_fill(without_slot.clone(), 0.0)).mask_fill(without_slot, 0.0),
-        }
-    }
 }
 
 /// What each token is, as [`ops::assign_slots`] takes it, `[T]`.
@@ -236,11 +203,6 @@ fn token_states(input: &AssignmentInput) -> Tensor<1, Int> {
         (None, Some(protected)) => protected + 1,
         (Some(valid), Some(protected)) => valid * (protected + 1),
     }
-}
-
-/// Each score over the sum of its row.
-fn share(scores: Tensor<2>) -> Tensor<2> {
-    scores.clone() / scores.sum_dim(1).clamp_min(MIN_GATE_SUM)
 }
 
 /// The `top_k` experts of each token by descending score, ties to the lower index, `[T · K]`; nothing for a token that is not routed.
@@ -266,7 +228,7 @@ fn choose(input: &HostInput, top_k: usize) -> Vec<Option<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::Device;
+    use burn::tensor::{Bool, Device};
 
     use crate::routing::phase::Phase;
 

@@ -2,10 +2,10 @@
 
 use safetensors::Dtype;
 
-use super::Precision;
+use crate::Precision;
 
 /// Numbers of a stored tensor; `None` for a dtype that is no weight.
-pub(super) fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+pub(crate) fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     Some(match dtype {
         Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
         Dtype::F64 => bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect(),
@@ -16,13 +16,13 @@ pub(super) fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
 }
 
 /// Bytes with a sign, before their scales.
-pub(super) fn decode_int8(bytes: &[u8]) -> Vec<f32> {
+pub(crate) fn decode_int8(bytes: &[u8]) -> Vec<f32> {
     bytes.iter().map(|byte| f32::from(byte.cast_signed())).collect()
 }
 
 impl Precision {
     /// Of what has no scales: it is never in 8 bits.
-    pub(super) fn dtype(self) -> Dtype {
+    pub(crate) fn dtype(self) -> Dtype {
         match self {
             Self::F32 | Self::Int8 => Dtype::F32,
             Self::F16 => Dtype::F16,
@@ -31,11 +31,11 @@ impl Precision {
     }
 
     /// How many values would be written as something else than a finite number.
-    pub(super) fn overflows(self, values: &[f32]) -> usize {
+    pub(crate) fn overflows(self, values: &[f32]) -> usize {
         values.iter().filter(|value| !self.holds(**value)).count()
     }
 
-    pub(super) fn encode(self, values: &[f32]) -> Vec<u8> {
+    pub(crate) fn encode(self, values: &[f32]) -> Vec<u8> {
         match self {
             Self::F32 | Self::Int8 => bytes_of(values, f32::to_le_bytes),
             Self::F16 => bytes_of(values, |v| half::f16::from_f32(v).to_le_bytes()),
@@ -50,4 +50,21 @@ fn bytes_of<const N: usize>(values: &[f32], encode: impl Fn(f32) -> [u8; N]) -> 
         *bytes = encode(*value);
     }
     bytes
+}
+
+/// `[rows, columns] -> [columns, rows]`, in squares that fit the cache.
+pub(crate) fn transposed(values: &[f32], rows: usize) -> Vec<f32> {
+    const SIDE: usize = 32;
+    let columns = values.len() / rows.max(1);
+    let mut out = vec![0.0; values.len()];
+    for first_row in (0..rows).step_by(SIDE) {
+        for first_column in (0..columns).step_by(SIDE) {
+            for row in first_row..(first_row + SIDE).min(rows) {
+                for column in first_column..(first_column + SIDE).min(columns) {
+                    out[column * rows + row] = values[row * columns + column];
+                }
+            }
+        }
+    }
+    out
 }

@@ -8,23 +8,23 @@ use burn::tensor::{Tensor, TensorData};
 use crate::support::param::replaced;
 
 /// A parameter whose numbers are copied to the host when they are asked for.
-pub(super) struct Source(Box<dyn Fn() -> Vec<f32>>);
+pub(crate) struct Source(Box<dyn Fn() -> Vec<f32>>);
 
 impl Source {
-    pub(super) fn values(&self) -> Vec<f32> {
+    pub(crate) fn values(&self) -> Vec<f32> {
         (self.0)()
     }
 }
 
 /// Every float parameter by its path (`vision.encoder.blocks.0.attention.query.weight`).
-pub(super) fn sources<M: Module>(module: &M) -> BTreeMap<String, Source> {
+pub(crate) fn sources<M: Module>(module: &M) -> BTreeMap<String, Source> {
     let mut reader = Reader { path: Vec::new(), sources: BTreeMap::new() };
     module.visit(&mut reader);
     reader.sources
 }
 
 /// The numbers of a parameter.
-pub(super) enum Loaded {
+pub(crate) enum Loaded {
     Plain(Vec<f32>),
     /// Weights `[E, D, F]` to be packed.
     #[cfg(feature = "flex")]
@@ -38,7 +38,7 @@ pub(super) enum Loaded {
 ///
 /// # Panics
 /// When a shape does not fit: the format table would be wrong, not the file.
-pub(super) fn replace<M: Module, E>(module: M, values: impl FnMut(&str) -> Result<Loaded, E>) -> Result<M, E> {
+pub(crate) fn replace<M: Module, E>(module: M, values: impl FnMut(&str) -> Result<Loaded, E>) -> Result<M, E> {
     let mut writer = Writer { path: Vec::new(), values, error: None };
     let module = module.map(&mut writer);
     writer.error.map_or(Ok(module), Err)

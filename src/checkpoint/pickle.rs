@@ -14,12 +14,12 @@ const LONGEST_PICKLE: u64 = 2 << 20;
 const STATE_DICTS: [&str; 3] = ["state_dict.", "model_state_dict.", "model."];
 
 /// The tensors of a file.
-pub(super) struct Pickle {
+pub(crate) struct Pickle {
     tensors: BTreeMap<String, Tensor>,
 }
 
 /// Whether a file that begins so is a pickle of PyTorch: in a zip file since version 1.6, bare before.
-pub(super) fn is_pickle(start: &[u8]) -> bool {
+pub(crate) fn is_pickle(start: &[u8]) -> bool {
     let is_safetensors = start.get(8) == Some(&b'{');
     start.starts_with(ZIP) || (!is_safetensors && matches!(start, [0x80, 2..=5, ..]))
 }
@@ -28,7 +28,7 @@ const ZIP: &[u8] = b"PK\x03\x04";
 
 impl Pickle {
     /// `start` is what the file begins with.
-    pub(super) fn open(path: &Path, start: &[u8]) -> Result<Self, CheckpointError> {
+    pub(crate) fn open(path: &Path, start: &[u8]) -> Result<Self, CheckpointError> {
         let bad = |reason: String| {
             let reason = format!("{reason}; {}", as_safetensors(path));
             CheckpointError::Pickle { path: path.to_path_buf(), reason }
@@ -63,16 +63,16 @@ impl Pickle {
         Ok(Self { tensors })
     }
 
-    pub(super) fn names(&self) -> impl Iterator<Item = &String> {
+    pub(crate) fn names(&self) -> impl Iterator<Item = &String> {
         self.tensors.keys()
     }
 
-    pub(super) fn info(&self, name: &str) -> Option<(Dtype, &[usize])> {
+    pub(crate) fn info(&self, name: &str) -> Option<(Dtype, &[usize])> {
         self.tensors.get(name).map(|tensor| (dtype(tensor.dtype()), tensor.shape()))
     }
 
     /// The bytes of a tensor that is there.
-    pub(super) fn read(&self, path: &Path, name: &str) -> Result<Vec<u8>, CheckpointError> {
+    pub(crate) fn read(&self, path: &Path, name: &str) -> Result<Vec<u8>, CheckpointError> {
         self.tensors[name].read().map_err(CheckpointError::io(path))
     }
 }

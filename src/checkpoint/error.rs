@@ -195,12 +195,12 @@ fn differences(missing: &[String], unexpected: &[String]) -> String {
 }
 
 impl CheckpointError {
-    pub(super) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
+    pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
         let path = path.to_path_buf();
         move |source| Self::Io { path, source }
     }
 
-    pub(super) fn safetensors(path: &Path) -> impl Fn(safetensors::SafeTensorError) -> Self + use<> {
+    pub(crate) fn safetensors(path: &Path) -> impl Fn(safetensors::SafeTensorError) -> Self + use<> {
         let path = path.to_path_buf();
         move |source| Self::Safetensors { path: path.clone(), source }
     }

@@ -18,26 +18,26 @@ use super::{
     pickle::{Pickle, is_pickle},
 };
 
-/// A header longer than this belongs to no CLIP: that of a ViT-L/14 has 60 kB.
-const LONGEST_HEADER: u64 = 4 << 20;
+/// A header or an index longer than this belongs to no model: the index of DeepSeek-V3, with its 256 experts in 58 blocks, has 9 MB.
+const LONGEST_HEADER: u64 = 64 << 20;
 
-/// More shards than any CLIP has.
-const MOST_SHARDS: usize = 64;
+/// More shards than any model has.
+const MOST_SHARDS: usize = 1024;
 
 /// The tensors of one file, or of the shards that an index names.
-pub(super) struct TensorFiles {
+pub(crate) struct TensorFiles {
     /// What errors name: the file, or the index.
-    pub(super) path: PathBuf,
+    pub(crate) path: PathBuf,
     files: Vec<TensorFile>,
     /// Which file a tensor is in.
     file_of: BTreeMap<String, usize>,
 }
 
 /// What a file says of a tensor.
-pub(super) struct StoredInfo<'a> {
-    pub(super) path: &'a Path,
-    pub(super) dtype: Dtype,
-    pub(super) shape: &'a [usize],
+pub(crate) struct StoredInfo<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: &'a [usize],
 }
 
 struct TensorFile {
@@ -64,7 +64,12 @@ struct Index {
 
 impl TensorFiles {
     /// Opens `NAME` or, if there is none, the shards that `NAME.index.json` names.
-    pub(super) fn open(path: &Path) -> Result<Self, CheckpointError> {
+    pub(crate) fn open(path: &Path) -> Result<Self, CheckpointError> {
+        Self::open_for(path, |_| true)
+    }
+
+    /// The same without the shards in which the index names no tensor that is wanted.
+    pub(crate) fn open_for(path: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<Self, CheckpointError> {
         let index = index_of(path);
         if path.is_file() || !index.is_file() {
             let file = TensorFile::open(path)?;
@@ -73,7 +78,10 @@ impl TensorFiles {
         }
         let bad = |reason: String| CheckpointError::ConfigFile { path: index.clone(), reason };
         let text = read_text(&index, LONGEST_HEADER)?;
-        let weight_map = serde_json::from_str::<Index>(&text).map_err(|error| bad(error.to_string()))?.weight_map;
+        let mut weight_map = serde_json::from_str::<Index>(&text).map_err(|error| bad(error.to_string()))?.weight_map;
+        let wanted: BTreeSet<String> =
+            weight_map.iter().filter(|(tensor, _)| is_wanted(tensor)).map(|(_, shard)| shard.clone()).collect();
+        weight_map.retain(|_, shard| wanted.contains(shard));
         let names: BTreeSet<&String> = weight_map.values().collect();
         if names.len() > MOST_SHARDS {
             return Err(bad(format!("{} shards: at most {MOST_SHARDS} are read", names.len())));
@@ -101,23 +109,31 @@ impl TensorFiles {
         Ok(Self { path: index, files, file_of })
     }
 
-    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.file_of.keys().map(String::as_str)
     }
 
     /// What the file of a tensor that is there says of it.
-    pub(super) fn info(&self, name: &str) -> StoredInfo<'_> {
+    pub(crate) fn info(&self, name: &str) -> StoredInfo<'_> {
         self.files[self.file_of[name]].info(name).expect("it was found when the file was opened")
     }
 
     /// The bytes of a tensor that is there, or of its `part`-th third.
-    pub(super) fn read(&self, name: &str, part: Option<usize>) -> Result<Vec<u8>, CheckpointError> {
+    pub(crate) fn read(&self, name: &str, part: Option<usize>) -> Result<Vec<u8>, CheckpointError> {
+        match part {
+            None => self.read_share(name, [0, 1]),
+            Some(part) => self.read_share(name, [part, 3]),
+        }
+    }
+
+    /// The bytes of the `part`-th of `parts` shares of a tensor that is there; those of a pickle are all read for it.
+    pub(crate) fn read_share(&self, name: &str, [part, parts]: [usize; 2]) -> Result<Vec<u8>, CheckpointError> {
         let TensorFile { path, content } = &self.files[self.file_of[name]];
-        let third = |len: usize| part.map_or(0..len, |part| len / 3 * part..len / 3 * (part + 1));
+        let share = |len: usize| len / parts * part..len / parts * (part + 1);
         match content {
             Content::Safetensors(content) => {
                 let (start, end) = content.metadata.info(name).expect("it was found when the file was opened").data_offsets;
-                let range = third(end - start);
+                let range = share(end - start);
                 let mut bytes = vec![0; range.len()];
                 let mut file = &content.file;
                 let from = SeekFrom::Start(content.start + (start + range.start) as u64);
@@ -126,15 +142,15 @@ impl TensorFiles {
             }
             Content::Pickle(content) => {
                 let bytes = content.read(path, name)?;
-                let range = third(bytes.len());
-                Ok(if part.is_some() { bytes[range].to_vec() } else { bytes })
+                let range = share(bytes.len());
+                Ok(if parts > 1 { bytes[range].to_vec() } else { bytes })
             }
         }
     }
 }
 
 /// The text of a file that should not be long.
-pub(super) fn read_text(path: &Path, longest: u64) -> Result<String, CheckpointError> {
+pub(crate) fn read_text(path: &Path, longest: u64) -> Result<String, CheckpointError> {
     let file = File::open(path).map_err(CheckpointError::io(path))?;
     let mut text = String::new();
     file.take(longest + 1).read_to_string(&mut text).map_err(CheckpointError::io(path))?;
@@ -147,7 +163,7 @@ pub(super) fn read_text(path: &Path, longest: u64) -> Result<String, CheckpointE
 }
 
 /// The index that stands for a file in shards.
-pub(super) fn index_of(path: &Path) -> PathBuf {
+pub(crate) fn index_of(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!("{name}.index.json"))
 }

@@ -1,0 +1,191 @@
+//! Which stored tensors each parameter of a layer is made of.
+
+use super::family::Family;
+use crate::MoeFeedForwardConfig;
+
+/// One parameter of a `MoeFeedForward`, and where its numbers are.
+pub(super) struct Parameter {
+    /// Path in the layer.
+    pub path: &'static str,
+    pub key: Key,
+    /// Experts that it is of: their numbers follow each other in the parameter.
+    pub experts: usize,
+    /// What one expert has in the file: a matrix, or a vector as one row.
+    pub stored: [usize; 2],
+    pub taken: Taken,
+    /// Whether the parameter has the matrix transposed.
+    pub transposed: bool,
+    /// Sizes `[E, D, F]` of weights that may be packed.
+    pub maps: Option<[usize; 3]>,
+    is_vector: bool,
+}
+
+/// The tensor of an expert.
+pub(super) enum Key {
+    /// One for all: the parameter has no experts, or they are stacked in it.
+    One(String),
+    /// `{before}{expert}{behind}`.
+    Each { before: &'static str, behind: &'static str },
+}
+
+/// What of a stored matrix is the parameter's.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Taken {
+    All,
+    /// The rows of the first or the second half.
+    Half(usize),
+    /// Every second column, from the first or the second.
+    Alternate(usize),
+}
+
+impl Parameter {
+    /// The tensor that has an expert's numbers.
+    pub(super) fn key(&self, expert: usize) -> String {
+        match &self.key {
+            Key::One(key) => key.clone(),
+            Key::Each { before, behind } => format!("{before}{expert}{behind}"),
+        }
+    }
+
+    /// Number of tensors.
+    pub(super) fn num_tensors(&self) -> usize {
+        if let Key::Each { .. } = self.key { self.experts } else { 1 }
+    }
+
+    /// The shape of each tensor.
+    pub(super) fn shape(&self) -> Vec<usize> {
+        let one = if self.is_vector { vec![self.stored[1]] } else { self.stored.to_vec() };
+        match self.key {
+            Key::One(_) if self.experts > 1 || self.is_stacked() => [vec![self.experts], one].concat(),
+            _ => one,
+        }
+    }
+
+    /// Which share of a tensor is an expert's.
+    pub(super) fn share(&self, expert: usize) -> [usize; 2] {
+        match self.key {
+            Key::One(_) => [expert, self.experts],
+            Key::Each { .. } => [0, 1],
+        }
+    }
+
+    /// One expert is stacked, too.
+    fn is_stacked(&self) -> bool {
+        matches!(self.key, Key::One(_)) && self.path.starts_with("experts.")
+    }
+
+    /// The parameter's numbers of an expert from the stored ones.
+    pub(super) fn numbers_of(&self, stored: Vec<f32>) -> Vec<f32> {
+        let [rows, columns] = self.stored;
+        let (taken, rows) = match self.taken {
+            Taken::All => (stored, rows),
+            Taken::Half(half) => {
+                let len = rows / 2 * columns;
+                (stored[half * len..(half + 1) * len].to_vec(), rows / 2)
+            }
+            Taken::Alternate(first) => (stored.into_iter().skip(first).step_by(2).collect(), rows),
+        };
+        if self.transposed { crate::checkpoint::numbers::transposed(&taken, rows) } else { taken }
+    }
+}
+
+/// A map `[in, out]` per expert.
+fn map(path: &'static str, key: Key, [experts, d_in, d_out]: [usize; 3]) -> Parameter {
+    let maps = Some([experts, d_in, d_out]);
+    Parameter { path, key, experts, stored: [d_out, d_in], taken: Taken::All, transposed: true, maps, is_vector: false }
+}
+
+fn one(key: &str) -> Key {
+    Key::One(key.to_string())
+}
+
+fn vector(path: &'static str, key: &str, experts: usize, len: usize) -> Parameter {
+    let (key, stored) = (one(key), [1, len]);
+    Parameter { path, key, experts, stored, taken: Taken::All, transposed: false, maps: None, is_vector: true }
+}
+
+/// The names of the maps of one network: gate, up, down.
+type Names = [&'static str; 3];
+
+const PROJECTIONS: Names = [".gate_proj.weight", ".up_proj.weight", ".down_proj.weight"];
+
+fn each_expert(before: &'static str, names: Names, [e, d, f]: [usize; 3]) -> Vec<Parameter> {
+    let [gate, up, down] = names.map(|behind| Key::Each { before, behind });
+    vec![map("experts.w_gate", gate, [e, d, f]), map("experts.w_in", up, [e, d, f]), map("experts.w_out", down, [e, f, d])]
+}
+
+fn shared(name: &str, d: usize, f: usize) -> Vec<Parameter> {
+    let [gate, up, down] = PROJECTIONS.map(|behind| Key::One(format!("{name}{behind}")));
+    vec![
+        map("shared_expert.w_gate", gate, [1, d, f]),
+        map("shared_expert.w_in", up, [1, d, f]),
+        map("shared_expert.w_out", down, [1, f, d]),
+    ]
+}
+
+/// All parameters of a layer of this family. Keys are behind the name of the layer.
+pub(super) fn parameters(family: Family, config: &MoeFeedForwardConfig) -> Vec<Parameter> {
+    let (d, f, e) = (config.d_model, config.d_ff, config.num_experts);
+    let router = |key: &str| Parameter { maps: None, ..map("router.weight", one(key), [1, d, e]) };
+    match family {
+        Family::Mixtral => {
+            let names = [".w1.weight", ".w3.weight", ".w2.weight"];
+            let mut parameters = vec![router("gate.weight")];
+            parameters.extend(each_expert("experts.", names, [e, d, f]));
+            parameters
+        }
+        Family::Qwen2Moe | Family::Qwen3Moe | Family::Olmoe | Family::DeepseekV3 | Family::Glm4Moe => {
+            let mut parameters = vec![router("gate.weight")];
+            if config.router.balancing.is_some() {
+                parameters.push(vector("router.balancing_bias", "gate.e_score_correction_bias", 1, e));
+            }
+            parameters.extend(each_expert("experts.", PROJECTIONS, [e, d, f]));
+            if let Some(width) = config.shared_expert {
+                let name = if family == Family::Qwen2Moe { "shared_expert" } else { "shared_experts" };
+                parameters.extend(shared(name, d, width));
+            }
+            if config.shared_expert_gate {
+                let gate = map("shared_expert_gate", one("shared_expert_gate.weight"), [1, d, 1]);
+                parameters.push(Parameter { maps: None, ..gate });
+            }
+            parameters
+        }
+        Family::GptOss => {
+            let alternate = |path, which, len| Parameter {
+                stored: [1, 2 * len],
+                taken: Taken::Alternate(which),
+                ..vector(path, "experts.gate_up_proj_bias", e, 2 * len)
+            };
+            let up = |path, which| Parameter {
+                stored: [d, 2 * f],
+                taken: Taken::Alternate(which),
+                transposed: false,
+                ..map(path, one("experts.gate_up_proj"), [e, d, f])
+            };
+            let down = Parameter { stored: [f, d], transposed: false, ..map("experts.w_out", one("experts.down_proj"), [e, f, d]) };
+            vec![
+                router("router.weight"),
+                vector("router.bias", "router.bias", 1, e),
+                up("experts.w_gate", 0),
+                alternate("experts.b_gate", 0, f),
+                up("experts.w_in", 1),
+                alternate("experts.b_in", 1, f),
+                down,
+                vector("experts.b_out", "experts.down_proj_bias", e, d),
+            ]
+        }
+        Family::GraniteMoe => {
+            let half = |path, half| Parameter {
+                stored: [2 * f, d],
+                taken: Taken::Half(half),
+                ..map(path, one("input_linear.weight"), [e, d, f])
+            };
+            vec![
+                router("router.layer.weight"),
+                half("experts.w_gate", 0),
+                half("experts.w_in", 1),
+                map("experts.w_out", one("output_linear.weight"), [e, f, d]),
+            ]
+        }
+    }
+}

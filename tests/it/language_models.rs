@@ -1,0 +1,255 @@
+//! MoE layers of language models: files of other forms than the reference cases', and what is refused.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use burn::tensor::{Device, Tensor};
+use burn_moe::{
+    AssignmentConfig, ExpertOptions, GateNormalization, MoeFeedForwardConfig, Precision, TokenChoiceConfig,
+    language_models::{Family, LayerOptions, MoeCheckpoint, load_moe_layer, save_mixtral},
+};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde_json::{Value, json};
+
+use super::support::{ROOT, largest_difference, numbers, values};
+
+fn fixture(family: &str) -> PathBuf {
+    Path::new(ROOT).join("tests/fixtures").join(format!("lm-{family}"))
+}
+
+/// A tensor as it is written.
+#[derive(Clone)]
+struct Stored {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+/// A folder whose files a test changes before it writes them.
+struct Folder {
+    config: Value,
+    tensors: BTreeMap<String, Stored>,
+    folder: tempfile::TempDir,
+}
+
+impl Folder {
+    fn of(family: &str) -> Self {
+        let config = serde_json::from_str(&fs::read_to_string(fixture(family).join("config.json")).unwrap()).unwrap();
+        let bytes = fs::read(fixture(family).join("model.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let stored = |view: TensorView| Stored { dtype: view.dtype(), shape: view.shape().to_vec(), bytes: view.data().to_vec() };
+        let tensors = file.tensors().into_iter().map(|(name, view)| (name, stored(view))).collect();
+        Self { config, tensors, folder: tempfile::tempdir().unwrap() }
+    }
+
+    fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    fn write_tensors<'a>(&self, name: &str, tensors: impl Iterator<Item = (&'a String, &'a Stored)>) {
+        let views = tensors.map(|(name, t)| (name.clone(), TensorView::new(t.dtype, t.shape.clone(), &t.bytes).unwrap()));
+        safetensors::serialize_to_file(views, None, &self.path().join(name)).unwrap();
+    }
+
+    fn write(&self) -> &Path {
+        fs::write(self.path().join("config.json"), self.config.to_string()).unwrap();
+        self.write_tensors("model.safetensors", self.tensors.iter());
+        self.path()
+    }
+
+    /// What loading block 0 says of it.
+    fn error(&self) -> String {
+        load_moe_layer(self.write(), 0, &Device::default()).map(|_| ()).unwrap_err().to_string()
+    }
+}
+
+/// What a change of the configuration makes loading say.
+fn refused(family: &str, setting: &str, value: Value) -> String {
+    let mut folder = Folder::of(family);
+    folder.config[setting] = value;
+    folder.error()
+}
+
+fn output(folder: &Path, block: usize, options: &LayerOptions) -> Vec<f32> {
+    let device = Device::default();
+    let layer = MoeCheckpoint::open(folder).unwrap().load_layer_with(block, options, &device).unwrap();
+    values(&layer.forward(numbers([40, 32], 7, &device)).output)
+}
+
+#[test]
+fn numbers_may_have_16_bits_and_stand_in_shards() {
+    let exact = output(&fixture("gpt_oss"), 1, &LayerOptions::new());
+    for dtype in [Dtype::F16, Dtype::BF16] {
+        let mut folder = Folder::of("gpt_oss");
+        for tensor in folder.tensors.values_mut() {
+            let numbers = tensor.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b));
+            tensor.bytes = match dtype {
+                Dtype::F16 => numbers.flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect(),
+                _ => numbers.flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect(),
+            };
+            tensor.dtype = dtype;
+        }
+        let rounded = output(folder.write(), 1, &LayerOptions::new());
+        let difference = largest_difference(&rounded, &exact);
+        assert!(difference > 0.0 && difference < 0.03, "{dtype:?}: {difference}");
+    }
+
+    let folder = Folder::of("gpt_oss");
+    let shard_of = |name: &str| if name.contains("layers.1.") { "b.safetensors" } else { "a.safetensors" };
+    let index: BTreeMap<&String, &str> = folder.tensors.keys().map(|name| (name, shard_of(name))).collect();
+    fs::write(folder.path().join("config.json"), folder.config.to_string()).unwrap();
+    fs::write(folder.path().join("model.safetensors.index.json"), json!({ "weight_map": index }).to_string()).unwrap();
+    // Those of other blocks need not be there.
+    folder.write_tensors("b.safetensors", folder.tensors.iter().filter(|(name, _)| shard_of(name) == "b.safetensors"));
+    assert_eq!(output(folder.path(), 1, &LayerOptions::new()), exact);
+    let error = load_moe_layer(folder.path(), 0, &Device::default()).unwrap_err().to_string();
+    assert!(error.contains("a.safetensors"), "{error}");
+}
+
+#[test]
+fn blocks_without_a_moe_layer_are_named() {
+    let checkpoint = MoeCheckpoint::open(fixture("deepseek_v3")).unwrap();
+    assert_eq!((checkpoint.family(), checkpoint.num_blocks(), checkpoint.moe_blocks()), (Family::DeepseekV3, 2, &[1][..]));
+    let error = checkpoint.load_layer(0, &Device::default()).unwrap_err().to_string();
+    assert!(error.ends_with("config.json: block 0 has no MoE layer; blocks that have one: 1"), "{error}");
+
+    let mut folder = Folder::of("qwen3_moe");
+    folder.config["num_hidden_layers"] = json!(12);
+    folder.config["decoder_sparse_step"] = json!(2);
+    folder.config["mlp_only_layers"] = json!([3, 5]);
+    let blocks = MoeCheckpoint::open(folder.write()).unwrap().moe_blocks().to_vec();
+    assert_eq!(blocks, [1, 7, 9, 11]);
+    folder.config["decoder_sparse_step"] = json!(1);
+    let error = {
+        folder.config["mlp_only_layers"] = json!([0, 7, 8]);
+        folder.error()
+    };
+    assert!(error.ends_with("block 0 has no MoE layer; blocks that have one: 1 to 6, 9 to 11"), "{error}");
+}
+
+#[test]
+fn settings_that_are_not_known_are_refused_by_name() {
+    for (family, setting, value, expected) in [
+        ("mixtral", "model_type", json!("llama4"), "`model_type` = \"llama4\" is not supported; MoE layers are read of mixtral,"),
+        ("mixtral", "quantization_config", json!({ "quant_method": "mxfp4" }), "quantized by \"mxfp4\" are not read"),
+        ("mixtral", "hidden_act", json!("mish"), "`hidden_act` = \"mish\" is not supported"),
+        ("mixtral", "router_scale", json!(2.0), "`router_scale` = 2.0 is not a setting of `mixtral` that is known here"),
+        ("mixtral", "num_experts", json!(8), "`num_local_experts` and `num_experts` are two names of one setting, and differ"),
+        ("mixtral", "num_experts_per_tok", json!(5), "`top_k` is 5, but there are only 4 experts"),
+        ("mixtral", "num_experts_per_tok", json!(-1), "expected a whole number that is not negative"),
+        ("mixtral", "hidden_size", Value::Null, "`hidden_size` is missing"),
+        ("mixtral", "hidden_size", json!(1u64 << 40), "at most 1048576 is possible"),
+        ("qwen2_moe", "decoder_sparse_step", json!(0), "`decoder_sparse_step` must be at least 1, got 0"),
+        ("deepseek_v3", "scoring_func", json!("softmax"), "`scoring_func` = \"softmax\" is not supported: expected \"sigmoid\""),
+        ("deepseek_v3", "topk_method", json!("greedy"), "`topk_method` = \"greedy\" is not supported"),
+        ("deepseek_v3", "n_group", json!(3), "must divide `num_experts` (8)"),
+        ("deepseek_v3", "topk_group", json!(1), "fewer experts than each token chooses"),
+        ("glm4_moe", "routed_scaling_factor", json!(0.0), "`gate_scale` is 0"),
+        ("gpt_oss", "swiglu_limit", json!(-1.0), "`form.limit` is -1"),
+    ] {
+        let error = refused(family, setting, value);
+        assert!(error.contains(expected) && error.contains("config.json"), "{family}, {setting}: {error}");
+    }
+}
+
+#[test]
+fn tensors_that_do_not_fit_are_named() {
+    let moe = "model.layers.0.block_sparse_moe";
+    let mut folder = Folder::of("mixtral");
+    let removed = folder.tensors.remove(&format!("{moe}.experts.3.w2.weight")).unwrap();
+    assert!(folder.error().contains("missing tensors: 1 (`model.layers.0.block_sparse_moe.experts.3.w2.weight`)"));
+    folder.tensors.insert(format!("{moe}.experts.3.w2.weight"), removed.clone());
+    folder.tensors.insert(format!("{moe}.experts.4.w2.weight"), removed.clone());
+    assert!(folder.error().contains("unexpected tensors: 1 (`model.layers.0.block_sparse_moe.experts.4.w2.weight`)"));
+    folder.tensors.remove(&format!("{moe}.experts.4.w2.weight"));
+    folder.tensors.get_mut(&format!("{moe}.experts.0.w1.weight")).unwrap().shape = vec![32, 48];
+    assert!(folder.error().contains("`model.layers.0.block_sparse_moe.experts.0.w1.weight` should be [48, 32], but is [32, 48]"));
+
+    let mut folder = Folder::of("mixtral");
+    folder.tensors.get_mut(&format!("{moe}.experts.2.w3.weight")).unwrap().bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    assert!(folder.error().contains("experts.2.w3.weight"), "{}", folder.error());
+
+    let mut folder = Folder::of("mixtral");
+    folder.tensors = folder.tensors.into_iter().map(|(name, tensor)| (name.replace("layers.0", "layers.2"), tensor)).collect();
+    assert!(folder.error().contains("no tensor is named `model.layers.0.mlp.*` or `model.layers.0.block_sparse_moe.*`"));
+
+    let folder = Folder::of("mixtral");
+    fs::remove_file(folder.write().join("model.safetensors")).unwrap();
+    let error = load_moe_layer(folder.path(), 0, &Device::default()).unwrap_err().to_string();
+    assert!(error.contains("no weights: expected `model.safetensors`, or shards with `model.safetensors.index.json`"), "{error}");
+}
+
+#[test]
+fn one_expert_per_token_has_the_gate_that_transformers_gives_it() {
+    let mut folder = Folder::of("mixtral");
+    folder.config["num_experts_per_tok"] = json!(1);
+    let device = Device::default();
+    let layer = load_moe_layer(folder.write(), 0, &device).unwrap();
+    let gates = layer.forward(numbers::<2>([9, 32], 1, &device)).routing.plan.gates();
+    assert!(values(&gates).iter().all(|gate| *gate == 1.0), "{gates}");
+}
+
+#[test]
+fn the_chosen_groups_and_scale_are_those_of_the_configuration() {
+    let folder = Folder::of("glm4_moe");
+    let config = MoeCheckpoint::open(folder.write()).unwrap().config().clone();
+    let AssignmentConfig::TokenChoice(choice) = &config.assignment else { panic!("{config}") };
+    assert_eq!(choice.gate_scale, 1.5);
+    assert_eq!(choice.expert_groups.as_ref().map(|groups| (groups.count, groups.per_token)), Some((2, 1)));
+    // The gates of a token sum to the scale.
+    let device = Device::default();
+    let layer = load_moe_layer(folder.path(), 1, &device).unwrap();
+    let plan = layer.forward(numbers::<2>([50, 32], 3, &device)).routing.plan;
+    assert!(values(&plan.gates().sum_dim(1)).iter().all(|sum| (sum - 1.5).abs() < 1e-5));
+    // Both experts are of one half.
+    let experts = plan.row_expert();
+    assert!(plan.choice_row().chunks(2).all(|rows| experts[rows[0] as usize] / 4 == experts[rows[1] as usize] / 4));
+}
+
+#[cfg(feature = "flex")]
+#[test]
+fn layers_are_packed_as_they_are_read() {
+    for family in Family::ALL.map(Family::model_type) {
+        let exact = output(&fixture(family), 1, &LayerOptions::new());
+        let packed = output(&fixture(family), 1, &LayerOptions::new().with_packed(Some(Precision::F32)));
+        assert!(largest_difference(&packed, &exact) < 1e-5, "{family}");
+        let rounded = output(&fixture(family), 1, &LayerOptions::new().with_packed(Some(Precision::BF16)));
+        let difference = largest_difference(&rounded, &exact);
+        assert!(difference > 0.0 && difference < 0.05, "{family}: {difference}");
+    }
+}
+
+#[test]
+fn layers_in_mixtrals_layout_come_back_to_the_bit() {
+    let device = Device::default();
+    let config = MoeFeedForwardConfig::new(16, 24, 4).with_experts(ExpertOptions::swiglu().with_bias(false));
+    let layers = [config.init(&device), config.init(&device)];
+    let folder = tempfile::tempdir().unwrap();
+    save_mixtral(&layers, folder.path(), Precision::F32).unwrap();
+    let x: Tensor<2> = numbers([30, 16], 5, &device);
+    for (block, layer) in layers.iter().enumerate() {
+        let read = load_moe_layer(folder.path(), block, &device).unwrap();
+        assert_eq!(values(&read.forward(x.clone()).output), values(&layer.forward(x.clone()).output));
+    }
+}
+
+#[test]
+fn what_mixtral_has_no_place_for_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let device = Device::default();
+    let save = |config: MoeFeedForwardConfig, precision| {
+        save_mixtral(&[config.init(&device)], folder.path(), precision).unwrap_err().to_string()
+    };
+    let swiglu = MoeFeedForwardConfig::new(8, 8, 4).with_experts(ExpertOptions::swiglu().with_bias(false));
+    assert!(save(MoeFeedForwardConfig::new(8, 8, 4), Precision::F32).contains("experts that are not SwiGLU networks"));
+    assert!(save(swiglu.clone().with_experts(ExpertOptions::swiglu()), Precision::F32).contains("biases of experts"));
+    assert!(save(swiglu.clone().with_shared_expert(Some(8)), Precision::F32).contains("a shared expert"));
+    let gates = TokenChoiceConfig::new().with_gate_normalization(GateNormalization::None);
+    assert!(save(swiglu.clone().with_assignment(gates.into()), Precision::F32).contains("gates that are not divided by their sum"));
+    assert!(save(swiglu, Precision::Int8).contains("weights in 8 bits"));
+    assert!(save_mixtral(&[], folder.path(), Precision::F32).unwrap_err().to_string().contains("without layers"));
+    assert!(fs::read_dir(folder.path()).unwrap().next().is_none());
+}

@@ -18,8 +18,11 @@ use super::{
     pickle::{Pickle, is_pickle},
 };
 
-/// A header or an index longer than this belongs to no model: the index of DeepSeek-V3, with its 256 experts in 58 blocks, has 9 MB.
-const LONGEST_HEADER: u64 = 64 << 20;
+/// A header longer than this belongs to no file: that of a ViT-L/14 has 60 kB, those of language models' shards have some more.
+const LONGEST_HEADER: u64 = 4 << 20;
+
+/// An index longer than this belongs to no model: that of DeepSeek-V3, with its 256 experts in 58 blocks, has 9 MB.
+const LONGEST_INDEX: u64 = 16 << 20;
 
 /// More shards than any model has.
 const MOST_SHARDS: usize = 1024;
@@ -77,7 +80,7 @@ impl TensorFiles {
             return Ok(Self { path: path.to_path_buf(), files: vec![file], file_of });
         }
         let bad = |reason: String| CheckpointError::ConfigFile { path: index.clone(), reason };
-        let text = read_text(&index, LONGEST_HEADER)?;
+        let text = read_text(&index, LONGEST_INDEX)?;
         let mut weight_map = serde_json::from_str::<Index>(&text).map_err(|error| bad(error.to_string()))?.weight_map;
         let wanted: BTreeSet<String> =
             weight_map.iter().filter(|(tensor, _)| is_wanted(tensor)).map(|(_, shard)| shard.clone()).collect();

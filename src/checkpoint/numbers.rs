@@ -52,19 +52,46 @@ fn bytes_of<const N: usize>(values: &[f32], encode: impl Fn(f32) -> [u8; N]) -> 
     bytes
 }
 
-/// `[rows, columns] -> [columns, rows]`, in squares that fit the cache.
+/// `[rows, columns] -> [columns, rows]`
 pub(crate) fn transposed(values: &[f32], rows: usize) -> Vec<f32> {
-    const SIDE: usize = 32;
-    let columns = values.len() / rows.max(1);
     let mut out = vec![0.0; values.len()];
+    transpose(values, rows, &mut out);
+    out
+}
+
+/// The same into `out`. Squares as wide as a line of the cache are read and written line by line: with rows of a power of two, all lines of a square
+/// fall on few places of the cache, and none would be there a second time.
+pub(crate) fn transpose(values: &[f32], rows: usize, out: &mut [f32]) {
+    const SIDE: usize = 16;
+    let columns = values.len() / rows.max(1);
     for first_row in (0..rows).step_by(SIDE) {
+        let height = SIDE.min(rows - first_row);
         for first_column in (0..columns).step_by(SIDE) {
-            for row in first_row..(first_row + SIDE).min(rows) {
-                for column in first_column..(first_column + SIDE).min(columns) {
-                    out[column * rows + row] = values[row * columns + column];
-                }
+            let width = SIDE.min(columns - first_column);
+            let mut square = [[0.0; SIDE]; SIDE];
+            for (row, line) in square[..height].iter_mut().enumerate() {
+                line[..width].copy_from_slice(&values[(first_row + row) * columns + first_column..][..width]);
+            }
+            for column in 0..width {
+                let line = &mut out[(first_column + column) * rows + first_row..][..height];
+                line.iter_mut().zip(&square).for_each(|(value, row)| *value = row[column]);
             }
         }
     }
-    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_become_columns_whatever_their_number() {
+        for (rows, columns) in [(1, 1), (3, 50), (16, 16), (17, 33), (64, 5), (0, 4)] {
+            let values: Vec<f32> = (0..rows * columns).map(|i| i as f32).collect();
+            let out = transposed(&values, rows);
+            for (i, value) in out.iter().enumerate() {
+                assert_eq!(*value, ((i % rows) * columns + i / rows) as f32);
+            }
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Which stored tensors each parameter of a layer is made of.
 
 use super::family::Family;
-use crate::MoeFeedForwardConfig;
+use crate::{MoeFeedForwardConfig, checkpoint::numbers::transpose};
 
 /// One parameter of a `MoeFeedForward`, and where its numbers are.
 pub(super) struct Parameter {
@@ -32,9 +32,9 @@ pub(super) enum Key {
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Taken {
     All,
-    /// The rows of the first or the second half.
+    /// The rows of the first or the second half, transposed.
     Half(usize),
-    /// Every second column, from the first or the second.
+    /// Every second column, from the first or the second, not transposed.
     Alternate(usize),
 }
 
@@ -74,18 +74,23 @@ impl Parameter {
         matches!(self.key, Key::One(_)) && self.path.starts_with("experts.")
     }
 
-    /// The parameter's numbers of an expert from the stored ones.
-    pub(super) fn numbers_of(&self, stored: Vec<f32>) -> Vec<f32> {
+    /// How many numbers of the parameter are an expert's.
+    pub(super) fn len(&self) -> usize {
         let [rows, columns] = self.stored;
-        let (taken, rows) = match self.taken {
-            Taken::All => (stored, rows),
-            Taken::Half(half) => {
-                let len = rows / 2 * columns;
-                (stored[half * len..(half + 1) * len].to_vec(), rows / 2)
+        rows * columns / if self.taken == Taken::All { 1 } else { 2 }
+    }
+
+    /// The parameter's numbers of an expert from the stored ones.
+    pub(super) fn fill(&self, stored: &[f32], out: &mut [f32]) {
+        let [rows, _] = self.stored;
+        match (self.taken, self.transposed) {
+            (Taken::All, false) => out.copy_from_slice(stored),
+            (Taken::All, true) => transpose(stored, rows, out),
+            (Taken::Half(half), _) => transpose(&stored[half * out.len()..][..out.len()], rows / 2, out),
+            (Taken::Alternate(first), _) => {
+                out.iter_mut().zip(stored.iter().skip(first).step_by(2)).for_each(|(out, stored)| *out = *stored);
             }
-            Taken::Alternate(first) => (stored.into_iter().skip(first).step_by(2).collect(), rows),
-        };
-        if self.transposed { crate::checkpoint::numbers::transposed(&taken, rows) } else { taken }
+        }
     }
 }
 

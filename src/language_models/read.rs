@@ -142,8 +142,9 @@ fn check(files: &TensorFiles, prefix: &str, parameters: &[Parameter]) -> Result<
 
 /// The numbers of a parameter, expert by expert.
 fn read(files: &TensorFiles, prefix: &str, parameter: &Parameter) -> Result<Vec<f32>, CheckpointError> {
-    let mut values = Vec::new();
-    for expert in 0..parameter.experts {
+    let len = parameter.len();
+    let mut values = vec![0.0; len * parameter.experts];
+    for (expert, own) in values.chunks_exact_mut(len).enumerate() {
         let tensor = format!("{prefix}{}", parameter.key(expert));
         let info = files.info(&tensor);
         let bytes = files.read_share(&tensor, parameter.share(expert))?;
@@ -154,11 +155,7 @@ fn read(files: &TensorFiles, prefix: &str, parameter: &Parameter) -> Result<Vec<
             let source = NonFiniteError { tensor, count, total: stored.len() };
             return Err(CheckpointError::NonFinite { path: info.path.to_path_buf(), source });
         }
-        let own = parameter.numbers_of(stored);
-        if values.is_empty() {
-            values.reserve_exact(own.len() * parameter.experts);
-        }
-        values.extend(own);
+        parameter.fill(&stored, own);
     }
     Ok(values)
 }

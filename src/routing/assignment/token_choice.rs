@@ -48,6 +48,8 @@ pub enum GateNormalization {
     BeforeDrop,
     /// Divided by their sum over the experts that had a slot left (DeepSpeed).
     AfterDrop,
+    /// The constant 1 of a single choice, `top_k` 1: its probability divided by itself, with no task gradient for the router. For models that were trained so.
+    ConstantOne,
 }
 
 /// The order in which choices fill an expert's slots.
@@ -81,8 +83,13 @@ impl TokenChoiceConfig {
         if self.top_k > num_experts {
             return Err(ConfigError::TopKExceedsExperts { top_k: self.top_k, num_experts });
         }
-        if self.top_k == 1 && self.gate_normalization != GateNormalization::None {
-            return Err(ConfigError::TopOneNormalized { normalization: format!("{:?}", self.gate_normalization) });
+        let (is_one, gates) = (self.top_k == 1, self.gate_normalization);
+        if is_one && matches!(gates, GateNormalization::BeforeDrop | GateNormalization::AfterDrop) {
+            return Err(ConfigError::TopOneNormalized { normalization: format!("{gates:?}") });
+        }
+        if !is_one && gates == GateNormalization::ConstantOne {
+            let reason = "`ConstantOne` is the gate of a single choice: use `BeforeDrop`";
+            return Err(ConfigError::OutOfRange { field: "top_k", value: self.top_k as f64, reason });
         }
         self.groups.validate()?;
         self.training_capacity.validate()?;
@@ -138,7 +145,7 @@ impl TokenChoiceConfig {
 
         let rule = match self.gate_normalization {
             GateNormalization::None => GateSum::None,
-            GateNormalization::BeforeDrop => GateSum::OfChosen,
+            GateNormalization::BeforeDrop | GateNormalization::ConstantOne => GateSum::OfChosen,
             GateNormalization::AfterDrop => GateSum::OfKept,
         };
         let gates = ops::gates(input.scores.clone(), &assigned, rule);
@@ -188,14 +195,11 @@ impl TokenChoiceConfig {
     /// Gates from the chosen probabilities, zero for a choice without a slot; `without_slot [T, K]` marks those, if there are any.
     fn gates(&self, raw: Tensor<2>, without_slot: Option<Tensor<2, Bool>>) -> Tensor<2> {
         let Some(without_slot) = without_slot else {
-            return match self.gate_normalization {
-                GateNormalization::None => raw,
-                GateNormalization::BeforeDrop | GateNormalization::AfterDrop => share(raw),
-            };
+            return if self.gate_normalization == GateNormalization::None { raw } else { share(raw) };
         };
         match self.gate_normalization {
             GateNormalization::None => raw.mask_fill(without_slot, 0.0),
-            GateNormalization::BeforeDrop => share(raw).mask_fill(without_slot, 0.0),
+            GateNormalization::BeforeDrop | GateNormalization::ConstantOne => share(raw).mask_fill(without_slot, 0.0),
             GateNormalization::AfterDrop => share(raw.mask_fill(without_slot.clone(), 0.0)).mask_fill(without_slot, 0.0),
         }
     }

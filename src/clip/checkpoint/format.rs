@@ -6,7 +6,7 @@ use super::{
     CheckpointError, burn_moe,
     config::{LEFT_OUT, Result, of_possible_size},
     hugging_face, open_clip,
-    table::Entry,
+    table::{Constant, Entry},
     tensors::{self, TensorFiles},
     tokenizer,
 };
@@ -30,6 +30,13 @@ pub(super) struct Format {
     pub blocks: [&'static str; 2],
     /// Which stored tensor is which parameter.
     pub entries: fn(&ClipConfig) -> Vec<Entry>,
+    /// What the file may hold beside the parameters.
+    pub constants: fn(&ClipConfig) -> Vec<Constant>,
+}
+
+/// Of a format whose files hold parameters only.
+pub(super) fn no_constants(_: &ClipConfig) -> Vec<Constant> {
+    Vec::new()
 }
 
 /// What a configuration describes.

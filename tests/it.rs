@@ -13,6 +13,7 @@ mod it {
     mod layer;
     mod lists;
     mod losses;
+    mod moe_vie;
     mod outcome;
     mod packed;
     mod published;

@@ -7,6 +7,7 @@ mod lora;
 mod loss;
 mod memory;
 mod model;
+mod moe_vie;
 mod pooling;
 mod retrieval;
 mod text;

@@ -9,6 +9,7 @@ mod config;
 mod error;
 mod format;
 mod hugging_face;
+mod moe_vie;
 mod naming;
 mod numbers;
 mod open_clip;

@@ -5,7 +5,8 @@
 //! ```
 //!
 //! The files in a directory tell its kind: `case.json` is one layer with losses and gradients, `config.json` a Hugging Face
-//! CLIP or, with `*.input` in `reference.safetensors`, a language model with MoE layers, `open_clip_config.json` an open_clip CLIP. Every tensor is printed with its largest error, `max|a − b| / max(1, max|b|)`.
+//! CLIP or, with `*.input` in `reference.safetensors`, a language model with MoE layers, `open_clip_config.json` an open_clip CLIP, `moevie_config.json` a
+//! MoE-ViE, of which each sparse layer is run from its recorded input, too. Every tensor is printed with its largest error, `max|a − b| / max(1, max|b|)`.
 //! The exit status is 1 when an error is above its tolerance (1e-4, gradients 1e-3; 1e-5 and 1e-4 for layers of language models), or a case needs what is not there yet. On `cuda`
 //! tolerances are 40 times as wide, as burn's f32 products are TF32 there where that measures faster.
 
@@ -30,6 +31,7 @@ use burn_moe::{
     language_models::MoeCheckpoint,
     loss::{global_entropy_loss, importance_loss, load_balancing_loss, router_z_loss},
     stats::RoutingStats,
+    transformer::FeedForward,
 };
 use clap::Parser;
 use safetensors::{Dtype, SafeTensors};
@@ -94,10 +96,10 @@ pub(crate) fn run(folder: &Path, device: &Device, errors: &mut Errors) -> Result
             return language_model_case(folder, &reference, device, errors);
         }
     }
-    if folder.join("config.json").is_file() || folder.join("open_clip_config.json").is_file() {
+    if ["config.json", "open_clip_config.json", "moevie_config.json"].iter().any(|name| folder.join(name).is_file()) {
         return clip_case(folder, device, errors);
     }
-    Err("no `case.json`, `config.json` or `open_clip_config.json` in it".into())
+    Err("no `case.json`, `config.json`, `open_clip_config.json` or `moevie_config.json` in it".into())
 }
 
 /// What tolerances are multiplied by on this device: TF32 keeps 10 bits of 23.
@@ -383,12 +385,29 @@ fn clip_case(folder: &Path, device: &Device, errors: &mut Errors) -> Result<(), 
     errors.check_tensor("logits_per_image", output.logits_per_image, reference.values("logits_per_image")?, FORWARD);
     // open_clip has no name for these.
     if reference.0.contains_key("vision_last_hidden") {
-        let hidden = model.encode_image(images).hidden;
+        let hidden = model.encode_image(images.clone()).hidden;
         errors.check_tensor("vision_last_hidden", hidden, reference.values("vision_last_hidden")?, FORWARD);
     }
     if reference.0.contains_key("text_last_hidden") {
         let hidden = model.encode_text(tokens).hidden;
         errors.check_tensor("text_last_hidden", hidden, reference.values("text_last_hidden")?, FORWARD);
+    }
+    // Of a MoE-ViE.
+    if reference.0.contains_key("image_features") {
+        let features = model.encode_image(images).embedding;
+        errors.check_tensor("image_features", features, reference.values("image_features")?, FORWARD);
+    }
+    for path in reference.0.keys().filter_map(|name| name.strip_suffix(".mlp.moe.input")) {
+        let name = format!("{path}.mlp.moe");
+        let (tower, index) = path.rsplit_once(".resblocks.").ok_or_else(|| format!("`{name}` is in no block"))?;
+        let encoder = if tower.starts_with("visual") { &model.vision.encoder } else { &model.text.encoder };
+        let block = encoder.blocks.get(index.parse::<usize>()?);
+        let Some(FeedForward::Moe(moe)) = block.map(|block| &block.feed_forward) else {
+            return Err(format!("`{name}` is in the reference, and that block has no experts to choose").into());
+        };
+        let input = format!("{name}.input");
+        let output = moe.forward(reference.tensor(&input, reference.shape::<3>(&input)?, device)?).output;
+        errors.check_tensor(&format!("block {index}"), output, reference.values(&format!("{name}.output"))?, FORWARD);
     }
     Ok(())
 }

@@ -125,6 +125,13 @@ fn seeds() {
     {
         write("config", name, &[&[way as u8], &read(name)]);
     }
+    let moe_vie =
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/moevie/moevie_config.json")).unwrap();
+    write("config", "moevie_config.json", &[&[252], moe_vie.as_bytes()]);
+    for (name, field) in [("moevie_width", "\"width\": 32"), ("moevie_experts", "\"num_of_expert\": 4")] {
+        let key = field.split(':').next().unwrap();
+        write("config", name, &[&[252], moe_vie.replacen(field, &format!("{key}: {}", u64::MAX), 1).as_bytes()]);
+    }
     let coco = r#"{"images": [{"id": 7, "file_name": "b.jpg"}], "annotations": [{"image_id": 7, "caption": "one"}]}"#;
     write("lists", "coco", &[&[0], coco.as_bytes()]);
     let karpathy = r#"{"images": [{"filename": "b.jpg", "split": "test", "sentences": [{"raw": "one"}, {"raw": "two"}]}]}"#;

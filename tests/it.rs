@@ -15,6 +15,7 @@ mod it {
     mod layer_options;
     mod lists;
     mod losses;
+    mod moe_vie;
     mod outcome;
     mod packed;
     mod published;

@@ -99,8 +99,9 @@ fn look_at_patches(model: &Clip, test: &ImageTextSet, device: &Device) -> Vec<Kn
     for &image in &chosen {
         let output = model.encode_image(test.images(image..image + 1, device));
         for (known, routing) in known.iter_mut().zip(&output.routings) {
-            // The class token is the first.
-            known.patches.push((image, first_experts(routing)[1..].to_vec()));
+            // The class token, if there is one, is the first.
+            let ahead = usize::from(model.vision.class_embedding.is_some());
+            known.patches.push((image, first_experts(routing)[ahead..].to_vec()));
         }
     }
     known

@@ -21,8 +21,8 @@ pub enum CheckpointError {
     },
     /// The folder is no checkpoint.
     #[error(
-        "{} holds no checkpoint: expected `config.json` (Hugging Face), `open_clip_config.json` (open_clip) or \
-         `burn_moe_config.json` (burn-moe)",
+        "{} holds no checkpoint: expected `config.json` (Hugging Face), `open_clip_config.json` (open_clip), \
+         `moevie_config.json` (MoE-ViE) or `burn_moe_config.json` (burn-moe)",
         folder.display()
     )]
     NoConfig {
@@ -144,6 +144,16 @@ pub enum CheckpointError {
         tensor: String,
         /// What the file has.
         dtype: String,
+    },
+    /// A tensor that is no parameter, but decides what the parameters mean, has other numbers than the model computes with.
+    #[error("{}: `{tensor}` is not {expected}: the model would compute something else", path.display())]
+    Constant {
+        /// The file.
+        path: PathBuf,
+        /// Its name in the file.
+        tensor: String,
+        /// What it should be.
+        expected: &'static str,
     },
     /// A tensor holds NaN or infinity.
     #[error("{}: {source}", path.display())]

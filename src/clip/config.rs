@@ -63,8 +63,14 @@ impl ClipConfig {
     }
 
     /// The preset of that name: `vit-b-32`, `vit-b-16`, `vit-l-14` or `vit-l-14-336`, and with `-gelu` behind it the same with LAION's
-    /// activation.
+    /// activation; `moe-vie-b-16`, `moe-vie-l-16` or `moe-vie-h-14`.
     pub fn preset_by_name(name: &str) -> Option<Self> {
+        match name {
+            "moe-vie-b-16" => return Some(Self::moe_vie_b_16()),
+            "moe-vie-l-16" => return Some(Self::moe_vie_l_16()),
+            "moe-vie-h-14" => return Some(Self::moe_vie_h_14()),
+            _ => {}
+        }
         let (base, activation) = match name.strip_suffix("-gelu") {
             Some(base) => (base, Activation::Gelu),
             None => (name, Activation::QuickGelu),

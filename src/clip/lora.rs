@@ -50,7 +50,7 @@ impl Clip {
         // burn would freeze the old ones and adapt them in turn.
         assert!(!has("lora", &self), "the model has adapters already: merge them first, by `materialize`");
         assert!(!has("packed", &self), "the model's weights are packed: make them plain first, by `materialize`");
-        let matrices = ParamGroup::from_any_predicates(vec![".attention.", ".linear_in.", ".linear_out."]);
+        let matrices = ParamGroup::from_any_predicates(vec![".attention.", ".linear_in.", ".linear_gate.", ".linear_out."]);
         let mut adapted = self.apply_lora(Lora::new(options.rank, options.alpha).set_param_group(matrices));
         for encoder in [&mut adapted.vision.encoder, &mut adapted.text.encoder] {
             for block in &mut encoder.blocks {

@@ -1,6 +1,6 @@
 //! What a model needs in memory, counted and not measured.
 
-use super::ClipConfig;
+use super::{ClipConfig, Pooling};
 use crate::{
     layer::experts::FeedForwardForm,
     transformer::{EncoderConfig, SparseLayer},
@@ -39,10 +39,14 @@ impl ClipConfig {
     pub fn memory(&self, batch: usize) -> ClipMemory {
         let bytes = |numbers: u64| 4 * numbers;
         let params = self.cost().params_total;
-        let towers = [
-            activations(&self.vision.encoder, self.vision.num_tokens()),
-            activations(&self.text.encoder, self.text.context_length),
-        ];
+        let (tokens, d) = (self.vision.num_tokens(), self.vision.encoder.d_model);
+        let (kept, most) = activations(&self.vision.encoder, tokens);
+        // Keys, values, scores and weights, and of one token what the probe saw, a norm's output and the hidden numbers twice.
+        let pooling = match self.vision.pooling {
+            Pooling::ClassToken => 0,
+            Pooling::Attention { n_heads } => (2 * tokens * d + 2 * n_heads * tokens + 10 * d) as u64,
+        };
+        let towers = [(kept + pooling, most.max(pooling)), activations(&self.text.encoder, self.text.context_length)];
         let batch = batch as u64;
         ClipMemory {
             weights: bytes(params),
@@ -55,6 +59,11 @@ impl ClipConfig {
     }
 }
 
+/// Hidden maps of a network: a gated one has a second.
+fn maps(form: FeedForwardForm) -> usize {
+    if form.is_gated() { 2 } else { 1 }
+}
+
 /// Numbers of one sample: kept by all blocks for the backward pass, and at a time in the largest block.
 fn activations(encoder: &EncoderConfig, tokens: usize) -> (u64, u64) {
     let (d, heads) = (encoder.d_model, encoder.n_heads);
@@ -62,14 +71,14 @@ fn activations(encoder: &EncoderConfig, tokens: usize) -> (u64, u64) {
     let attention = 7 * tokens * d + 2 * heads * tokens * tokens;
     let blocks = (0..encoder.n_layers).map(|index| {
         let (rows, d_ff, maps, others) = match encoder.sparse_block(index) {
-            None => (tokens, encoder.d_ff, 1, 0),
+            None => (tokens, encoder.d_ff, maps(encoder.form), 0),
             Some(sparse) => {
                 let (rows, shared) = match &sparse.layer {
                     SparseLayer::Routed(routed) => (routed.assignment.rows(tokens, sparse.num_experts), routed.shared_expert),
                     SparseLayer::Soft { slots_per_expert } => (slots_per_expert * sparse.num_experts, None),
                 };
-                // Gated experts have a second hidden map; a shared one sees every token.
-                let maps = if sparse.form == FeedForwardForm::Gated { 2 } else { 1 };
+                // A shared expert sees every token.
+                let maps = maps(encoder.form_of_experts(sparse));
                 let shared = shared.map_or(0, |width| tokens * (d + 2 * maps * width));
                 (rows, sparse.d_ff.unwrap_or(encoder.d_ff), maps, shared + 3 * tokens * sparse.num_experts)
             }
@@ -99,7 +108,7 @@ mod tests {
         let plain = of(SparseEncoderConfig::new());
         assert!(plain.weights > dense.memory(8).weights);
         assert!(plain.training_activations > dense.memory(8).training_activations);
-        let gated = of(SparseEncoderConfig::new().with_form(FeedForwardForm::Gated));
+        let gated = of(SparseEncoderConfig::new().with_form(Some(FeedForwardForm::Gated)));
         let shared = of(SparseEncoderConfig::new().with_layer(RoutedLayerConfig::new().with_shared_expert(Some(64)).into()));
         assert!(gated.training_activations > plain.training_activations);
         assert!(shared.training_activations > plain.training_activations);

@@ -7,6 +7,8 @@ mod lora;
 mod loss;
 mod memory;
 mod model;
+mod moe_vie;
+mod pooling;
 mod retrieval;
 mod text;
 mod vision;
@@ -31,6 +33,7 @@ pub use image::{IMAGE_MEAN, IMAGE_STD, ImagePreprocessing, Interpolation, Resize
 pub use loss::{contrastive_loss, contrastive_loss_of_rows};
 pub use memory::ClipMemory;
 pub use model::{Clip, ClipOutput, MAX_LOGIT_SCALE, normalize};
+pub use pooling::{AttentionPooling, Pooling};
 pub use retrieval::{Recall, RetrievalError, RetrievalMetrics};
 pub use text::{EndOfText, TextConfig, TextOutput, TextTower, TokenizerKind};
 pub use vision::{VisionConfig, VisionOutput, VisionTower};

@@ -6,6 +6,7 @@ use burn::nn::{Embedding, EmbeddingConfig, Initializer, LayerNorm, LayerNormConf
 use burn::tensor::{Bool, Device, Int, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::vision::normed;
 use crate::{
     routing::Routing,
     support::{
@@ -60,6 +61,9 @@ pub struct TextConfig {
     /// Whether the projection has a bias; open_clip's `proj_bias`. Default: false
     #[config(default = false)]
     pub projection_bias: bool,
+    /// Whether there is a norm behind the blocks. Default: true
+    #[config(default = true)]
+    pub norm_final: bool,
 }
 
 /// A causal transformer; the end-of-text token's output is the embedding. What follows that token is padding and is kept out of
@@ -73,7 +77,7 @@ pub struct TextTower {
     /// The blocks.
     pub encoder: Encoder,
     /// Behind the blocks.
-    pub norm_final: LayerNorm,
+    pub norm_final: Option<LayerNorm>,
     /// To the shared embedding space, `[D, P]`; with a bias in some checkpoints.
     pub projection: Linear,
     /// Which token is the end.
@@ -89,7 +93,7 @@ pub struct TextTower {
 pub struct TextOutput {
     /// Embedding, not normalised, `[B, P]`.
     pub embedding: Tensor<2>,
-    /// Tokens behind the final norm, `[B, N, D]`; in training of no meaning behind the end of a text.
+    /// Tokens behind the final norm, if there is one, `[B, N, D]`; in training of no meaning behind the end of a text.
     pub hidden: Tensor<3>,
     /// One per routed block.
     pub routings: Vec<Routing>,
@@ -103,6 +107,10 @@ impl TextConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         ConfigError::non_zero("vocab_size", self.vocab_size)?;
         ConfigError::non_zero("context_length", self.context_length)?;
+        if self.encoder.rotary.is_some() {
+            let reason = "the tokens of a text have no column and row: leave it `None`, texts have a table of positions";
+            return Err(ConfigError::Refused { field: "text.encoder.rotary", reason });
+        }
         self.encoder.validate()
     }
 
@@ -115,7 +123,8 @@ impl TextConfig {
     /// Cost of one text of `context_length` tokens. An embedding look-up counts as no operation.
     pub fn cost(&self, embed_dim: usize) -> Cost {
         let d = self.encoder.d_model;
-        let embeddings = Cost::params((self.vocab_size + self.context_length + 2) * d); // tokens, positions, one norm
+        let norm = if self.norm_final { 2 } else { 0 };
+        let embeddings = Cost::params((self.vocab_size + self.context_length + norm) * d); // tokens, positions, one norm
         embeddings + self.encoder.cost(self.context_length) + Cost::linear(1, d, embed_dim, self.projection_bias)
     }
 
@@ -131,7 +140,7 @@ impl TextConfig {
             token_embedding: EmbeddingConfig::new(self.vocab_size, d_model).with_initializer(normal(0.02)).init(device),
             position_embedding: normal(0.01).init([self.context_length, d_model], device),
             encoder: self.encoder.init(device),
-            norm_final: LayerNormConfig::new(d_model).with_epsilon(self.encoder.norm_epsilon).init(device),
+            norm_final: self.norm_final.then(|| LayerNormConfig::new(d_model).with_epsilon(self.encoder.norm_epsilon).init(device)),
             projection: LinearConfig::new(d_model, embed_dim)
                 .with_bias(self.projection_bias)
                 .with_initializer(normal((d_model as f64).powf(-0.5)))
@@ -167,7 +176,7 @@ impl TextTower {
     pub fn embedding(&self, tokens: Tensor<2, Int>) -> Tensor<2> {
         let (x, marks, end) = self.embed(tokens);
         let ends = self.encoder.forward_at(x, marks, true, end);
-        self.projection.forward(self.norm_final.forward(ends))
+        self.projection.forward(normed(&self.norm_final, ends))
     }
 
     /// The same as [`forward`](Self::forward) with a router of your own for the routed blocks; see [`Encoder::forward_with`].
@@ -182,7 +191,7 @@ impl TextTower {
     /// From what comes out of the blocks.
     pub(crate) fn project(&self, encoded: EncoderOutput, end: Tensor<2, Int>) -> TextOutput {
         let [batch, _, d_model] = encoded.hidden.dims();
-        let hidden = self.norm_final.forward(encoded.hidden);
+        let hidden = normed(&self.norm_final, encoded.hidden);
         let index = end.reshape([batch, 1, 1]).expand([batch, 1, d_model]);
         let embedding = self.projection.forward::<2>(hidden.clone().gather(1, index).squeeze_dim(1));
         TextOutput { embedding, hidden, routings: encoded.routings }
@@ -203,7 +212,7 @@ impl TextTower {
         let [context_length, _] = self.position_embedding.shape().dims();
         assert!(len <= context_length, "texts of {len} tokens are longer than the context of {context_length}");
         let end = self.end_of_text.position(tokens.clone());
-        let marks = TokenMarks { valid: Some(not_after(&end, len)), protected: Some(is_at(&end, len)) };
+        let marks = TokenMarks { valid: Some(not_after(&end, len)), protected: Some(is_at(&end, len)), grid: None };
 
         let positions = self.position_embedding.val().narrow(0, 0, len);
         (self.token_embedding.forward(tokens) + positions.unsqueeze(), marks, end)

@@ -4,8 +4,8 @@ use serde_json::{Value, json};
 
 use super::settings::Settings;
 use crate::{
-    Activation, AssignmentConfig, BalancingOptions, Capacity, ConfigError, ExpertGroups, ExpertOptions, FeedForwardForm,
-    GateNormalization, MoeFeedForwardConfig, RouterOptions, RouterScore, TokenChoiceConfig,
+    Activation, BalancingOptions, Capacity, ExpertGroups, ExpertOptions, FeedForwardForm, GateNormalization, MoeFeedForwardConfig,
+    RouterOptions, RouterScore, TokenChoiceConfig,
 };
 
 /// The families of language models whose MoE layers are read, by `model_type` of transformers.
@@ -112,7 +112,11 @@ pub(super) fn describe(text: &str) -> Result<Described, String> {
     let base = MoeFeedForwardConfig::new(settings.size(&["hidden_size"])?, d_ff, num_experts);
     let dropless = TokenChoiceConfig::new().with_top_k(top_k).with_training_capacity(Capacity::Dropless);
     let normalized = |is_normalized: bool| {
-        let normalization = if is_normalized { GateNormalization::BeforeDrop } else { GateNormalization::None };
+        let normalization = match (is_normalized, top_k) {
+            (false, _) => GateNormalization::None,
+            (true, 1) => GateNormalization::ConstantOne,
+            (true, _) => GateNormalization::BeforeDrop,
+        };
         dropless.clone().with_gate_normalization(normalization)
     };
     let router = RouterOptions::new();
@@ -158,22 +162,6 @@ pub(super) fn describe(text: &str) -> Result<Described, String> {
         .with_shared_expert(shared_expert)
         .with_shared_expert_gate(shared_expert_gate);
     Ok(Described { family, config, num_blocks, moe_blocks: moe_blocks(&settings, family, num_blocks)? })
-}
-
-/// The layer's own check, but for the gates of one choice: such a checkpoint has the constant 1 there.
-pub(super) fn validate(config: &MoeFeedForwardConfig) -> Result<(), ConfigError> {
-    trainable(config).validate()
-}
-
-/// The configuration with gates that a new layer may have.
-pub(super) fn trainable(config: &MoeFeedForwardConfig) -> MoeFeedForwardConfig {
-    let mut config = config.clone();
-    if let AssignmentConfig::TokenChoice(choice) = &mut config.assignment
-        && choice.top_k == 1
-    {
-        choice.gate_normalization = GateNormalization::None;
-    }
-    config
 }
 
 fn family_of(settings: &Settings) -> Result<Family, String> {

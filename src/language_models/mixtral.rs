@@ -93,7 +93,10 @@ fn choices_of(layer: &MoeFeedForward) -> Result<usize, &'static str> {
         (router.bias.is_some(), "a bias of the router"),
         (router.balancing_bias.is_some(), "a balancing bias"),
         (router.logit_normalization.is_some(), "gating logit normalisation"),
-        (choice.gate_normalization != GateNormalization::BeforeDrop, "gates that are not divided by their sum"),
+        (
+            !matches!(choice.gate_normalization, GateNormalization::BeforeDrop | GateNormalization::ConstantOne),
+            "gates that are not divided by their sum",
+        ),
         (choice.gate_scale != 1.0, "a scale of the gates"),
         (choice.expert_groups.is_some(), "groups of experts"),
         (choice.inference_capacity != Capacity::Dropless, "a capacity at inference: set `inference_capacity` to `Dropless`"),

@@ -68,8 +68,7 @@ impl MoeCheckpoint {
         let path = folder.as_ref().join(CONFIG);
         let bad = |reason| CheckpointError::ConfigFile { path: path.clone(), reason };
         let described = family::describe(&read_text(&path, LONGEST_CONFIG)?).map_err(bad)?;
-        // What is refused for training a layer, the constant gate of one choice, is what such a checkpoint has.
-        family::validate(&described.config).map_err(|source| CheckpointError::Config { path: path.clone(), source })?;
+        described.config.validate().map_err(|source| CheckpointError::Config { path: path.clone(), source })?;
         Ok(Self {
             folder: folder.as_ref().to_path_buf(),
             family: described.family,

@@ -6,7 +6,6 @@ use burn::tensor::Device;
 
 use super::{
     CheckpointError, MoeCheckpoint, WEIGHTS,
-    family::trainable,
     layout::{Parameter, parameters},
 };
 #[cfg(feature = "flex")]
@@ -88,13 +87,13 @@ pub(super) fn load(
     check(&files, prefix, &parameters)?;
 
     let mut parameters: BTreeMap<&str, Parameter> = parameters.into_iter().map(|parameter| (parameter.path, parameter)).collect();
-    let layer = params::replace(trainable(&checkpoint.config).init(device), |path| {
+    let moe = params::replace(checkpoint.config.init(device), |path| {
         let parameter = parameters.remove(path).unwrap_or_else(|| panic!("no layout names the parameter `{path}`"));
         let values = read(&files, prefix, &parameter)?;
         options.loaded(values, parameter.maps, || format!("{prefix}{}", parameter.key(0)))
     })?;
     assert!(parameters.is_empty(), "no parameter for {:?}", parameters.keys());
-    Ok(MoeFeedForward { assignment: checkpoint.config.assignment.clone(), ..layer })
+    Ok(moe)
 }
 
 /// `model.layers.3.mlp.` of `model.layers.3.mlp.gate.weight`, if it is a tensor of block 3's feed-forward layer.

@@ -16,7 +16,7 @@ use crate::ops::{self, Activation, Offsets};
 use crate::ops::{PackedMaps, Precision};
 
 /// The module with the weights of experts, of [`Mlp`](crate::transformer::Mlp) and of a [`TransformerBlock`](crate::transformer::TransformerBlock)'s attention
-/// packed for inference on burn's CPU backend: in the order in which products read them, in `precision`. Other parameters, routers among them, stay as they
+/// (and an image pooling's) packed for inference on burn's CPU backend: in the order in which products read them, in `precision`. Other parameters, routers among them, stay as they
 /// are.
 ///
 /// Products are then faster, most of all where experts have few rows, and with less than 32 bits the weights need less memory. The plain weights are not kept:
@@ -144,7 +144,9 @@ impl Pack {
         match (rank, self.inside.last()) {
             (3, Some((field, _))) => is_in("ExpertMlp") && ["w_in", "w_gate", "w_out"].contains(&&**field),
             (2, Some((field, module))) => {
-                field == "weight" && module == "Struct:Linear" && (is_in("Mlp") || is_in("TransformerBlock"))
+                field == "weight"
+                    && module == "Struct:Linear"
+                    && ["Mlp", "TransformerBlock", "AttentionPooling"].into_iter().any(is_in)
             }
             _ => false,
         }

@@ -78,7 +78,7 @@ impl SoftMoeFeedForwardConfig {
             let reason = "a standard deviation must be finite and not negative";
             return Err(ConfigError::OutOfRange { field: "init_std", value: self.init_std, reason });
         }
-        Ok(())
+        self.experts.form.validate()
     }
 
     /// Cost for one sample of `num_tokens` tokens: logits, both mixtures, and experts over their slots.

@@ -57,6 +57,14 @@ pub enum ConfigError {
         /// Number of blocks in the encoder.
         num_layers: usize,
     },
+    /// A setting that does not go with the others.
+    #[error("`{field}` is refused: {reason}")]
+    Refused {
+        /// Name of the field.
+        field: &'static str,
+        /// Why, and what to do.
+        reason: &'static str,
+    },
     /// A number outside its range.
     #[error("`{field}` is {value}: {reason}")]
     OutOfRange {

@@ -13,7 +13,7 @@ use super::WarmupCosine;
 use crate::support::error::ConfigError;
 
 /// Parameters that are not decayed, by parts of their paths.
-const UNDECAYED: [&str; 11] = [
+const UNDECAYED: [&str; 12] = [
     ".bias",
     ".gamma",
     ".beta",
@@ -24,6 +24,7 @@ const UNDECAYED: [&str; 11] = [
     "logit_scale",
     "class_embedding",
     "position_embedding",
+    "pooling.probe",
     "token_embedding",
 ];
 

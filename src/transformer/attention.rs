@@ -1,7 +1,7 @@
 //! Self-attention, with the weights of burn's module.
 
 use burn::nn::attention::{MhaInput, MultiHeadAttention};
-use burn::tensor::{Bool, IndexingUpdateOp, Int, Tensor, module::attention, ops::AttentionModuleOptions};
+use burn::tensor::{Bool, IndexingUpdateOp, Int, Tensor, activation::softmax, module::attention, ops::AttentionModuleOptions};
 
 use super::layout::{Layout, Looks};
 use crate::{
@@ -16,12 +16,19 @@ const WIDE: usize = 32;
 
 /// `[R, D] -> [R, D]`
 ///
-/// Where there is a kernel of this crate, samples are as long as they are. Elsewhere this is burn's own forward pass in training, and its fused
-/// attention, which has no gradient, at inference.
+/// Where there is a kernel of this crate, samples are as long as they are. Elsewhere this is burn's own forward pass in training, if the layout turns
+/// nothing, and at inference its fused attention, which has no gradient.
 pub(super) fn self_attention(weights: &MultiHeadAttention, rows: Tensor<2>, layout: &Layout) -> Tensor<2> {
     let device = rows.device();
-    let project =
-        |rows: &Tensor<2>| [&weights.query, &weights.key, &weights.value].map(|projection| linear(rows.clone(), projection, None));
+    let project = |rows: &Tensor<2>| {
+        let projected = [&weights.query, &weights.key, &weights.value].map(|projection| linear(rows.clone(), projection, None));
+        match (&layout.rotation, projected) {
+            (None, projected) => projected,
+            (Some(rotation), [query, key, value]) => {
+                [rotation.turn(query, weights.n_heads), rotation.turn(key, weights.n_heads), value]
+            }
+        }
+    };
     let causal = match layout.looks {
         Looks::AtAll => Some(false),
         Looks::Back => Some(true),
@@ -34,7 +41,7 @@ pub(super) fn self_attention(weights: &MultiHeadAttention, rows: Tensor<2>, layo
         return linear(ops::attention(query, key, value, shape), &weights.output, None);
     }
     let mask = layout.mask(&device);
-    if device.is_autodiff() {
+    if device.is_autodiff() && layout.rotation.is_none() {
         let input = MhaInput::self_attn(layout.tokens(rows));
         let input = match mask {
             Some(mask) => input.mask_attn(mask),
@@ -52,6 +59,10 @@ pub(super) fn attention_at(weights: &MultiHeadAttention, rows: Tensor<2>, layout
     let chosen = layout.rows_at(at);
     let query = linear(rows.clone().select(0, chosen.clone()), &weights.query, None);
     let [key, value] = [&weights.key, &weights.value].map(|projection| linear(rows.clone(), projection, None));
+    let (query, key) = match &layout.rotation {
+        None => (query, key),
+        Some(rotation) => (rotation.turn_some(query, weights.n_heads, chosen.clone()), rotation.turn(key, weights.n_heads)),
+    };
     let context = if layout.is_packed() {
         // The kernel takes a query for every key; those of other tokens are zeros.
         let query = Tensor::zeros_like(&key).select_assign(0, chosen.clone(), query, IndexingUpdateOp::Add);
@@ -69,7 +80,17 @@ pub(super) fn attention_at(weights: &MultiHeadAttention, rows: Tensor<2>, layout
     linear(context, &weights.output, None)
 }
 
-/// burn's fused attention, which has no gradient: `[B, Q, D], [B, N, D], [B, N, D] -> [B, Q, D]`; the mask, `[B, Q, N]`, is true where a query must not look.
+/// One query looks at all tokens of each sample: `[1, D], [B, N, D] -> [B, D]`, with a gradient.
+pub(crate) fn attention_of_one(weights: &MultiHeadAttention, query: Tensor<2>, tokens: Tensor<3>) -> Tensor<2> {
+    let [batch, len, d_model] = tokens.dims();
+    let rows = tokens.reshape([batch * len, d_model]);
+    let query = linear(query, &weights.query, None).unsqueeze::<3>().expand([batch, 1, d_model]);
+    let [key, value] = [&weights.key, &weights.value].map(|map| linear(rows.clone(), map, None).reshape([batch, len, d_model]));
+    linear(by_heads(weights, query, key, value, None).squeeze_dim(1), &weights.output, None)
+}
+
+/// Attention without projections, by burn's fused operation or, as that has no gradient, by plain ones on an autodiff device:
+/// `[B, Q, D], [B, N, D], [B, N, D] -> [B, Q, D]`; the mask, `[B, Q, N]`, is true where a query must not look.
 fn by_heads(
     weights: &MultiHeadAttention,
     query: Tensor<3>,
@@ -81,7 +102,16 @@ fn by_heads(
     let [query, key, value] =
         [query, key, value].map(|x| x.reshape([batch as i32, -1, heads as i32, weights.d_k as i32]).swap_dims(1, 2));
     let mask = mask.map(|mask| mask.unsqueeze_dim::<4>(1).expand([batch, heads, queries, len]));
-    let context = attention(query, key, value, mask, None, AttentionModuleOptions::default());
+    let context = if query.device().is_autodiff() {
+        let scores = query.matmul(key.swap_dims(2, 3)) / (weights.d_k as f64).sqrt();
+        let scores = match mask {
+            Some(mask) => scores.mask_fill(mask, weights.min_float),
+            None => scores,
+        };
+        softmax(scores, 3).matmul(value)
+    } else {
+        attention(query, key, value, mask, None, AttentionModuleOptions::default())
+    };
     context.swap_dims(1, 2).reshape([batch, queries, d_model])
 }
 
@@ -143,7 +173,7 @@ mod tests {
         let weights = MultiHeadAttentionConfig::new(24, 3).with_dropout(0.0).init(&device);
         let x = Tensor::<3>::random([3, 6, 24], Distribution::Normal(0.0, 1.0), &device);
         let valid = [[true; 6], [true, true, true, false, false, false], [true, false, false, false, false, false]];
-        let marks = TokenMarks { valid: Some(Tensor::from_data(valid, &device)), protected: None };
+        let marks = TokenMarks { valid: Some(Tensor::from_data(valid, &device)), ..TokenMarks::default() };
         let (packed, whole) = (Layout::packed(&x, &marks), Layout::whole([3, 6], Looks::Back));
         let run = |layout: &Layout| layout.tokens(self_attention(&weights, layout.rows(x.clone()), layout));
         assert_eq!(packed.rows(x.clone()).dims(), [10, 24]);
@@ -153,7 +183,7 @@ mod tests {
         // Padding in between is looked at, and stays.
         let valid = Tensor::from_data([[true, false, true]], &device);
         let x = Tensor::<3>::ones([1, 3, 24], &device);
-        let layout = Layout::packed(&x, &TokenMarks { valid: Some(valid), protected: None });
+        let layout = Layout::packed(&x, &TokenMarks { valid: Some(valid), ..TokenMarks::default() });
         assert_eq!(layout.rows(x).dims(), [3, 24]);
     }
 }

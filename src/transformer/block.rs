@@ -6,7 +6,7 @@ use burn::nn::attention::MultiHeadAttention;
 use burn::tensor::{Bool, Int, Tensor};
 
 use super::{
-    Mlp,
+    Mlp, RotaryPositions, TokenGrid,
     attention::{attention_at, self_attention},
     layout::{Layout, Looks},
 };
@@ -27,13 +27,15 @@ pub enum FeedForward {
     SoftMoe(SoftMoeFeedForward),
 }
 
-/// Token masks for the routing. Attention does not mask padding.
+/// What is known about tokens: masks for the routing, and places for rotary positions. Attention does not mask padding.
 #[derive(Clone, Debug, Default)]
 pub struct TokenMarks {
     /// `[B, N]`, false for padding, which gets no expert.
     pub valid: Option<Tensor<2, Bool>>,
     /// `[B, N]`, true for tokens that get their slots before all others, where tokens choose.
     pub protected: Option<Tensor<2, Bool>>,
+    /// Where the tokens are, which blocks with [`RotaryPositions`] need to know, and others do not read.
+    pub grid: Option<TokenGrid>,
 }
 
 /// The input of a [`BlockRouter`].
@@ -74,6 +76,9 @@ pub struct TransformerBlock {
     pub norm_feed_forward: LayerNorm,
     /// Dense or sparse.
     pub feed_forward: FeedForward,
+    /// The rotary positions of its queries and keys, if it has them.
+    #[module(skip)]
+    pub rotary: Option<RotaryPositions>,
 }
 
 impl TransformerBlock {
@@ -82,9 +87,12 @@ impl TransformerBlock {
     /// # Shapes (`B` samples of `N` tokens)
     /// - x, output: `[B, N, D]`
     /// - mask: `[B, N, N]`, true where a token must not look
+    ///
+    /// # Panics
+    /// When a shape does not fit, or the block has rotary positions and `marks` does not say where the tokens are.
     pub fn forward(&self, x: Tensor<3>, mask: Option<Tensor<3, Bool>>, marks: &TokenMarks) -> (Tensor<3>, Option<Routing>) {
         let [batch, num_tokens, _] = x.dims();
-        let layout = Layout::whole([batch, num_tokens], mask.map_or(Looks::AtAll, Looks::Mask));
+        let layout = Layout::whole([batch, num_tokens], mask.map_or(Looks::AtAll, Looks::Mask)).turned(self, marks, &x.device());
         let (rows, routing) = self.run(layout.rows(x), &layout, marks, None, None);
         (layout.tokens(rows), routing)
     }
@@ -92,7 +100,7 @@ impl TransformerBlock {
     /// What the feed-forward network reads, `[B, N, D]`, where every token looks at all others.
     pub(crate) fn feed_forward_input(&self, x: Tensor<3>, marks: &TokenMarks) -> Tensor<3> {
         let [batch, num_tokens, _] = x.dims();
-        let layout = Layout::whole([batch, num_tokens], Looks::AtAll);
+        let layout = Layout::whole([batch, num_tokens], Looks::AtAll).turned(self, marks, &x.device());
         let mut read = None;
         self.run(layout.rows(x), &layout, marks, None, Some(&mut |tokens| read = Some(tokens)));
         read.expect("the feed-forward network was run")

@@ -1,48 +1,13 @@
 //! A stack of blocks.
 
-use burn::config::Config;
 use burn::module::Module;
-use burn::nn::attention::MultiHeadAttentionConfig;
-use burn::nn::{LayerNorm, LayerNormConfig};
-use burn::tensor::{Bool, Device, Int, Tensor, assert_shape};
+use burn::tensor::{Bool, Int, Tensor, assert_shape};
 
 use super::{
-    BlockRouter, FeedForward, MlpConfig, Padding, Protection, SparseEncoderConfig, SparseLayer, TokenMarks, TransformerBlock,
+    BlockRouter, FeedForward, Padding, Protection, TokenMarks, TransformerBlock,
     layout::{Layout, Looks},
 };
-use crate::{
-    layer::{
-        experts::{Activation, ExpertOptions},
-        moe::MoeFeedForwardConfig,
-        soft_moe::SoftMoeFeedForwardConfig,
-    },
-    routing::{BatchTotals, Routing},
-    support::{
-        cost::Cost,
-        error::{ConfigError, expect_valid},
-    },
-};
-
-/// Configuration of an [`Encoder`].
-#[derive(Config, Debug)]
-pub struct EncoderConfig {
-    /// Token width, `D`.
-    pub d_model: usize,
-    /// Attention heads; must divide `d_model`.
-    pub n_heads: usize,
-    /// Number of blocks.
-    pub n_layers: usize,
-    /// Hidden width of the feed-forward networks, `F`.
-    pub d_ff: usize,
-    /// Non-linearity of the feed-forward networks. Default: `Gelu`
-    #[config(default = "Activation::Gelu")]
-    pub activation: Activation,
-    /// Added to the variance in layer norms. Default: 1e-5
-    #[config(default = 1e-5)]
-    pub norm_epsilon: f64,
-    /// The sparse blocks. Default: none
-    pub sparse: Option<SparseEncoderConfig>,
-}
+use crate::routing::{BatchTotals, Routing};
 
 /// Pre-norm transformer blocks, one after the other.
 #[derive(Module, Debug)]
@@ -73,134 +38,6 @@ pub struct EncoderOutput {
     pub hidden: Tensor<3>,
     /// One per routed block, in order.
     pub routings: Vec<Routing>,
-}
-
-impl EncoderConfig {
-    /// Refuses what no encoder can be built from.
-    ///
-    /// # Errors
-    /// The first field that cannot be used, with its value.
-    pub fn validate(&self) -> Result<(), ConfigError> {
-        for (field, value) in
-            [("d_model", self.d_model), ("n_heads", self.n_heads), ("n_layers", self.n_layers), ("d_ff", self.d_ff)]
-        {
-            ConfigError::non_zero(field, value)?;
-        }
-        if !self.d_model.is_multiple_of(self.n_heads) {
-            return Err(ConfigError::NotDivisible {
-                field: "d_model",
-                value: self.d_model,
-                divisor: "n_heads",
-                divisor_value: self.n_heads,
-            });
-        }
-        if !(self.norm_epsilon.is_finite() && self.norm_epsilon >= 0.0) {
-            let reason = "it must be finite and not negative";
-            return Err(ConfigError::OutOfRange { field: "norm_epsilon", value: self.norm_epsilon, reason });
-        }
-        if let Some(sparse) = &self.sparse {
-            sparse.blocks.validate(self.n_layers)?;
-            self.sparse_feed_forward(sparse).validate()?;
-        }
-        Ok(())
-    }
-
-    /// New blocks.
-    ///
-    /// # Panics
-    /// With the text of [`validate`](Self::validate).
-    pub fn init(&self, device: &Device) -> Encoder {
-        expect_valid(self.validate());
-        let protection = match self.sparse.as_ref().map(|sparse| &sparse.layer) {
-            Some(SparseLayer::Routed(routed)) => routed.protection,
-            _ => Protection::None,
-        };
-        let padding = self.sparse.as_ref().map_or(Padding::Excluded, |sparse| sparse.padding);
-        Encoder { blocks: (0..self.n_layers).map(|index| self.init_block(index, device)).collect(), protection, padding }
-    }
-
-    /// The sparse settings of block `index`, if it is sparse.
-    pub fn sparse_block(&self, index: usize) -> Option<&SparseEncoderConfig> {
-        self.sparse.as_ref().filter(|sparse| sparse.blocks.contains(index, self.n_layers))
-    }
-
-    fn feed_forward(&self, index: usize) -> FeedForwardConfig {
-        match self.sparse_block(index) {
-            None => FeedForwardConfig::Dense(MlpConfig::new(self.d_model, self.d_ff).with_activation(self.activation)),
-            Some(sparse) => self.sparse_feed_forward(sparse),
-        }
-    }
-
-    /// Expert choice over the whole batch becomes expert choice in each sample, so that a result does not depend on the rest of the batch.
-    fn sparse_feed_forward(&self, sparse: &SparseEncoderConfig) -> FeedForwardConfig {
-        let (d_ff, num_experts) = (sparse.d_ff.unwrap_or(self.d_ff), sparse.num_experts);
-        let experts = ExpertOptions::new().with_form(sparse.form).with_activation(self.activation);
-        match &sparse.layer {
-            SparseLayer::Routed(routed) => FeedForwardConfig::Moe(
-                MoeFeedForwardConfig::new(self.d_model, d_ff, num_experts)
-                    .with_router(routed.router.clone())
-                    .with_assignment(routed.assignment.clone().independent_of_batch())
-                    .with_experts(experts)
-                    .with_shared_expert(routed.shared_expert),
-            ),
-            SparseLayer::Soft { slots_per_expert } => FeedForwardConfig::SoftMoe(
-                SoftMoeFeedForwardConfig::new(self.d_model, d_ff, num_experts)
-                    .with_slots_per_expert(*slots_per_expert)
-                    .with_experts(experts),
-            ),
-        }
-    }
-
-    /// Cost for one sample of `num_tokens` tokens; both attention products counted in full, causal or not.
-    pub fn cost(&self, num_tokens: usize) -> Cost {
-        let d = self.d_model;
-        let products = Cost { flops: 4 * (num_tokens * num_tokens * d) as u64, ..Cost::default() };
-        let attention = (0..4).map(|_| Cost::linear(num_tokens, d, d, true)).sum::<Cost>() + products;
-        (0..self.n_layers).map(|index| attention + self.feed_forward(index).cost(num_tokens) + Cost::params(4 * d)).sum()
-    }
-
-    fn init_block(&self, index: usize, device: &Device) -> TransformerBlock {
-        let norm = || -> LayerNorm { LayerNormConfig::new(self.d_model).with_epsilon(self.norm_epsilon).init(device) };
-        TransformerBlock {
-            norm_attention: norm(),
-            attention: MultiHeadAttentionConfig::new(self.d_model, self.n_heads).with_dropout(0.0).init(device),
-            norm_feed_forward: norm(),
-            feed_forward: self.feed_forward(index).init(device),
-        }
-    }
-}
-
-/// The feed-forward network of one block.
-enum FeedForwardConfig {
-    Dense(MlpConfig),
-    Moe(MoeFeedForwardConfig),
-    SoftMoe(SoftMoeFeedForwardConfig),
-}
-
-impl FeedForwardConfig {
-    fn validate(&self) -> Result<(), ConfigError> {
-        match self {
-            Self::Dense(_) => Ok(()),
-            Self::Moe(config) => config.validate(),
-            Self::SoftMoe(config) => config.validate(),
-        }
-    }
-
-    fn cost(&self, num_tokens: usize) -> Cost {
-        match self {
-            Self::Dense(config) => Cost::feed_forward(num_tokens, config.d_model, config.d_ff, true),
-            Self::Moe(config) => config.cost(num_tokens),
-            Self::SoftMoe(config) => config.cost(num_tokens),
-        }
-    }
-
-    fn init(&self, device: &Device) -> FeedForward {
-        match self {
-            Self::Dense(config) => FeedForward::Dense(config.init(device)),
-            Self::Moe(config) => FeedForward::Moe(config.init(device)),
-            Self::SoftMoe(config) => FeedForward::SoftMoe(config.init(device)),
-        }
-    }
 }
 
 impl Encoder {
@@ -258,7 +95,7 @@ impl Encoder {
     /// With `causal`, a token looks only at itself and at those before it.
     ///
     /// # Panics
-    /// When a shape does not fit.
+    /// When a shape does not fit, or the encoder has rotary positions and `marks` does not say where the tokens are.
     pub fn forward(&self, x: Tensor<3>, marks: TokenMarks, causal: bool) -> EncoderOutput {
         self.run(x, marks, causal, None, None)
     }
@@ -293,10 +130,15 @@ impl Encoder {
         if self.padding == Padding::Routed {
             marks.valid = None;
         }
-        match (causal, packs) {
-            (false, _) => Layout::whole([batch, num_tokens], Looks::AtAll),
-            (true, false) => Layout::whole([batch, num_tokens], Looks::Back),
+        let rotary = self.blocks.first().filter(|block| block.rotary.is_some());
+        let layout = match (causal, packs && rotary.is_none()) {
             (true, true) => Layout::packed(x, marks),
+            (true, false) => Layout::whole([batch, num_tokens], Looks::Back),
+            (false, _) => Layout::whole([batch, num_tokens], Looks::AtAll),
+        };
+        match rotary {
+            Some(block) => layout.turned(block, marks, &x.device()),
+            None => layout,
         }
     }
 
@@ -354,7 +196,11 @@ impl Encoder {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::transformer::RoutedLayerConfig;
+    use crate::{
+        layer::experts::FeedForwardForm,
+        transformer::{EncoderConfig, RoutedLayerConfig, SparseEncoderConfig, SparseLayer},
+    };
+    use burn::tensor::Device;
 
     #[test]
     #[should_panic(expected = "`n_heads` (3) must divide `d_model` (8)")]
@@ -377,7 +223,7 @@ mod tests {
         for sparse in [
             sparse
                 .clone()
-                .with_form(crate::FeedForwardForm::Gated)
+                .with_form(Some(FeedForwardForm::Gated))
                 .with_layer(RoutedLayerConfig::new().with_shared_expert(Some(5)).into()),
             sparse.clone().with_d_ff(Some(4)),
             sparse.with_layer(SparseLayer::Soft { slots_per_expert: 3 }),

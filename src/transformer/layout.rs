@@ -5,7 +5,7 @@ use std::{cell::OnceCell, sync::Arc};
 use burn::nn::attention::generate_autoregressive_mask;
 use burn::tensor::{Bool, Device, Int, Tensor};
 
-use super::TokenMarks;
+use super::{TokenMarks, TransformerBlock, rotary::Rotation};
 use crate::ops::{has_attention, int_tensor};
 
 /// The tokens of a batch as rows `[R, D]`: all of them, or those that are not padding.
@@ -16,6 +16,8 @@ pub(super) struct Layout {
     /// First row of each sample and the end, `[B + 1]`.
     pub(super) samples: Arc<[usize]>,
     packed: Option<Packed>,
+    /// What turns queries and keys, of a layout that is not packed.
+    pub(super) rotation: Option<Rotation>,
     /// See [`mask`](Self::mask).
     causal_mask: OnceCell<Tensor<3, Bool>>,
 }
@@ -43,7 +45,18 @@ impl Layout {
     /// A row for every token.
     pub(super) fn whole([batch, num_tokens]: [usize; 2], looks: Looks) -> Self {
         let samples = (0..=batch).map(|sample| sample * num_tokens).collect();
-        Self { batch, num_tokens, looks, samples, packed: None, causal_mask: OnceCell::new() }
+        Self { batch, num_tokens, looks, samples, packed: None, rotation: None, causal_mask: OnceCell::new() }
+    }
+
+    /// The layout for a block that turns queries and keys, with a row for every token.
+    ///
+    /// # Panics
+    /// When nothing says where the tokens are.
+    pub(super) fn turned(self, block: &TransformerBlock, marks: &TokenMarks, device: &Device) -> Self {
+        let Some(rotary) = &block.rotary else { return self };
+        let grid = marks.grid.as_ref().expect("rotary positions need to know where tokens are: set `TokenMarks::grid`");
+        let rotation = Rotation::new(rotary, grid, self.dims(), block.attention.d_k, device);
+        Self { rotation: Some(rotation), ..self }
     }
 
     /// A row for every token that is not padding, if that changes nothing for the others: where padding is behind them, and they look back.

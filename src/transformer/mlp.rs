@@ -5,7 +5,16 @@ use burn::module::{Content, DisplaySettings, Module, ModuleDisplay};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Tensor, assert_shape};
 
-use crate::layer::{experts::Activation, packed::linear};
+use crate::{
+    layer::{
+        experts::{Activation, FeedForwardForm},
+        packed::linear,
+    },
+    support::{
+        cost::Cost,
+        error::{ConfigError, expect_valid},
+    },
+};
 
 /// Configuration of an [`Mlp`].
 #[derive(Config, Debug)]
@@ -17,16 +26,21 @@ pub struct MlpConfig {
     /// The non-linearity. Default: `Gelu`
     #[config(default = "Activation::Gelu")]
     pub activation: Activation,
+    /// Plain or gated. Default: `Plain`
+    #[config(default = "FeedForwardForm::Plain")]
+    pub form: FeedForwardForm,
 }
 
-/// `FFN(x) = act(x · W_in + b_in) · W_out + b_out`.
+/// `FFN(x) = act(x · W_in + b_in) · W_out + b_out`, or the gated form of [`FeedForwardForm`].
 ///
-/// burn's `PositionWiseFeedForward` without dropout and with the activations that CLIP needs.
+/// burn's `PositionWiseFeedForward` without dropout and with the activations and the gate that CLIPs need.
 #[derive(Module, Debug)]
 #[module(custom_display)]
 pub struct Mlp {
     /// `[D, F]`
     pub linear_in: Linear,
+    /// `[D, F]`, in the gated form.
+    pub linear_gate: Option<Linear>,
     /// `[F, D]`
     pub linear_out: Linear,
     /// The non-linearity.
@@ -35,10 +49,37 @@ pub struct Mlp {
 }
 
 impl MlpConfig {
+    /// Cost over `tokens` rows.
+    pub(super) fn cost(&self, tokens: usize) -> Cost {
+        let gate = if self.form.is_gated() { Cost::linear(tokens, self.d_model, self.d_ff, true) } else { Cost::default() };
+        gate + Cost::feed_forward(tokens, self.d_model, self.d_ff, true)
+    }
+
+    /// Refuses a form that is for experts alone.
+    ///
+    /// # Errors
+    /// With the clamped gated form.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        match self.form {
+            FeedForwardForm::ClampedGated { limit, .. } => {
+                let reason = "dense networks have no clamped gated form: set that of the experts, `SparseEncoderConfig::form`";
+                Err(ConfigError::OutOfRange { field: "form.limit", value: limit, reason })
+            }
+            FeedForwardForm::Plain | FeedForwardForm::Gated => Ok(()),
+        }
+    }
+
     /// A new network.
+    ///
+    /// # Panics
+    /// With the text of [`validate`](Self::validate).
+    #[track_caller]
     pub fn init(&self, device: &Device) -> Mlp {
+        expect_valid(self.validate());
+        let linear_in = || LinearConfig::new(self.d_model, self.d_ff).init(device);
         Mlp {
-            linear_in: LinearConfig::new(self.d_model, self.d_ff).init(device),
+            linear_in: linear_in(),
+            linear_gate: self.form.is_gated().then(linear_in),
             linear_out: LinearConfig::new(self.d_ff, self.d_model).init(device),
             activation: self.activation,
         }
@@ -46,6 +87,14 @@ impl MlpConfig {
 }
 
 impl Mlp {
+    /// Plain or gated.
+    pub fn form(&self) -> FeedForwardForm {
+        match self.linear_gate {
+            None => FeedForwardForm::Plain,
+            Some(_) => FeedForwardForm::Gated,
+        }
+    }
+
     /// Applies the network to every token.
     ///
     /// # Shapes
@@ -61,7 +110,10 @@ impl Mlp {
             return x;
         }
         let tokens = x.reshape([shape.num_elements() / d_model, d_model]);
-        let hidden = linear(tokens, &self.linear_in, Some(self.activation));
+        let hidden = match &self.linear_gate {
+            None => linear(tokens, &self.linear_in, Some(self.activation)),
+            Some(gate) => linear(tokens.clone(), gate, Some(self.activation)) * linear(tokens, &self.linear_in, None),
+        };
         linear(hidden, &self.linear_out, None).reshape(shape)
     }
 }
@@ -73,7 +125,9 @@ impl ModuleDisplay for Mlp {
 
     fn custom_content(&self, content: Content) -> Option<Content> {
         let [d_model, d_ff] = self.linear_in.weight.shape().dims();
-        content.add("d_model", &d_model).add("d_ff", &d_ff).add_debug_attribute("activation", &self.activation).optional()
+        let content = content.add("d_model", &d_model).add("d_ff", &d_ff).add_debug_attribute("activation", &self.activation);
+        let content = if self.linear_gate.is_some() { content.add("gated", &true) } else { content };
+        content.optional()
     }
 }
 

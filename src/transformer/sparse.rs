@@ -44,7 +44,7 @@ impl BlockSelection {
     }
 }
 
-/// The sparse blocks of one encoder. Width, activation and, unless given, hidden width are the encoder's.
+/// The sparse blocks of one encoder. Width, activation and, unless given, hidden width and form are the encoder's.
 #[derive(Config, Debug)]
 pub struct SparseEncoderConfig {
     /// Which blocks. Default: `EveryNth(2)`
@@ -55,9 +55,11 @@ pub struct SparseEncoderConfig {
     pub num_experts: usize,
     /// Hidden width of each expert, `F`. Default: that of the encoder
     pub d_ff: Option<usize>,
-    /// Plain or gated experts. Default: `Plain`
-    #[config(default = "FeedForwardForm::Plain")]
-    pub form: FeedForwardForm,
+    /// Plain or gated experts. Default: as the encoder's dense networks
+    pub form: Option<FeedForwardForm>,
+    /// Whether the maps of experts, a shared one included, have biases. Default: true
+    #[config(default = true)]
+    pub bias: bool,
     /// How tokens reach the experts. Default: `Routed`, with [`RoutedLayerConfig::new`]
     #[config(default = "SparseLayer::default()")]
     pub layer: SparseLayer,
@@ -103,6 +105,10 @@ pub struct RoutedLayerConfig {
     pub assignment: AssignmentConfig,
     /// Hidden width of an expert that every valid token passes. Default: none
     pub shared_expert: Option<usize>,
+    /// Whether the shared expert has a gate of its own; see [`MoeFeedForwardConfig::shared_expert_gate`](crate::MoeFeedForwardConfig::shared_expert_gate).
+    /// Default: false
+    #[config(default = false)]
+    pub shared_expert_gate: bool,
     /// Whether tokens marked as protected get their slots before all others. Default: `Pooled`
     #[config(default = "Protection::Pooled")]
     pub protection: Protection,

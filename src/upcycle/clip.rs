@@ -8,7 +8,7 @@ use super::{
     layer::replace,
     report::deviation,
     source::ExpertSource,
-    transformer::{encoder, norm, same_place},
+    transformer::{encoder, optional_norm, same_place},
 };
 use crate::{
     clip::{Clip, TextTower, VisionTower, normalize},
@@ -97,15 +97,23 @@ pub(super) fn vision(
 ) -> Result<Vec<UpcycledLayer>, UpcycleError> {
     let weights = (&source.patch_embedding.weight, &target.patch_embedding.weight);
     UpcycleError::shapes("patch_embedding", &weights.0.dims(), &weights.1.dims())?;
-    UpcycleError::shapes("position_embedding", &source.position_embedding.dims(), &target.position_embedding.dims())?;
+    if let (Some(source), Some(target)) = (&source.position_embedding, &target.position_embedding) {
+        UpcycleError::shapes("position_embedding", &source.dims(), &target.dims())?;
+    }
+    UpcycleError::shapes("image", &source.image_dims(), &target.image_dims())?;
+    UpcycleError::settings("class_token", source.class_embedding.is_some(), target.class_embedding.is_some())?;
+    UpcycleError::settings("position_table", source.position_embedding.is_some(), target.position_embedding.is_some())?;
     UpcycleError::shapes("projection", &source.projection.weight.dims(), &target.projection.weight.dims())?;
     UpcycleError::settings("preprocessing", source.preprocessing, target.preprocessing)?;
+    let heads = |tower: &VisionTower| tower.pooling.as_ref().map(|pooling| pooling.attention.n_heads);
+    UpcycleError::settings("heads of attention pooling", heads(source), heads(target))?;
     target.patch_embedding = same_place(&source.patch_embedding, &target.patch_embedding);
     target.class_embedding = same_place(&source.class_embedding, &target.class_embedding);
     target.position_embedding = same_place(&source.position_embedding, &target.position_embedding);
+    target.pooling = same_place(&source.pooling, &target.pooling);
     target.projection = same_place(&source.projection, &target.projection);
-    norm(&mut target.norm_pre, &source.norm_pre).map_err(|error| error.within("norm_pre"))?;
-    norm(&mut target.norm_post, &source.norm_post).map_err(|error| error.within("norm_post"))?;
+    optional_norm("norm_pre", &mut target.norm_pre, &source.norm_pre)?;
+    optional_norm("norm_post", &mut target.norm_post, &source.norm_post)?;
     blocks(&mut target.encoder, &source.encoder, experts)
 }
 
@@ -120,7 +128,7 @@ pub(super) fn text(target: &mut TextTower, source: &TextTower, experts: &ExpertS
     target.token_embedding = same_place(&source.token_embedding, &target.token_embedding);
     target.position_embedding = same_place(&source.position_embedding, &target.position_embedding);
     target.projection = same_place(&source.projection, &target.projection);
-    norm(&mut target.norm_final, &source.norm_final).map_err(|error| error.within("norm_final"))?;
+    optional_norm("norm_final", &mut target.norm_final, &source.norm_final)?;
     blocks(&mut target.encoder, &source.encoder, experts)
 }
 
@@ -141,7 +149,7 @@ pub(super) fn image_deviation(
     images: Tensor<4>,
     router: Option<&mut dyn BlockRouter>,
 ) -> Result<f64, UpcycleError> {
-    let images = images.cast(dense.class_embedding.val().dtype());
+    let images = images.cast(dense.patch_embedding.weight.dtype());
     let expected = dense.clone().freeze().forward(images.clone()).embedding;
     let sparse = sparse.clone().freeze();
     let found = match router {

@@ -81,8 +81,8 @@ impl DenseFeedForward for Mlp {
         Ok(DenseWeights {
             w_in: self.linear_in.weight.val(),
             b_in: self.linear_in.bias.as_ref().map(|b| b.val()),
-            w_gate: None,
-            b_gate: None,
+            w_gate: self.linear_gate.as_ref().map(|gate| gate.weight.val()),
+            b_gate: self.linear_gate.as_ref().and_then(|gate| gate.bias.as_ref()).map(|b| b.val()),
             w_out: self.linear_out.weight.val(),
             b_out: self.linear_out.bias.as_ref().map(|b| b.val()),
             activation: self.activation,

@@ -118,9 +118,9 @@ fn sources_of_experts<M: HasBlocks>(dense: &M, sparse: &M) -> BTreeMap<u64, u64>
             FeedForward::Moe(moe) => &moe.experts,
             FeedForward::SoftMoe(soft) => &soft.experts,
         };
-        for (linear, weight, bias) in
-            [(&mlp.linear_in, &experts.w_in, &experts.b_in), (&mlp.linear_out, &experts.w_out, &experts.b_out)]
-        {
+        let gate = mlp.linear_gate.as_ref().zip(experts.w_gate.as_ref());
+        let maps = [(&mlp.linear_in, &experts.w_in, &experts.b_in), (&mlp.linear_out, &experts.w_out, &experts.b_out)];
+        for (linear, weight, bias) in maps.into_iter().chain(gate.map(|(linear, weight)| (linear, weight, &experts.b_gate))) {
             sources.insert(weight.id.val(), linear.weight.id.val());
             sources.extend(bias.as_ref().zip(linear.bias.as_ref()).map(|(bias, source)| (bias.id.val(), source.id.val())));
         }

@@ -144,7 +144,7 @@ impl Encoder {
     ///
     /// # Errors
     /// When there are not as many loads as routed blocks, a layer cannot be averaged (a soft one never can), or its experts are
-    /// gated, which the dense network here is not.
+    /// gated and the dense blocks are not, or the other way round.
     pub fn to_dense(mut self, loads: &[Vec<f64>]) -> Result<Self, UpcycleError> {
         let routed_blocks = self.routed_blocks().count();
         if loads.len() != routed_blocks {
@@ -152,6 +152,11 @@ impl Encoder {
             return Err(UpcycleError::Reduction { reduction: "Average".into(), reason });
         }
         let mut loads = loads.iter();
+        let mut dense = self.blocks.iter().filter_map(|block| match &block.feed_forward {
+            FeedForward::Dense(mlp) => Some(mlp.linear_gate.is_some()),
+            _ => None,
+        });
+        let is_gated = dense.next();
         for block in &mut self.blocks {
             let moe = match &block.feed_forward {
                 FeedForward::Dense(_) => continue,
@@ -163,7 +168,7 @@ impl Encoder {
             };
             let load = loads.next().expect("counted above");
             let weights = moe.reduce(&Reduction::Average, load, None)?.model.dense()?;
-            UpcycleError::settings("gated", false, weights.w_gate.is_some())?;
+            UpcycleError::settings("gated", is_gated.unwrap_or(weights.w_gate.is_some()), weights.w_gate.is_some())?;
             block.feed_forward = FeedForward::Dense(mlp(weights));
         }
         Ok(self)
@@ -272,12 +277,15 @@ fn recombine(moe: &MoeFeedForward, made_from: &[Vec<usize>], load: &[f64]) -> Mo
 }
 
 fn mlp(weights: DenseWeights) -> Mlp {
-    let linear = |weight: Tensor<2>, bias: Option<Tensor<1>>| Linear {
-        weight: Param::from_tensor(weight.detach()),
-        bias: bias.map(|bias| Param::from_tensor(bias.detach())),
+    // A dense network of an encoder has biases; experts need none.
+    let linear = |weight: Tensor<2>, bias: Option<Tensor<1>>| {
+        let [_, d_out] = weight.dims();
+        let bias = bias.unwrap_or_else(|| Tensor::zeros([d_out], (&weight.device(), weight.dtype())));
+        Linear { weight: Param::from_tensor(weight.detach()), bias: Some(Param::from_tensor(bias.detach())) }
     };
     Mlp {
         linear_in: linear(weights.w_in, weights.b_in),
+        linear_gate: weights.w_gate.map(|weight| linear(weight, weights.b_gate)),
         linear_out: linear(weights.w_out, weights.b_out),
         activation: weights.activation,
     }

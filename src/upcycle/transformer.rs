@@ -12,11 +12,10 @@ use crate::transformer::{Encoder, FeedForward, FeedForwardInputs, TokenMarks, Tr
 
 impl UpcycleFromDense<TransformerBlock> for TransformerBlock {
     fn upcycle_from_dense(self, dense: &TransformerBlock, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
-        let [d_model] = dense.norm_attention.gamma.dims();
-        let probe = options.probe.as_ref().map(|probe| probe.tokens(d_model)).transpose()?;
+        let probe = options.probe.as_ref().map(|probe| tokens_of(probe, Some(dense))).transpose()?;
         let calibration = options
             .calibration_batch()?
-            .map(|batch| batch.tokens(d_model))
+            .map(|batch| tokens_of(batch, Some(dense)))
             .transpose()?
             .map(|(tokens, valid)| FeedForwardInputs { tokens: vec![dense.feed_forward_input(tokens, &marks(&valid))], valid });
         let (model, layer) = block(self, dense, 0, &ExpertSource::Dense { strategy: options.strategy, calibration })?;
@@ -38,8 +37,8 @@ impl UpcycleFromDense<TransformerBlock> for TransformerBlock {
 
 impl UpcycleFromDense<Encoder> for Encoder {
     fn upcycle_from_dense(self, dense: &Encoder, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
-        let probe = options.probe.as_ref().map(|probe| tokens_of(probe, dense)).transpose()?;
-        let calibration = options.calibration_batch()?.map(|batch| tokens_of(batch, dense)).transpose()?;
+        let probe = options.probe.as_ref().map(|probe| tokens_of(probe, dense.blocks.first())).transpose()?;
+        let calibration = options.calibration_batch()?.map(|batch| tokens_of(batch, dense.blocks.first())).transpose()?;
         let calibration = calibration.map(|(tokens, valid)| dense.feed_forward_inputs(tokens, marks(&valid), false));
         let (model, layers) = encoder(self, dense, &ExpertSource::Dense { strategy: options.strategy, calibration })?;
         if layers.is_empty() {
@@ -57,9 +56,13 @@ impl UpcycleFromDense<Encoder> for Encoder {
     }
 }
 
-/// The batch of an encoder like `dense`.
-pub(super) fn tokens_of(probe: &Probe, dense: &Encoder) -> Result<ProbeTokens, UpcycleError> {
-    let block = dense.blocks.first().ok_or(UpcycleError::NotSparse)?;
+/// The batch of an encoder with such a block.
+pub(super) fn tokens_of(probe: &Probe, block: Option<&TransformerBlock>) -> Result<ProbeTokens, UpcycleError> {
+    let block = block.ok_or(UpcycleError::NotSparse)?;
+    if block.rotary.is_some() {
+        let (expected, found) = ("images in a tower: its blocks have rotary positions, and tokens alone have no places", "tokens");
+        return Err(UpcycleError::Probe { expected, found });
+    }
     probe.tokens(block.norm_attention.gamma.dims()[0])
 }
 
@@ -96,6 +99,7 @@ fn block(
     experts: &ExpertSource,
 ) -> Result<(TransformerBlock, Option<UpcycledLayer>), UpcycleError> {
     attention(&mut sparse.attention, &dense.attention).map_err(|error| error.within("attention"))?;
+    UpcycleError::settings("rotary", dense.rotary, sparse.rotary)?;
     norm(&mut sparse.norm_attention, &dense.norm_attention).map_err(|error| error.within("norm_attention"))?;
     norm(&mut sparse.norm_feed_forward, &dense.norm_feed_forward).map_err(|error| error.within("norm_feed_forward"))?;
     let FeedForward::Dense(mlp) = &dense.feed_forward else {
@@ -107,6 +111,7 @@ fn block(
         FeedForward::Dense(target) => {
             let widths = |mlp: &crate::transformer::Mlp| mlp.linear_in.weight.dims();
             UpcycleError::shapes("linear_in", &widths(mlp), &widths(&target)).map_err(within)?;
+            UpcycleError::settings("form", mlp.form(), target.form()).map_err(within)?;
             UpcycleError::settings("activation", mlp.activation, target.activation).map_err(within)?;
             (FeedForward::Dense(same_place(mlp, &target)), None)
         }
@@ -123,10 +128,24 @@ fn block(
 }
 
 pub(super) fn marks(valid: &Option<Tensor<2, Bool>>) -> TokenMarks {
-    TokenMarks { valid: valid.clone(), protected: None }
+    TokenMarks { valid: valid.clone(), ..TokenMarks::default() }
 }
 
-pub(super) fn norm(target: &mut LayerNorm, source: &LayerNorm) -> Result<(), UpcycleError> {
+/// A norm that both have, or neither.
+#[cfg(feature = "clip")]
+pub(super) fn optional_norm(
+    name: &'static str,
+    target: &mut Option<LayerNorm>,
+    source: &Option<LayerNorm>,
+) -> Result<(), UpcycleError> {
+    UpcycleError::settings(name, source.is_some(), target.is_some())?;
+    match (target, source) {
+        (Some(target), Some(source)) => norm(target, source).map_err(|error| error.within(name)),
+        _ => Ok(()),
+    }
+}
+
+fn norm(target: &mut LayerNorm, source: &LayerNorm) -> Result<(), UpcycleError> {
     UpcycleError::shapes("gamma", &source.gamma.dims(), &target.gamma.dims())?;
     *target = same_place(source, target);
     Ok(())

@@ -120,12 +120,16 @@ pub(crate) fn write_shards(folder: &Path) -> String {
 
 /// The configuration of each layout, and what Hugging Face says of images.
 fn config(bytes: &[u8]) {
-    let Some((way, rest)) = split(bytes, 4) else { return };
+    let Some((&first, rest)) = bytes.split_first() else { return };
+    // One that was not there when the others were found.
+    let way = if first >= 252 { 4 } else { first % 4 };
     in_folder(|folder| {
         let folder = folder.join("config");
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).unwrap();
-        let name = ["burn_moe_config.json", "open_clip_config.json", "config.json", "preprocessor_config.json"][way as usize];
+        let names =
+            ["burn_moe_config.json", "open_clip_config.json", "config.json", "preprocessor_config.json", "moevie_config.json"];
+        let name = names[way as usize];
         fs::write(folder.join(name), rest).unwrap();
         if way == 3 {
             fs::write(folder.join("config.json"), r#"{"vision_config": {}, "text_config": {}}"#).unwrap();

@@ -238,7 +238,7 @@ fn clips_in_half_precision_are_upcycled_together() {
     for model in &upcycled.report.models {
         assert!(model.layer_deviations.iter().all(|deviation| *deviation < 0.05), "{}", upcycled.report);
     }
-    assert_eq!(upcycled.model.vision.class_embedding.val().dtype(), DType::F16);
+    assert_eq!(upcycled.model.vision.class_embedding.unwrap().val().dtype(), DType::F16);
 }
 
 #[test]

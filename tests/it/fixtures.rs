@@ -39,6 +39,20 @@ fn clips_equal_transformers_and_open_clip() {
     ["clip-hf-gelu", "clip-hf-quickgelu", "clip-openclip-gelu"].into_iter().for_each(passes);
 }
 
+/// To a tenth of the usual tolerance.
+#[test]
+fn a_moe_vie_equals_its_owners_code() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["moevie_config.json", "reference.safetensors", "model.pt"] {
+        std::fs::copy(case("moevie").join(name), folder.path().join(name)).unwrap();
+    }
+    for path in [case("moevie").as_path(), folder.path()] {
+        let mut errors = verify::Errors::new(0.1);
+        verify::run(path, &Device::default(), &mut errors).unwrap();
+        assert_eq!((errors.checked, errors.above), (6, 0));
+    }
+}
+
 #[test]
 fn moe_layers_of_language_models_equal_transformers_forward_and_backward() {
     let families = burn_moe::language_models::Family::ALL;

@@ -123,7 +123,7 @@ fn naive(case: &Case, layer: &MoeFeedForward, x: &[f32]) -> (Vec<f32>, usize) {
         let over = |of: &dyn Fn(usize) -> bool| (0..k).filter(|&r| of(r)).map(|r| probs[i][chosen[i][r]]).sum::<f64>();
         let divisor = match case.normalization {
             GateNormalization::None => 1.0,
-            GateNormalization::BeforeDrop => over(&|_| true),
+            GateNormalization::BeforeDrop | GateNormalization::ConstantOne => over(&|_| true),
             GateNormalization::AfterDrop => over(&|r| kept[i][r]),
         };
         for rank in (0..k).filter(|&r| kept[i][r]) {

@@ -5,8 +5,8 @@ use burn::nn::{Linear, LinearConfig, activation::ActivationConfig, transformer::
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Bool, Device, Int, Tensor};
 use burn_moe::{
-    Activation, BalancingOptions, Capacity, ExpertOptions, GateNormalization, MoeFeedForwardConfig, RouterOptions, RouterScore,
-    SoftMoeFeedForwardConfig, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
+    Activation, BalancingOptions, Capacity, ExpertOptions, FeedForwardForm, GateNormalization, MoeFeedForwardConfig, RouterOptions,
+    RouterScore, SoftMoeFeedForwardConfig, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{Clip, ClipConfig, EndOfText, SparseClipConfig, TextConfig, VisionConfig},
     transformer::{Encoder, EncoderConfig, MlpConfig, RoutedLayerConfig, SparseEncoderConfig, TokenMarks},
     upcycle::{
@@ -551,9 +551,14 @@ fn a_soft_layer_of_copies_computes_the_dense_network_of_its_mixtures() {
 
 #[test]
 fn an_upcycled_optimizer_goes_on_without_a_jump() {
+    for form in [FeedForwardForm::Plain, FeedForwardForm::Gated] {
+        goes_on_without_a_jump(EncoderConfig::new(8, 2, 2, 16).with_form(form));
+    }
+}
+
+fn goes_on_without_a_jump(config: EncoderConfig) {
     let device = Device::default().autodiff();
     device.seed(4);
-    let config = EncoderConfig::new(8, 2, 2, 16);
     let (x, target) = (numbers([4, 5, 8], 1, &device), numbers([4, 5, 8], 2, &device) * 0.5);
     let loss =
         |encoder: &Encoder| (encoder.forward(x.clone(), TokenMarks::default(), false).hidden - target.clone()).square().mean();

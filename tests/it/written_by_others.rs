@@ -194,8 +194,8 @@ fn positions_for(table: &[f32], rows: usize, side: usize, ask: bool) -> Result<V
     let grid = (rows - 1).isqrt();
     let config = VisionConfig::new(EncoderConfig::new(5, 1, 1, 4), 2 * grid, 2);
     let mut model = config.init(3, &device);
-    model.position_embedding =
-        burn::module::Param::from_tensor(Tensor::from_data(TensorData::new(table.to_vec(), [rows, 5]), &device));
+    let table = Tensor::from_data(TensorData::new(table.to_vec(), [rows, 5]), &device);
+    model.position_embedding = Some(burn::module::Param::from_tensor(table));
     let folder = tempfile::tempdir().unwrap();
     VisionCheckpoint { config, embed_dim: 3, model }.save_sparse(folder.path(), Precision::F32).unwrap();
     if !ask {
@@ -208,7 +208,7 @@ fn positions_for(table: &[f32], rows: usize, side: usize, ask: bool) -> Result<V
     }
     let asked = VisionCheckpoint::load(folder.path(), ask.then_some(2 * side), &device).map_err(|error| error.to_string())?;
     assert_eq!(asked.config.num_tokens(), side * side + 1);
-    Ok(values(&asked.model.position_embedding.val()))
+    Ok(values(&asked.model.position_embedding.unwrap().val()))
 }
 
 #[test]

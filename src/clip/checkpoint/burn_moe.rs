@@ -5,15 +5,15 @@ use serde_json::{Map, Value, json};
 
 use super::{
     config::{ConfigFileError, Result},
-    format::{Described, Format, Towers},
+    format::{Described, Format, Towers, no_constants},
     open_clip,
     table::Table,
 };
 use crate::{
-    clip::{ClipConfig, ImagePreprocessing, TokenizerKind, text::CLIP_VOCAB_SIZE},
+    clip::{ClipConfig, ImagePreprocessing, Pooling, TokenizerKind, text::CLIP_VOCAB_SIZE},
     layer::experts::FeedForwardForm,
     routing::balancing::BalancingOptions,
-    transformer::{SparseEncoderConfig, SparseLayer},
+    transformer::{EncoderConfig, SparseEncoderConfig, SparseLayer},
 };
 
 pub(super) const FORMAT: Format = Format {
@@ -24,10 +24,11 @@ pub(super) const FORMAT: Format = Format {
     processor: None,
     blocks: open_clip::FORMAT.blocks,
     entries: open_clip::entries,
+    constants: no_constants,
 };
 
 /// Version of `burn_moe_config.json`.
-const VERSION: u64 = 8;
+const VERSION: u64 = 9;
 /// The oldest one that is still read.
 const OLDEST: u64 = 2;
 
@@ -72,12 +73,23 @@ fn add_newer_fields(clip: &mut Value) -> Result<()> {
     // Since version 4.
     if let Some(Value::Object(vision)) = clip.get_mut("vision") {
         vision.entry("preprocessing").or_insert(serde_json::to_value(ImagePreprocessing::new())?);
+        // Since version 9.
+        for part in ["class_token", "position_table", "norm_pre", "norm_post"] {
+            vision.entry(part).or_insert(Value::Bool(true));
+        }
+        vision.entry("pooling").or_insert(serde_json::to_value(Pooling::ClassToken)?);
     }
     for tower in ["vision", "text"] {
+        if let Some(Value::Object(encoder)) = clip.pointer_mut(&format!("/{tower}/encoder")) {
+            // Since version 9.
+            encoder.entry("form").or_insert(json!("Plain"));
+        }
         let Some(Value::Object(sparse)) = clip.pointer_mut(&format!("/{tower}/encoder/sparse")) else { continue };
         // Since version 3.
         sparse.entry("form").or_insert(json!("Plain"));
         sparse.entry("padding").or_insert(json!("Excluded"));
+        // Since version 9.
+        sparse.entry("bias").or_insert(Value::Bool(true));
         // Since version 5.
         nest_routing(sparse);
         // Since version 8.
@@ -86,9 +98,21 @@ fn add_newer_fields(clip: &mut Value) -> Result<()> {
         {
             router.insert("balancing".into(), serde_json::to_value(BalancingOptions::new(rate))?);
         }
+        // Since version 9.
+        for (at, field, value) in [
+            ("/Routed", "shared_expert_gate", json!(false)),
+            ("/Routed/router", "bias", json!(false)),
+            ("/Routed/assignment/TokenChoice", "gate_scale", json!(1.0)),
+        ] {
+            if let Some(Value::Object(settings)) = sparse.get_mut("layer").and_then(|layer| layer.pointer_mut(at)) {
+                settings.entry(field).or_insert(value);
+            }
+        }
     }
     if let Some(Value::Object(text)) = clip.get_mut("text") {
         text.entry("projection_bias").or_insert(Value::Bool(false));
+        // Since version 9.
+        text.entry("norm_final").or_insert(Value::Bool(true));
         // Since version 7.
         let is_clip = text.get("vocab_size").and_then(Value::as_u64) == Some(CLIP_VOCAB_SIZE as u64);
         let tokenizer = if is_clip { TokenizerKind::ClipBpe } else { TokenizerKind::Other };
@@ -126,12 +150,17 @@ pub(super) fn to_text(config: &ClipConfig, towers: Towers) -> String {
 }
 
 /// The tensors of a sparse layer.
-pub(super) fn sparse_layer(table: &mut Table, key: &str, sparse: &SparseEncoderConfig, d: usize, f: usize, path: &str) {
-    let e = sparse.num_experts;
+pub(super) fn sparse_layer(table: &mut Table, key: &str, encoder: &EncoderConfig, sparse: &SparseEncoderConfig, path: &str) {
+    let (e, d, f) = (sparse.num_experts, encoder.d_model, sparse.d_ff.unwrap_or(encoder.d_ff));
+    let (form, bias) = (encoder.form_of_experts(sparse), sparse.bias);
+    let experts = |table: &mut Table, key: &str, sizes, path: &str| experts(table, key, (form, bias), sizes, path);
     match &sparse.layer {
         SparseLayer::Routed(routed) => {
             let path = format!("{path}.feed_forward.Moe");
             table.same(&format!("{key}.router.weight"), &[d, e], &format!("{path}.router.weight"));
+            if routed.router.bias {
+                table.same(&format!("{key}.router.bias"), &[e], &format!("{path}.router.bias"));
+            }
             if let Some(balancing) = &routed.router.balancing {
                 let mut state =
                     |name: &str, len| table.same(&format!("{key}.router.{name}"), &[len], &format!("{path}.router.{name}"));
@@ -143,27 +172,32 @@ pub(super) fn sparse_layer(table: &mut Table, key: &str, sparse: &SparseEncoderC
                     state("balancing_warmup", 1);
                 }
             }
-            experts(table, &format!("{key}.experts"), sparse.form, [e, d, f], &format!("{path}.experts"));
+            experts(table, &format!("{key}.experts"), [e, d, f], &format!("{path}.experts"));
             if let Some(f) = routed.shared_expert {
-                experts(table, &format!("{key}.shared_expert"), sparse.form, [1, d, f], &format!("{path}.shared_expert"));
+                experts(table, &format!("{key}.shared_expert"), [1, d, f], &format!("{path}.shared_expert"));
+            }
+            if routed.shared_expert_gate {
+                table.same(&format!("{key}.shared_expert_gate"), &[d, 1], &format!("{path}.shared_expert_gate"));
             }
         }
         SparseLayer::Soft { slots_per_expert } => {
             let path = format!("{path}.feed_forward.SoftMoe");
             table.same(&format!("{key}.slots"), &[d, e * slots_per_expert], &format!("{path}.slots"));
-            experts(table, &format!("{key}.experts"), sparse.form, [e, d, f], &format!("{path}.experts"));
+            experts(table, &format!("{key}.experts"), [e, d, f], &format!("{path}.experts"));
         }
     }
 }
 
-fn experts(table: &mut Table, key: &str, form: FeedForwardForm, [e, d, f]: [usize; 3], path: &str) {
-    let mut tensor = |name: &str, shape: &[usize]| table.same(&format!("{key}.{name}"), shape, &format!("{path}.{name}"));
-    tensor("w_in", &[e, d, f]);
-    tensor("b_in", &[e, f]);
-    if form == FeedForwardForm::Gated {
-        tensor("w_gate", &[e, d, f]);
-        tensor("b_gate", &[e, f]);
+fn experts(table: &mut Table, key: &str, (form, bias): (FeedForwardForm, bool), [e, d, f]: [usize; 3], path: &str) {
+    let mut map = |name: &str, d_in: usize, d_out: usize| {
+        table.same(&format!("{key}.w_{name}"), &[e, d_in, d_out], &format!("{path}.w_{name}"));
+        if bias {
+            table.same(&format!("{key}.b_{name}"), &[e, d_out], &format!("{path}.b_{name}"));
+        }
+    };
+    map("in", d, f);
+    if form.is_gated() {
+        map("gate", d, f);
     }
-    tensor("w_out", &[e, f, d]);
-    tensor("b_out", &[e, d]);
+    map("out", f, d);
 }

@@ -5,7 +5,11 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::CheckpointError;
-use crate::{clip::ClipConfig, transformer::SparseLayer};
+use crate::{
+    clip::{ClipConfig, Pooling},
+    layer::experts::FeedForwardForm,
+    transformer::{EncoderConfig, SparseLayer},
+};
 
 /// What is wrong in a configuration file, in words.
 pub(super) struct ConfigFileError(pub String);
@@ -44,6 +48,9 @@ pub(super) fn of_possible_size(config: ClipConfig) -> Result<ClipConfig> {
         ("context_length", text.context_length),
         ("size of resized images", vision.preprocessing.resize_to.unwrap_or(0)),
     ];
+    if let Pooling::Attention { n_heads } = vision.pooling {
+        sizes.push(("heads of pooling", n_heads));
+    }
     for encoder in [&vision.encoder, &text.encoder] {
         let widths =
             [("width", encoder.d_model), ("heads", encoder.n_heads), ("layers", encoder.n_layers), ("hidden width", encoder.d_ff)];
@@ -83,4 +90,25 @@ impl Channels {
 /// Refuses a setting of image preparation.
 pub(super) fn refuse<T>(setting: &str, value: impl std::fmt::Display) -> Result<T> {
     Err(ConfigFileError(format!("`{setting}` = {value} is not supported: images would not be those that the model was trained on")))
+}
+
+/// Refuses to write a model in a format that knows CLIP's own architecture only.
+pub(super) fn refuse_beyond_clip(format: &'static str, config: &ClipConfig) -> std::result::Result<(), CheckpointError> {
+    let (vision, text) = (&config.vision, &config.text);
+    let is_gated = |encoder: &EncoderConfig| encoder.form != FeedForwardForm::Plain;
+    for (refused, what) in [
+        (config.is_sparse(), "sparse blocks"),
+        (is_gated(&vision.encoder) || is_gated(&text.encoder), "gated feed-forward networks"),
+        (vision.encoder.rotary.is_some(), "rotary positions"),
+        (vision.pooling != Pooling::ClassToken, "attention pooling"),
+        (!vision.class_token, "a vision tower without a class token"),
+        (!vision.position_table, "a vision tower without a table of positions"),
+        (!vision.norm_pre, "a vision tower without a norm before its blocks"),
+        (!vision.norm_post || !text.norm_final, "a tower without a norm behind its blocks"),
+    ] {
+        if refused {
+            return Err(CheckpointError::NoPlace { format, what });
+        }
+    }
+    Ok(())
 }

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use super::{
     CheckpointError, burn_moe,
     config::{LEFT_OUT, Result, of_possible_size},
-    hugging_face, open_clip,
-    table::Entry,
+    hugging_face, moe_vie, open_clip,
+    table::{Constant, Entry},
     tensors::{self, TensorFiles},
     tokenizer,
 };
@@ -30,6 +30,13 @@ pub(super) struct Format {
     pub blocks: [&'static str; 2],
     /// Which stored tensor is which parameter.
     pub entries: fn(&ClipConfig) -> Vec<Entry>,
+    /// What the file may hold beside the parameters.
+    pub constants: fn(&ClipConfig) -> Vec<Constant>,
+}
+
+/// Of a format whose files hold parameters only.
+pub(super) fn no_constants(_: &ClipConfig) -> Vec<Constant> {
+    Vec::new()
 }
 
 /// What a configuration describes.
@@ -123,7 +130,7 @@ pub(super) struct Processor {
 }
 
 /// In the order in which they are looked for.
-const FORMATS: [Format; 3] = [burn_moe::FORMAT, open_clip::FORMAT, hugging_face::FORMAT];
+const FORMATS: [Format; 4] = [burn_moe::FORMAT, open_clip::FORMAT, moe_vie::FORMAT, hugging_face::FORMAT];
 
 /// How many blocks the names of the weights count, if they can be read.
 fn blocks_in(weights: &Path, blocks: &str) -> std::result::Result<Option<usize>, CheckpointError> {

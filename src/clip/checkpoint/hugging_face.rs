@@ -5,8 +5,8 @@ use serde_json::{Map, Value, json};
 
 use super::{
     CheckpointError,
-    config::{Channels, ConfigFileError, Result, refuse},
-    format::{Described, Format, Processor, Towers},
+    config::{Channels, ConfigFileError, Result, refuse, refuse_beyond_clip},
+    format::{Described, Format, Processor, Towers, no_constants},
     table::{Entry, Form, Table},
 };
 use crate::{
@@ -25,6 +25,7 @@ pub(super) const FORMAT: Format = Format {
     processor: Some(Processor { files: [PROCESSOR, "processor_config.json"], read: read_processor }),
     blocks: ["vision_model.encoder.layers.", "text_model.encoder.layers."],
     entries,
+    constants: no_constants,
 };
 
 pub(super) const PROCESSOR: &str = "preprocessor_config.json";
@@ -70,8 +71,8 @@ fn read(text: &str) -> Result<Described> {
 
 pub(super) fn to_text(config: &ClipConfig) -> std::result::Result<String, CheckpointError> {
     let (vision, text) = (&config.vision, &config.text);
+    refuse_beyond_clip("Hugging Face", config)?;
     for (refused, what) in [
-        (config.is_sparse(), "sparse blocks"),
         (text.projection_bias, "a bias of the text projection"),
         (text.hides_its_tokenizer(), "another tokenizer than CLIP's with as many ids"),
         // There, 2 means another rule.

@@ -8,6 +8,7 @@ mod burn_moe;
 mod config;
 mod format;
 mod hugging_face;
+mod moe_vie;
 mod naming;
 mod open_clip;
 mod positions;

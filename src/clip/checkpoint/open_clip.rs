@@ -6,14 +6,14 @@ use serde_json::{Map, Value};
 use super::{
     CheckpointError,
     burn_moe::sparse_layer,
-    config::{Channels, ConfigFileError, LEFT_OUT, Result, refuse},
-    format::{Described, Format},
+    config::{Channels, ConfigFileError, LEFT_OUT, Result, refuse, refuse_beyond_clip},
+    format::{Described, Format, no_constants},
     table::{Entry, Form, Table},
 };
 use crate::{
     clip::{
-        ClipConfig, EndOfText, IMAGE_MEAN, IMAGE_STD, ImagePreprocessing, Interpolation, ResizeMode, TextConfig, TokenizerKind,
-        VisionConfig,
+        ClipConfig, EndOfText, IMAGE_MEAN, IMAGE_STD, ImagePreprocessing, Interpolation, Pooling, ResizeMode, TextConfig,
+        TokenizerKind, VisionConfig,
         text::{CLIP_VOCAB_SIZE, SMALLEST_CLIP_VOCAB_SIZE},
     },
     layer::experts::Activation,
@@ -33,6 +33,7 @@ pub(super) const FORMAT: Format = Format {
     processor: None,
     blocks: ["visual.transformer.resblocks.", "transformer.resblocks."],
     entries,
+    constants: no_constants,
 };
 
 /// Our name for the file of the merges, which open_clip calls `bpe_path`.
@@ -165,7 +166,7 @@ const KNOWN: [(&str, Option<&str>); 14] = [
 ];
 
 /// A setting that is not known changes nothing when it is off; otherwise the model would be another one.
-fn refuse_unknown(part: &str, rest: &Map<String, Value>) -> Result<()> {
+pub(super) fn refuse_unknown(part: &str, rest: &Map<String, Value>, known: &[(&str, Option<&str>)]) -> Result<()> {
     for (name, value) in rest {
         let off = match value {
             Value::Null | Value::Bool(false) => true,
@@ -176,7 +177,7 @@ fn refuse_unknown(part: &str, rest: &Map<String, Value>) -> Result<()> {
             _ => false,
         };
         let text = value.as_str().map_or_else(|| value.to_string(), str::to_string);
-        let known = KNOWN.iter().any(|(known, wanted)| known == name && wanted.is_none_or(|wanted| text == wanted));
+        let known = known.iter().any(|(known, wanted)| known == name && wanted.is_none_or(|wanted| text == wanted));
         if name == "hf_tokenizer_name" && !off {
             // The ids of another tokenizer mean something else, whatever their number.
             if text.to_lowercase().contains("clip-vit") {
@@ -195,9 +196,9 @@ fn refuse_unknown(part: &str, rest: &Map<String, Value>) -> Result<()> {
 
 fn read(text: &str) -> Result<Described> {
     let OpenClipFile { model_cfg: model, preprocess_cfg } = serde_json::from_str(text)?;
-    refuse_unknown("model_cfg", &model.rest)?;
-    refuse_unknown("vision_cfg", &model.vision_cfg.rest)?;
-    refuse_unknown("text_cfg", &model.text_cfg.rest)?;
+    refuse_unknown("model_cfg", &model.rest, &KNOWN)?;
+    refuse_unknown("vision_cfg", &model.vision_cfg.rest, &KNOWN)?;
+    refuse_unknown("text_cfg", &model.text_cfg.rest, &KNOWN)?;
     let activation = if model.quick_gelu { Activation::QuickGelu } else { Activation::Gelu };
     let encoder =
         |width: usize, heads, layers, ratio: f64| EncoderConfig::new(width, heads, layers, (width as f64 * ratio + 1e-6) as usize);
@@ -222,8 +223,8 @@ pub(super) fn has_merges(text: &TextConfig) -> bool {
 
 pub(super) fn to_text(config: &ClipConfig) -> std::result::Result<String, CheckpointError> {
     let (vision, text) = (&config.vision, &config.text);
+    refuse_beyond_clip("open_clip", config)?;
     for (refused, what) in [
-        (config.is_sparse(), "sparse blocks"),
         (vision.encoder.activation != text.encoder.activation, "another activation in each tower"),
         (!matches!(vision.encoder.activation, Activation::Gelu | Activation::QuickGelu), "this activation"),
         (text.end_of_text != EndOfText::HighestId, "an end-of-text id"),
@@ -343,14 +344,20 @@ pub(super) fn entries(config: &ClipConfig) -> Vec<Entry> {
     let conv = vec![vd, vision.channels, patch, patch];
     table.add("logit_scale", vec![], "logit_scale", Form::Scalar);
     table.add("visual.conv1.weight", conv, "vision.patch_embedding.weight", Form::OutputFirst);
-    table.same("visual.class_embedding", &[vd], "vision.class_embedding");
-    table.same("visual.positional_embedding", &[vision.num_tokens(), vd], "vision.position_embedding");
-    table.norm("visual.ln_pre", vd, "vision.norm_pre");
-    table.norm("visual.ln_post", vd, "vision.norm_post");
+    if vision.class_token {
+        table.same("visual.class_embedding", &[vd], "vision.class_embedding");
+    }
+    if vision.position_table {
+        table.same("visual.positional_embedding", &[vision.num_tokens(), vd], "vision.position_embedding");
+    }
+    table.norms(config);
+    if let Pooling::Attention { .. } = vision.pooling {
+        table.same("visual.attn_pool.probe", &[vd], "vision.pooling.probe");
+        table.pooling("visual.attn_pool", vd, "vision.pooling");
+    }
     table.same("visual.proj", &[vd, embed], "vision.projection.weight");
     table.same("token_embedding.weight", &[text.vocab_size, td], "text.token_embedding.weight");
     table.same("positional_embedding", &[text.context_length, td], "text.position_embedding");
-    table.norm("ln_final", td, "text.norm_final");
     match text.projection_bias {
         false => table.same("text_projection", &[td, embed], "text.projection.weight"),
         true => table.linear("text_projection", td, embed, "text.projection"),
@@ -364,18 +371,17 @@ fn blocks(table: &mut Table, key: &str, path: &str, encoder: &EncoderConfig) {
     let (d, f) = (encoder.d_model, encoder.d_ff);
     for index in 0..encoder.n_layers {
         let (key, path) = (format!("{key}.{index}"), format!("{path}.{index}"));
-        for (part, name) in ["query", "key", "value"].into_iter().enumerate() {
-            let path = format!("{path}.attention.{name}");
-            let (weight, bias) = (Form::FusedWeight { part }, Form::FusedBias { part });
-            table.add(&format!("{key}.attn.in_proj_weight"), vec![3 * d, d], &format!("{path}.weight"), weight);
-            table.add(&format!("{key}.attn.in_proj_bias"), vec![3 * d], &format!("{path}.bias"), bias);
-        }
-        table.linear(&format!("{key}.attn.out_proj"), d, d, &format!("{path}.attention.output"));
+        table.attention(&format!("{key}.attn"), d, &format!("{path}.attention"));
         table.norm(&format!("{key}.ln_1"), d, &format!("{path}.norm_attention"));
         table.norm(&format!("{key}.ln_2"), d, &format!("{path}.norm_feed_forward"));
         match encoder.sparse_block(index) {
-            None => table.mlp(&key, ["mlp.c_fc", "mlp.c_proj"], d, f, &path),
-            Some(sparse) => sparse_layer(table, &format!("{key}.moe"), sparse, d, sparse.d_ff.unwrap_or(f), &path),
+            None => {
+                table.mlp(&key, ["mlp.c_fc", "mlp.c_proj"], d, f, &path);
+                if encoder.form.is_gated() {
+                    table.gate(&format!("{key}.mlp.c_gate"), d, f, &path);
+                }
+            }
+            Some(sparse) => sparse_layer(table, &format!("{key}.moe"), encoder, sparse, &path),
         }
     }
 }

@@ -1,16 +1,17 @@
 //! Position embeddings for images of another size than the model was trained on.
 
-/// The side of the grid of patches that a table of this many rows is for: a class token and a square.
-pub(super) fn side_of(rows: usize) -> Option<usize> {
-    let side = rows.checked_sub(1)?.isqrt();
-    (side > 0 && side * side + 1 == rows).then_some(side)
+/// The side of the grid of patches that a table of this many rows is for: `ahead` class tokens and a square.
+pub(super) fn side_of(rows: usize, ahead: usize) -> Option<usize> {
+    let patches = rows.checked_sub(ahead)?;
+    let side = patches.isqrt();
+    (side > 0 && side * side == patches).then_some(side)
 }
 
-/// A table for `to` by `to` patches from one for `from` by `from`, `[1 + from², D] -> [1 + to², D]`: the class token's row stays, the others
+/// A table for `to` by `to` patches from one for `from` by `from`, `[ahead + from², D] -> [ahead + to², D]`: the rows of `ahead` class tokens stay, the others
 /// are resized as an image is, bicubic and antialiased (open_clip's `resize_pos_embed`).
-pub(super) fn interpolated(table: &[f32], from: usize, to: usize) -> Vec<f32> {
-    let width = table.len() / (from * from + 1);
-    let (class, grid) = table.split_at(width);
+pub(super) fn interpolated(table: &[f32], ahead: usize, from: usize, to: usize) -> Vec<f32> {
+    let width = table.len() / (from * from + ahead);
+    let (class, grid) = table.split_at(ahead * width);
     let filters = filters(from, to);
     // Rows of the grid, then its columns.
     let down = resized(grid, from * width, &filters);
@@ -63,16 +64,18 @@ mod tests {
 
     #[test]
     fn sides_are_those_of_squares_with_a_class_token() {
-        assert_eq!([50, 197, 257, 577, 2].map(side_of), [Some(7), Some(14), Some(16), Some(24), Some(1)]);
-        assert_eq!([0, 1, 49, 198].map(side_of), [None; 4]);
+        assert_eq!([50, 197, 257, 577, 2].map(|rows| side_of(rows, 1)), [Some(7), Some(14), Some(16), Some(24), Some(1)]);
+        assert_eq!([0, 1, 49, 198].map(|rows| side_of(rows, 1)), [None; 4]);
+        assert_eq!([49, 50].map(|rows| side_of(rows, 0)), [Some(7), None]);
     }
 
     #[test]
     fn the_same_size_changes_nothing_and_even_tables_stay_even() {
         let table: Vec<f32> = (0..10 * 3).map(|i| (i * i % 17) as f32).collect();
-        assert_eq!(interpolated(&table, 3, 3), table);
-        let even = interpolated(&[[9.0; 2].as_slice(), &[0.25; 18]].concat(), 3, 5);
+        assert_eq!(interpolated(&table, 1, 3, 3), table);
+        let even = interpolated(&[[9.0; 2].as_slice(), &[0.25; 18]].concat(), 1, 3, 5);
         assert_eq!(even.len(), 26 * 2);
+        assert_eq!(interpolated(&[[0.0; 2].as_slice(), &[0.25; 18]].concat()[2..], 0, 3, 5), even[2..]);
         assert!(even[..2] == [9.0; 2] && even[2..].iter().all(|v| (v - 0.25).abs() < 1e-6));
     }
 }

@@ -15,7 +15,7 @@ use super::{
     numbers,
     params::{self, Loaded},
     positions::{interpolated, side_of},
-    table::Entry,
+    table::{Constant, Entry},
     tensors::{self, StoredInfo, TensorFiles},
 };
 use crate::{Precision, clip::ClipConfig};
@@ -121,6 +121,8 @@ fn load_weights<M: Module>(
     };
     expected = scales(&entries, &expected);
     ignored = scales(&others, &ignored);
+    let constants = (format.constants)(config);
+    ignored.extend(constants.iter().map(|constant| constant.key.clone()));
     let mut found = BTreeSet::new();
     for key in files.names().map(|name| naming.key_of(name)).filter(|key| !HARMLESS.contains(key)) {
         if !found.insert(key) {
@@ -133,6 +135,7 @@ fn load_weights<M: Module>(
     if !missing.is_empty() || !unexpected.is_empty() {
         return Err(CheckpointError::Keys { path: files.path.clone(), missing, unexpected });
     }
+    let ahead = usize::from(config.vision.class_token);
     // All shapes before the first number: what does not fit costs no memory.
     for entry in &entries {
         let info = files.info(&naming.stored(&entry.key));
@@ -156,7 +159,7 @@ fn load_weights<M: Module>(
             continue;
         }
         let side = match (info.shape, &entry.stored_shape[..]) {
-            ([rows, found], [_, width]) if entry.path == POSITIONS && found == width => side_of(*rows),
+            ([rows, found], [_, width]) if entry.path == POSITIONS && found == width => side_of(*rows, ahead),
             _ => None,
         };
         match side {
@@ -178,6 +181,9 @@ fn load_weights<M: Module>(
                 });
             }
         }
+    }
+    for constant in constants.iter().filter(|constant| stored.contains(&*naming.stored(&constant.key))) {
+        check_constant(files, &naming.stored(&constant.key), constant)?;
     }
     let mut entries: BTreeMap<String, Entry> = entries.into_iter().map(|entry| (entry.path.clone(), entry)).collect();
     let model = params::replace(init(config), |path| {
@@ -201,9 +207,9 @@ fn load_weights<M: Module>(
             let source = crate::support::finite::NonFiniteError { tensor: entry.key, count, total: values.len() };
             return Err(CheckpointError::NonFinite { path: info.path.to_path_buf(), source });
         }
-        match (path == POSITIONS).then(|| side_of(info.shape[0])).flatten() {
+        match (path == POSITIONS).then(|| side_of(info.shape[0], ahead)).flatten() {
             Some(side) if info.shape != entry.stored_shape => {
-                Ok(Loaded::Plain(interpolated(&values, side, config.vision.image_size / config.vision.patch_size)))
+                Ok(Loaded::Plain(interpolated(&values, ahead, side, config.vision.image_size / config.vision.patch_size)))
             }
             _ => options.loaded(&entry, entry.load(values)),
         }
@@ -212,7 +218,28 @@ fn load_weights<M: Module>(
     Ok(model)
 }
 
+/// Refuses a constant of other numbers, as far as the number type of the file tells them apart.
+fn check_constant(files: &TensorFiles, name: &str, constant: &Constant) -> Result<(), CheckpointError> {
+    let info = files.info(name);
+    let shape = vec![constant.values.len()];
+    if info.shape != shape {
+        let (path, tensor) = (info.path.to_path_buf(), constant.key.clone());
+        return Err(CheckpointError::Shape { path, tensor, expected: shape, found: info.shape.to_vec() });
+    }
+    let rounding = match info.dtype {
+        Dtype::BF16 => 1.0 / 256.0,
+        Dtype::F16 => 1.0 / 2048.0,
+        _ => 1e-6,
+    };
+    let found = numbers::decode(info.dtype, &files.read(name, None)?);
+    let near = |(found, expected): (&f32, &f32)| (found - expected).abs() <= rounding * expected.abs();
+    if found.is_some_and(|found| found.iter().zip(constant.values.iter()).all(near)) {
+        return Ok(());
+    }
+    Err(CheckpointError::Constant { path: info.path.to_path_buf(), tensor: constant.key.clone(), expected: constant.what })
+}
+
 /// Whether a weight is in 8 bits, and its scales beside it.
 fn is_int8(entry: &Entry, info: &StoredInfo) -> bool {
-    info.dtype == Dtype::I8 && entry.maps().is_some()
+    info.dtype == Dtype::I8 && entry.may_be_int8()
 }

@@ -14,6 +14,8 @@ pub enum GateNormalization {
     BeforeDrop,
     /// Divided by their sum over the experts that had a slot left (DeepSpeed).
     AfterDrop,
+    /// The constant 1 of a single choice, `top_k` 1: its probability divided by itself, with no task gradient for the router. For models that were trained so.
+    ConstantOne,
 }
 
 impl GateNormalization {
@@ -21,7 +23,7 @@ impl GateNormalization {
     pub(super) fn sum(self) -> GateSum {
         match self {
             Self::None => GateSum::None,
-            Self::BeforeDrop => GateSum::OfChosen,
+            Self::BeforeDrop | Self::ConstantOne => GateSum::OfChosen,
             Self::AfterDrop => GateSum::OfKept,
         }
     }
@@ -31,12 +33,12 @@ impl GateNormalization {
         let Some(without_slot) = without_slot else {
             return match self {
                 Self::None => scores,
-                Self::BeforeDrop | Self::AfterDrop => share(scores),
+                Self::BeforeDrop | Self::AfterDrop | Self::ConstantOne => share(scores),
             };
         };
         match self {
             Self::None => scores.mask_fill(without_slot, 0.0),
-            Self::BeforeDrop => share(scores).mask_fill(without_slot, 0.0),
+            Self::BeforeDrop | Self::ConstantOne => share(scores).mask_fill(without_slot, 0.0),
             Self::AfterDrop => share(scores.mask_fill(without_slot.clone(), 0.0)).mask_fill(without_slot, 0.0),
         }
     }

@@ -77,8 +77,13 @@ impl TokenChoiceConfig {
         if self.top_k > num_experts {
             return Err(ConfigError::TopKExceedsExperts { top_k: self.top_k, num_experts });
         }
-        if self.top_k == 1 && self.gate_normalization != GateNormalization::None {
-            return Err(ConfigError::TopOneNormalized { normalization: format!("{:?}", self.gate_normalization) });
+        let (is_one, gates) = (self.top_k == 1, self.gate_normalization);
+        if is_one && matches!(gates, GateNormalization::BeforeDrop | GateNormalization::AfterDrop) {
+            return Err(ConfigError::TopOneNormalized { normalization: format!("{gates:?}") });
+        }
+        if !is_one && gates == GateNormalization::ConstantOne {
+            let reason = "`ConstantOne` is the gate of a single choice: use `BeforeDrop`";
+            return Err(ConfigError::OutOfRange { field: "top_k", value: self.top_k as f64, reason });
         }
         if !(self.gate_scale.is_finite() && self.gate_scale > 0.0) {
             let reason = "what gates are multiplied by must be finite and above 0";

@@ -79,7 +79,6 @@ pub(super) fn check_preprocessing(arm: &Arm, found: &ImagePreprocessing) -> Resu
 pub(super) fn check_model(arm: &Arm, data: &TrainData) -> Result<(), TrainError> {
     let (vision, text) = (&arm.model.vision, &arm.model.text);
     let [patch_pixels, _] = vision.patch_embedding.weight.dims();
-    let [vision_tokens, _] = vision.position_embedding.dims();
     let [context, _] = text.position_embedding.dims();
     let [vocabulary, _] = text.token_embedding.weight.dims();
     let pixels = 3 * data.image_size() * data.image_size();
@@ -92,9 +91,9 @@ pub(super) fn check_model(arm: &Arm, data: &TrainData) -> Result<(), TrainError>
         ("context length", context >= needed, format!("at least {needed}"), context.to_string()),
         (
             "pixel values",
-            patch_pixels * (vision_tokens - 1) == pixels,
+            patch_pixels * vision.num_patches() == pixels,
             pixels.to_string(),
-            (patch_pixels * (vision_tokens - 1)).to_string(),
+            (patch_pixels * vision.num_patches()).to_string(),
         ),
         (
             "end of text",

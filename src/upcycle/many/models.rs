@@ -167,12 +167,12 @@ impl Encoders for Encoder {
     }
 
     fn inputs(&self, probe: &Probe) -> Result<Vec<FeedForwardInputs>, UpcycleError> {
-        let (tokens, valid) = tokens_of(probe, self)?;
+        let (tokens, valid) = tokens_of(probe, self.blocks.first())?;
         Ok(vec![self.feed_forward_inputs(tokens, marks(&valid), false)])
     }
 
     fn deviation(&self, dense: &Self, probe: &Probe, only: Option<OnlyModel>) -> Result<f64, UpcycleError> {
-        let (tokens, valid) = tokens_of(probe, dense)?;
+        let (tokens, valid) = tokens_of(probe, dense.blocks.first())?;
         let expected = dense.clone().freeze().forward(tokens.clone(), marks(&valid), false).hidden;
         let sparse = self.clone().freeze();
         let found = match only {
@@ -194,7 +194,7 @@ impl Encoders for VisionTower {
     }
 
     fn inputs(&self, probe: &Probe) -> Result<Vec<FeedForwardInputs>, UpcycleError> {
-        let images = probe.images(self)?.cast(self.class_embedding.val().dtype());
+        let images = probe.images(self)?.cast(self.patch_embedding.weight.dtype());
         Ok(vec![self.feed_forward_inputs(images)])
     }
 

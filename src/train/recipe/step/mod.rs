@@ -140,8 +140,7 @@ fn seen_patches(model: &Clip, pairs: usize, first: usize, setting: StepSetting) 
     if setting.patch_dropout == 0.0 {
         return None;
     }
-    let [tokens, _] = model.vision.position_embedding.dims();
-    let patches = tokens - 1;
+    let patches = model.vision.num_patches();
     let seen = ((patches as f64 * (1.0 - setting.patch_dropout)) as usize).max(1);
     let of_pair = |pair: usize| {
         let mut bytes = [0; 32];

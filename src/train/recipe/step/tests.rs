@@ -207,6 +207,43 @@ fn blocks_that_are_computed_again_have_the_same_gradients() {
     assert!((found.auxiliary / expected.auxiliary - 1.0).abs() < 1e-6);
 }
 
+/// Rotary positions of those patches that are seen, gated networks, attention pooling, and no class token.
+#[test]
+fn so_have_towers_of_other_parts() {
+    use crate::{BalancingOptions, BalancingRule, FeedForwardForm, RouterScore, clip::Pooling, transformer::RotaryPositions};
+    let mut config = ClipConfig::tiny();
+    config.vision = config.vision.with_class_token(false).with_position_table(false).with_norm_post(false);
+    config.vision.pooling = Pooling::Attention { n_heads: 2 };
+    config.vision.encoder.rotary = Some(RotaryPositions::new());
+    config.vision.encoder.form = FeedForwardForm::Gated;
+    config.text.encoder.form = FeedForwardForm::Gated;
+    config.text.norm_final = false;
+    let router = RouterOptions::new()
+        .with_score(RouterScore::Sigmoid)
+        .with_balancing(Some(BalancingOptions::new(0.01).with_rule(BalancingRule::ZScore)));
+    let tokens = TokenChoiceConfig::new().with_training_capacity(Capacity::Dropless);
+    let layer = RoutedLayerConfig::new().with_router(router).with_assignment(tokens.into()).with_shared_expert(Some(16));
+    let experts = SparseEncoderConfig::new().with_bias(false).with_d_ff(Some(16)).with_layer(layer.into());
+    let device = device();
+    let model = config.sparse(SparseClipConfig::new().with_vision(Some(experts))).init(&device);
+    let weights = AuxiliaryLossConfig::new().with_load_balancing(0.5).with_router_z(0.0);
+    let losses = ClipAuxiliaryLossConfig::both(weights).init();
+    let batch = batch(8);
+    for (patch_dropout, size) in [(0.0, 3), (0.5, 8), (0.5, 3)] {
+        let setting = StepSetting { seed: 7, patch_dropout, ..alone(&losses, &device) };
+        let expected = gradients(&model, &pieces(&batch, 8), setting).unwrap();
+        let all = values(&model, &expected);
+        // All parameters have one but the balancing biases.
+        assert!(all.iter().filter(|(_, gradient)| gradient.is_empty()).count() == model.vision.encoder.routed_blocks().count());
+        for setting in [setting, StepSetting { recompute_blocks: true, ..setting }] {
+            let found = gradients(&model, &pieces(&batch, size), setting).unwrap();
+            let worst = difference(&all, &values(&model, &found));
+            assert!(worst < 1e-5, "{patch_dropout}, {size} at a time: {worst}");
+            assert_eq!(found.totals, expected.totals);
+        }
+    }
+}
+
 #[test]
 fn patches_that_are_seen_depend_on_the_seed_and_the_pair_alone() {
     let model = model(RouterOptions::new());
@@ -218,17 +255,17 @@ fn patches_that_are_seen_depend_on_the_seed_and_the_pair_alone() {
         patches.try_into_vec_as().unwrap()
     };
     let all = seen(6, 0, 7);
-    let [tokens, _] = model.vision.position_embedding.dims();
-    let each = (tokens - 1) / 4;
+    let patches = model.vision.num_patches();
+    let each = patches / 4;
     assert_eq!(all.len(), 6 * each);
-    assert!(all.chunks(each).all(|patches| patches.iter().all(|patch| (0..tokens as i32 - 1).contains(patch))));
+    assert!(all.chunks(each).all(|own| own.iter().all(|patch| (0..patches as i32).contains(patch))));
     assert!(all.chunks(each).all(|patches| patches.iter().collect::<std::collections::HashSet<_>>().len() == each));
     assert_eq!(all[2 * each..], seen(4, 2, 7));
     assert_ne!(all, seen(6, 0, 8));
     // All patches in any order are the image.
     let images = batch(2).images(&device);
-    let order: Vec<i32> = (0..tokens as i32 - 1).rev().collect();
-    let patches = Tensor::from_data(TensorData::new([order.clone(), order].concat(), [2, tokens - 1]), &device);
+    let order: Vec<i32> = (0..patches as i32).rev().collect();
+    let patches = Tensor::from_data(TensorData::new([order.clone(), order].concat(), [2, patches]), &device);
     let whole = model.encode_image(images.clone()).embedding;
     let apart = (model.vision.forward_patches(images, patches).embedding - whole).abs().max().into_scalar::<f32>();
     assert!(apart < 1e-5, "{apart}");

@@ -5,7 +5,8 @@ use std::{fs, path::Path};
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use burn_moe::{
-    BalancingOptions, BalancingRule, FeedForwardForm, Router, RouterOptions, UpcycleFromDense, UpcycleOptions,
+    BalancingOptions, BalancingRule, ExpertGroups, FeedForwardForm, Router, RouterOptions, TokenChoiceConfig, UpcycleFromDense,
+    UpcycleOptions,
     clip::{
         Clip, ClipConfig, ImagePreprocessing, Interpolation, MAX_LOGIT_SCALE, ResizeMode, SparseClipConfig, TextConfig,
         TokenizerKind, VisionConfig,
@@ -126,6 +127,17 @@ fn every_kind_of_sparse_block_comes_back_from_disk() {
             .with_layer(RoutedLayerConfig::new().with_shared_expert(Some(5)).into())
             .with_padding(Padding::Routed),
         SparseEncoderConfig::new().with_layer(SparseLayer::Soft { slots_per_expert: 3 }),
+        // What published language models have.
+        SparseEncoderConfig::new().with_form(Some(FeedForwardForm::ClampedGated { limit: 0.3, alpha: 1.702 })).with_layer(
+            RoutedLayerConfig::new()
+                .with_router(RouterOptions::new().with_bias(true))
+                .with_assignment(
+                    TokenChoiceConfig::new().with_gate_scale(2.5).with_expert_groups(Some(ExpertGroups::new(4, 2))).into(),
+                )
+                .with_shared_expert(Some(5))
+                .with_shared_expert_gate(true)
+                .into(),
+        ),
     ] {
         let folder = tempfile::tempdir().unwrap();
         let config = config().sparse(SparseClipConfig::new().with_vision(Some(sparse.clone())).with_text(Some(sparse)));

@@ -5,8 +5,8 @@ use burn::nn::{Linear, LinearConfig, activation::ActivationConfig, transformer::
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Bool, Device, Int, Tensor};
 use burn_moe::{
-    Activation, BalancingOptions, Capacity, ExpertOptions, FeedForwardForm, GateNormalization, MoeFeedForwardConfig, RouterOptions, RouterScore,
-    SoftMoeFeedForwardConfig, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
+    Activation, BalancingOptions, Capacity, ExpertOptions, FeedForwardForm, GateNormalization, MoeFeedForwardConfig, RouterOptions,
+    RouterScore, SoftMoeFeedForwardConfig, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{Clip, ClipConfig, EndOfText, SparseClipConfig, TextConfig, VisionConfig},
     transformer::{Encoder, EncoderConfig, MlpConfig, RoutedLayerConfig, SparseEncoderConfig, TokenMarks},
     upcycle::{

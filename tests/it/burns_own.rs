@@ -6,11 +6,11 @@ use burn::tensor::{
     quantization::{Calibration, QuantScheme},
 };
 use burn_moe::{
-    AssignmentConfig, AuxiliaryLossConfig, BalancingOptions, ExpertChoiceConfig, ExpertLora, ExpertOptions, LoraOptions,
-    MoeFeedForward, MoeFeedForwardConfig, RouterOptions, SoftMoeFeedForwardConfig, TokenChoiceConfig,
-    clip::{Clip, ClipConfig, SparseClipConfig, TextConfig, VisionConfig, contrastive_loss},
+    AssignmentConfig, AuxiliaryLossConfig, BalancingOptions, ExpertChoiceConfig, ExpertLora, ExpertOptions, FeedForwardForm,
+    LoraOptions, MoeFeedForward, MoeFeedForwardConfig, RouterOptions, SoftMoeFeedForwardConfig, TokenChoiceConfig,
+    clip::{Clip, ClipConfig, Pooling, SparseClipConfig, TextConfig, VisionConfig, contrastive_loss},
     kernels::{Kernels, with_kernels},
-    transformer::{EncoderConfig, MlpConfig, RoutedLayerConfig, SparseEncoderConfig},
+    transformer::{EncoderConfig, MlpConfig, RotaryPositions, RoutedLayerConfig, SparseEncoderConfig},
 };
 
 use super::{
@@ -69,15 +69,19 @@ fn a_quantized_clip_computes_nearly_the_same() {
     let layer = RoutedLayerConfig::new().with_assignment(all_experts(2));
     let sparse = Some(SparseEncoderConfig::new().with_num_experts(2).with_layer(layer.into()));
     let sparse = SparseClipConfig::new().with_vision(sparse.clone()).with_text(sparse);
-    let config = ClipConfig::new(VisionConfig::new(encoder(), 8, 4), text, 10).sparse(sparse);
-    nearly_the_same(
-        |device| config.init(device),
-        |model, device| {
-            let tokens = Tensor::<2, Int>::from_data([[48, 1, 2, 49, 0, 0], [48, 49, 0, 0, 0, 0]], device);
-            let images = numbers([2, 3, 8, 8], 4, device);
-            Tensor::cat(vec![model.encode_image(images).embedding, model.text.embedding(tokens)], 0)
-        },
-    );
+    let gated = encoder().with_form(FeedForwardForm::Gated).with_rotary(Some(RotaryPositions::new()));
+    let pooled = VisionConfig::new(gated, 8, 4).with_class_token(false).with_position_table(false);
+    for vision in [VisionConfig::new(encoder(), 8, 4), pooled.with_pooling(Pooling::Attention { n_heads: 2 })] {
+        let config = ClipConfig::new(vision, text.clone(), 10).sparse(sparse.clone());
+        nearly_the_same(
+            |device| config.init(device),
+            |model, device| {
+                let tokens = Tensor::<2, Int>::from_data([[48, 1, 2, 49, 0, 0], [48, 49, 0, 0, 0, 0]], device);
+                let images = numbers([2, 3, 8, 8], 4, device);
+                Tensor::cat(vec![model.encode_image(images).embedding, model.text.embedding(tokens)], 0)
+            },
+        );
+    }
 }
 
 /// Adapters that change something: those of the second factor start at zero.

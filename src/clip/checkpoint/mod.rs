@@ -1,4 +1,4 @@
-//! Checkpoints: Hugging Face's, open_clip's and sparse ones, in and out; whole CLIPs, and towers.
+//! Checkpoints: Hugging Face's, open_clip's and sparse ones, in and out, and MoE-ViE's, in; whole CLIPs, and towers.
 //!
 //! One table per format says which stored tensor is which parameter, so that reading and writing cannot drift apart.
 //! A file that does not fit yields an error and no model. Tensors are read and written one at a time, so that a model is never in memory
@@ -55,7 +55,8 @@ pub struct ClipCheckpoint {
 impl ClipCheckpoint {
     /// Reads a folder: `config.json` means Hugging Face's `CLIPModel` (with `model.safetensors` or `pytorch_model.bin`),
     /// `open_clip_config.json` means open_clip (with `open_clip_model.safetensors` or `open_clip_pytorch_model.bin`),
-    /// `burn_moe_config.json` means [`save_sparse`](Self::save_sparse). Instead of one file of weights there may be shards with an index
+    /// `burn_moe_config.json` means [`save_sparse`](Self::save_sparse), `moevie_config.json` means MoE-ViE (with `model.safetensors`, `model.pt` or the published
+    /// file). Instead of one file of weights there may be shards with an index
     /// (`model.safetensors.index.json`). No code in a pickled file (`.bin`) is run; those of PyTorch before 1.6 are refused.
     /// Weights may be f32, f16, bf16, f64 or, as [`save_sparse`](Self::save_sparse) writes them, 8 bits; the model has f32. What the folder says of images (open_clip's `preprocess_cfg`, transformers'
     /// `preprocessor_config.json`) becomes [`VisionConfig::preprocessing`](crate::clip::VisionConfig).
@@ -92,7 +93,7 @@ impl ClipCheckpoint {
     /// Writes `open_clip_config.json` and `open_clip_model.safetensors` into `folder`, which is made if need be.
     ///
     /// # Errors
-    /// When the model is sparse, a value is not finite or beyond the precision, or on a failure of the file system; a file that was there before
+    /// When the model is sparse or has another part that open_clip's CLIP does not have, a value is not finite or beyond the precision, or on a failure of the file system; a file that was there before
     /// is then as it was.
     ///
     /// # Panics
@@ -113,7 +114,7 @@ impl ClipCheckpoint {
     /// `tokenizer_config.json`, so that both `CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained` read the folder.
     ///
     /// # Errors
-    /// When the model is sparse or its text projection has a bias, a value is not finite or beyond the precision, or on a failure of the file
+    /// When the model is sparse, has another part that a `CLIPModel` does not have, or its text projection has a bias, a value is not finite or beyond the precision, or on a failure of the file
     /// system; a file that was there before is then as it was.
     ///
     /// # Panics
@@ -134,7 +135,8 @@ impl ClipCheckpoint {
     /// open_clip's; a sparse block has `moe.router.weight` `[D, E]`, `moe.experts.w_in` `[E, D, F]`, `moe.experts.b_in` `[E, F]`,
     /// `moe.experts.w_out` `[E, F, D]` and `moe.experts.b_out` `[E, D]` where a dense one has `mlp`; if it has them also
     /// `moe.router.balancing_bias` `[E]`, `balancing_momentum` `[E]` and `balancing_warmup` `[1]`, `moe.experts.w_gate` and `b_gate` (as `w_in` and `b_in`), and
-    /// `moe.shared_expert.*` (as `moe.experts.*` with `E` 1). A soft one has `moe.slots` `[D, E · S]` and no router. With [`Precision::Int8`], each weight in 8
+    /// `moe.shared_expert.*` (as `moe.experts.*` with `E` 1); without [`SparseEncoderConfig::bias`](crate::transformer::SparseEncoderConfig::bias) no biases. What towers of
+    /// other parts have besides is in `docs/checkpoints.md`. A soft one has `moe.slots` `[D, E · S]` and no router. With [`Precision::Int8`], each weight in 8
     /// bits has its scales beside it: `NAME.scale`, f32, one for each output column.
     ///
     /// # Errors

@@ -132,6 +132,13 @@ fn seeds() {
         let key = field.split(':').next().unwrap();
         write("config", name, &[&[252], moe_vie.replacen(field, &format!("{key}: {}", u64::MAX), 1).as_bytes()]);
     }
+    for family in burn_moe::language_models::Family::ALL {
+        let path = format!("tests/fixtures/lm-{}/config.json", family.model_type());
+        let config = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap();
+        write("config", family.model_type(), &[&[2], config.as_bytes()]);
+        let huge = config.replacen("\"hidden_size\": 32", "\"hidden_size\": 1048576", 1);
+        write("config", &format!("{}_huge", family.model_type()), &[&[2], huge.as_bytes()]);
+    }
     let coco = r#"{"images": [{"id": 7, "file_name": "b.jpg"}], "annotations": [{"image_id": 7, "caption": "one"}]}"#;
     write("lists", "coco", &[&[0], coco.as_bytes()]);
     let karpathy = r#"{"images": [{"filename": "b.jpg", "split": "test", "sentences": [{"raw": "one"}, {"raw": "two"}]}]}"#;

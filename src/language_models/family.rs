@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::settings::Settings;
+use super::settings::{LARGEST, Settings};
 use crate::{
     Activation, BalancingOptions, Capacity, ExpertGroups, ExpertOptions, FeedForwardForm, GateNormalization, MoeFeedForwardConfig,
     RouterOptions, RouterScore, TokenChoiceConfig,
@@ -150,7 +150,13 @@ pub(super) fn describe(text: &str) -> Result<Described, String> {
     let (shared_expert, shared_expert_gate) = match family {
         Family::Qwen2Moe => (Some(settings.size(&["shared_expert_intermediate_size"])?), true),
         Family::DeepseekV3 | Family::Glm4Moe => {
-            let width = settings.count("n_shared_experts", Some(1))? * d_ff;
+            let count = settings.count("n_shared_experts", Some(1))?;
+            let width = count * d_ff;
+            if width > LARGEST as usize {
+                return Err(format!(
+                    "`n_shared_experts` = {count} of hidden width {d_ff}: a width of at most {LARGEST} is possible"
+                ));
+            }
             ((width > 0).then_some(width), false)
         }
         _ => (None, false),

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 /// The largest size that a setting may have: beyond it no model was ever made, and products of three still fit 64 bits.
-const LARGEST: u64 = 1 << 20;
+pub(super) const LARGEST: u64 = 1 << 20;
 
 /// What stands in the file; errors are in words and name the setting.
 pub(super) struct Settings(Map<String, Value>);

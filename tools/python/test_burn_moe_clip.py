@@ -1,0 +1,322 @@
+#!/usr/bin/env python3
+"""Whether burn_moe_clip.py computes what the Rust crate computes. Not in CI, which has no PyTorch; versions are in requirements.txt.
+
+    python test_burn_moe_clip.py                   # the crate's tests write checkpoints, with what Rust makes of them; then all is compared
+    python test_burn_moe_clip.py --write-names     # the same, and then tests/fixtures/sparse_names.json is what was tested
+    python test_burn_moe_clip.py --real-size       # B/32 with random weights: time and size of the exported graph
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import onnxruntime
+import open_clip
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import burn_moe_clip
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+EMBEDDING, GRADIENT, ONNX = 1e-5, 1e-4, 1e-4
+
+
+def write_checkpoints(folder, profile):
+    """By the Rust crate."""
+    command = ["cargo", "test", *profile, "--test", "it", "write_checkpoints_for_the_python_reader", "--", "--ignored"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "BURN_MOE_PYTHON_OUT": str(folder)}, check=True)
+
+
+def error(found, expected):
+    """Largest difference, in parts of the largest value if that is above 1; NaN if anything is."""
+    assert found.shape == expected.shape, f"{list(found.shape)} instead of {list(expected.shape)}"
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+
+
+def gradient_error(model, reference, names):
+    """Largest difference, in parts of the largest value of each gradient."""
+    model.zero_grad()
+    if "images" in reference:
+        (model.encode_image(reference["images"]) * reference["image_cotangent"]).sum().backward()
+    if "texts" in reference:
+        (model.encode_text(reference["texts"]) * reference["text_cotangent"]).sum().backward()
+    parameters = dict(model.named_parameters())
+    errors = []
+    for name in names:
+        expected = reference[f"gradient.{name}"]
+        assert expected.abs().max() > 0, f"no gradient of `{name}` to compare with"
+        errors.append(((parameters[name].grad - expected).abs().max() / expected.abs().max()).item())
+    return max(errors, key=lambda e: (e != e, e))
+
+
+def alone_error(model, reference):
+    """How far the first and second sample by themselves are from the same within the batch."""
+    errors = []
+    with torch.inference_mode():
+        for name, encode in [("images", model.encode_image), ("texts", model.encode_text)]:
+            if name in reference:
+                batch = encode(reference[name])
+                errors += [error(encode(reference[name][i : i + 1]), batch[i : i + 1]) for i in (0, 1)]
+    return max(errors)
+
+
+def is_independent(config):
+    """Whether no sample can change another one's embedding, for all sparse blocks."""
+    encoders = [tower.encoder for tower in (config.vision, config.text) if tower is not None]
+    layers = [encoder.sparse.layer for encoder in encoders if encoder.sparse is not None]
+    routed = [layer for layer in layers if isinstance(layer, burn_moe_clip.Routed)]
+    return all(layer.capacity[0] == "Dropless" or layer.groups[0] == "PerSample" for layer in routed)
+
+
+def check_case(folder, onnx_folder):
+    """The errors of a checkpoint: what was compared, how far it is off, and the most that it may be."""
+    reference = load_file(folder / "reference.safetensors")
+    model = burn_moe_clip.load(folder)
+    rows = []
+    for title, computes_all in [("experts by their tokens", False), ("experts of all tokens", True)]:
+        model.compute_all_experts(computes_all)
+        # In train mode as in eval mode.
+        model.train(computes_all)
+        with torch.inference_mode():
+            errors = {}
+            if "images" in reference:
+                errors["images"] = error(model.encode_image(reference["images"]), reference["image_features"])
+            if "texts" in reference:
+                errors["texts"] = error(model.encode_text(reference["texts"]), reference["text_features"])
+                short = error(model.encode_text(reference["texts"][:, :4]), reference["short_text_features"])
+                errors["texts"] = max(errors["texts"], short, key=lambda e: (e != e, e))
+        rows += [(f"{name}, {title}", value, EMBEDDING) for name, value in errors.items()]
+        names = [name.removeprefix("gradient.") for name in reference if name.startswith("gradient.")]
+        rows.append((f"gradients, {title}", gradient_error(model, reference, names), GRADIENT))
+        out = onnx_folder / ("all" if computes_all else "own")
+        burn_moe_clip.export_onnx(model, out)
+        for name, value in onnx_errors(out, reference).items():
+            rows.append((f"{name} in ONNX Runtime, {title}", value, ONNX))
+        if not computes_all:
+            # A sample alone and three: other sizes than the two that were exported, and the five above.
+            rows.append(("random samples in ONNX Runtime", max(burn_moe_clip.check_onnx(model, out).values()), ONNX))
+    model.eval().compute_all_experts(False)
+
+    alone = alone_error(model, reference)
+    if is_independent(model.config):
+        rows.append(("samples alone", alone, EMBEDDING))
+    else:
+        # Or the case would not show that samples compete as they do in Rust.
+        assert alone > 1e-3, f"no sample changes another one: {alone}"
+    dropped = sum(int(reference.get(f"{name}_dropped", 0)) for name in ("images", "texts"))
+    assert dropped > 0 or not folder.name.startswith("capacity"), "nothing was dropped"
+    if "rgb.png" in reference:
+        image = Image.open(ROOT / "tests/data/preprocess/rgb.png")
+        found = burn_moe_clip.image_transform(model)(image)[None]
+        std = torch.tensor(model.config.vision.images.std).view(1, 3, 1, 1)
+        # In steps of a pixel's 256 values.
+        rows.append(("prepared image", ((found - reference["rgb.png"]) * std * 255).abs().max().item(), 1.01))
+    if "tokenized" in reference:
+        found = burn_moe_clip.tokenizer(model)(["A cat’s cradle & 42 naïve dogs", "yes"])
+        rows.append(("token ids", (found - reference["tokenized"]).abs().max().item(), 0))
+    # What was loaded is what is in the file.
+    stored = load_file(folder / burn_moe_clip.WEIGHTS)
+    state = model.state_dict()
+    for name, tensor in stored.items():
+        if not name.endswith(".scale") and tensor.dtype != torch.int8:
+            assert torch.equal(state[name], tensor.float()), f"`{name}` has changed"
+    return rows
+
+
+def onnx_errors(folder, reference):
+    """Batches of another size than the one that was exported, against Rust."""
+    errors = {}
+    for name, given, expected in [("image", "images", "image_features"), ("text", "texts", "text_features")]:
+        if given in reference:
+            session = onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), providers=["CPUExecutionProvider"])
+            [found] = session.run(None, {name: reference[given].numpy()})
+            errors[given] = error(torch.from_numpy(found), reference[expected])
+    return errors
+
+
+def check_refusals(folder, scratch):
+    """Checkpoints that must not be read, and what the error must name."""
+    config = json.loads((folder / burn_moe_clip.CONFIG).read_text())
+    weights = load_file(folder / burn_moe_clip.WEIGHTS)
+    router = "/clip/text/encoder/sparse/layer/Routed/router"
+
+    def changed(path, value):
+        copy = json.loads(json.dumps(config))
+        *parents, last = path.strip("/").split("/")
+        at = copy
+        for parent in parents:
+            at = at[parent]
+        if value is None:
+            del at[last]
+        else:
+            at[last] = value
+        return copy, weights
+
+    name = "visual.transformer.resblocks.1.moe.experts.w_in"
+    cases = [
+        (changed("/version", 99), "version 99 is not supported"),
+        (changed("/version", 7), "version 7 is not supported"),
+        (changed("/clip/vision/rotary", True), "`clip.vision.rotary` = true is not supported"),
+        (changed(f"{router}/groups", {"count": 2}), "router.groups` = {\"count\": 2} is not supported"),
+        (changed(f"{router}/score", None), "router.score` is missing"),
+        (changed(f"{router}/score", "Tanh"), "router.score` = \"Tanh\" is not supported"),
+        (changed("/clip/text/encoder/activation", {"Clamped": 7.0}), "activation` = {\"Clamped\": 7.0} is not supported"),
+        (changed("/clip/text/encoder/sparse/layer/Routed/assignment/TokenChoice/top_k", 5), "top_k` is 5, and there are 4 experts"),
+        ((config, {k: v for k, v in weights.items() if k != name}), f"has no `{name}`"),
+        ((config, weights | {"visual.rotary": torch.ones(1)}), "has an unexpected `visual.rotary`"),
+        ((config, weights | {name: weights[name][:, :1].clone()}), f"`{name}` has the shape [4, 1, 32], expected [4, 16, 32]"),
+        ((config, weights | {name: weights[name] * torch.nan}), f"`{name}` has values that are not finite"),
+        ((config, weights | {name: weights[name].to(torch.int8)}), f"`{name}` is in 8 bits and has no"),
+        ((config, weights | {name: weights[name].to(torch.int32)}), f"`{name}` has the dtype torch.int32"),
+    ]
+    for (case_config, case_weights), expected in cases:
+        (scratch / burn_moe_clip.CONFIG).write_text(json.dumps(case_config))
+        save_file({k: v.contiguous() for k, v in case_weights.items()}, scratch / burn_moe_clip.WEIGHTS)
+        try:
+            burn_moe_clip.load(scratch)
+        except burn_moe_clip.CheckpointError as refused:
+            assert expected in str(refused), f"expected `{expected}`, got `{refused}`"
+        else:
+            raise AssertionError(f"read, although {expected}")
+    return len(cases)
+
+
+def check_tokens_that_are_not_finite(folder):
+    """A sample of NaN comes out as NaN, takes no slot, and changes no other sample that has slots of its own."""
+    model = burn_moe_clip.load(folder)
+    images = load_file(folder / "reference.safetensors")["images"]
+    images[2] = torch.nan
+    for computes_all in (False, True):
+        with torch.inference_mode():
+            found = model.compute_all_experts(computes_all).encode_image(images)
+            expected = model.encode_image(images[:2])
+        assert found[2].isnan().all() and error(found[:2], expected) <= EMBEDDING
+
+
+def check_open_clips_own(folder):
+    """The image transform and the tokenizer are open_clip's, where it has the same."""
+    model = burn_moe_clip.load(folder)
+    image = Image.open(ROOT / "tests/data/preprocess/rgba.png")
+    theirs = open_clip.image_transform(model.config.vision.images.image_size, is_train=False)
+    # The mean and standard deviation of the checkpoint are f32.
+    assert (burn_moe_clip.image_transform(model)(image) - theirs(image)).abs().max() < 1e-6
+    model.config.text.vocab_size = burn_moe_clip.CLIP_VOCAB_SIZE
+    texts = ["A cat’s cradle & 42 naïve dogs", ""]
+    ours, theirs = burn_moe_clip.tokenizer(model), open_clip.SimpleTokenizer(context_length=10)
+    assert ours.vocab_size == theirs.vocab_size == burn_moe_clip.CLIP_VOCAB_SIZE and torch.equal(ours(texts), theirs(texts))
+
+
+def check_open_clips_habits(folder):
+    """open_clip's gradient checkpointing, its normalised outputs, and models in half precision."""
+    model = burn_moe_clip.load(folder)
+    reference = load_file(folder / "reference.safetensors")
+    names = [name.removeprefix("gradient.") for name in reference if name.startswith("gradient.")]
+    model.set_grad_checkpointing(True)
+    assert gradient_error(model, reference, names) <= GRADIENT
+    image, text, scale = model(reference["images"], reference["texts"])
+    for found, name in [(image, "image_features"), (text, "text_features")]:
+        assert error(found, torch.nn.functional.normalize(reference[name], dim=-1)) <= EMBEDDING
+    assert error(scale, model.logit_scale.exp()) == 0
+    with torch.inference_mode():
+        half = model.bfloat16().encode_image(reference["images"].bfloat16()).float()
+    assert torch.nn.functional.cosine_similarity(half, reference["image_features"]).min() > 0.99
+
+
+def real_size(folder):
+    """B/32 as CLIP-UP makes it sparse: the image tower, random weights."""
+    config = json.loads((folder / burn_moe_clip.CONFIG).read_text())["clip"]
+    vision = config["vision"]
+    vision["encoder"] |= {"d_model": 768, "n_heads": 12, "n_layers": 12, "d_ff": 3072, "activation": "QuickGelu"}
+    vision["encoder"]["sparse"]["num_experts"] = 8
+    vision |= {"image_size": 224, "patch_size": 32}
+    config = burn_moe_clip.config_of({"version": burn_moe_clip.VERSIONS[-1], "clip": {"embed_dim": 512, "vision": vision}})
+    torch.manual_seed(1)
+    model = burn_moe_clip.SparseCLIP(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    images = torch.randn(16, 3, 224, 224)
+    print(f"image tower of B/32: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters; {torch.get_num_threads()} threads")
+    print("| experts compute | export, s | files, MB | PyTorch, images/s | ONNX Runtime, images/s | largest difference |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for title, computes_all in [("their own tokens", False), ("all tokens", True)]:
+        model.compute_all_experts(computes_all)
+        with tempfile.TemporaryDirectory() as out:
+            start = time.perf_counter()
+            burn_moe_clip.export_onnx(model, out)
+            seconds = time.perf_counter() - start
+            size = sum(path.stat().st_size for path in pathlib.Path(out).iterdir()) / 1e6
+            difference = burn_moe_clip.check_onnx(model, out)["image"]
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            session = onnxruntime.InferenceSession(f"{out}/image.onnx", options, providers=["CPUExecutionProvider"])
+            theirs = rate(lambda: session.run(None, {"image": images.numpy()}), len(images))
+            del session
+        with torch.inference_mode():
+            ours = rate(lambda: model.encode_image(images), len(images))
+        print(f"| {title} | {seconds:.0f} | {size:.0f} | {ours:.1f} | {theirs:.1f} | {difference:.1e} |")
+
+
+def rate(run, count):
+    """The best of five."""
+    run()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return count / min(seconds)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoints", type=pathlib.Path, help="a folder that an earlier run has left: nothing is built")
+    parser.add_argument("--keep", type=pathlib.Path, help="leave the checkpoints in this folder")
+    parser.add_argument("--dev", action="store_true", help="build the crate's tests in the dev profile")
+    parser.add_argument("--only", help="the case of this name")
+    parser.add_argument("--write-names", action="store_true", help="write tests/fixtures/sparse_names.json when all is well")
+    parser.add_argument("--real-size", action="store_true", help="measure B/32 instead")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        temporary = pathlib.Path(temporary)
+        folder = args.checkpoints or args.keep or temporary / "checkpoints"
+        if args.checkpoints is None:
+            write_checkpoints(folder.resolve(), [] if args.dev else ["--release"])
+        if args.real_size:
+            return real_size(folder / "top-2")
+        worst, failed = {}, 0
+        cases = sorted(path.parent for path in folder.glob("*/reference.safetensors"))
+        print("| checkpoint | compared | largest error | allowed |\n| --- | --- | --- | --- |")
+        for case in cases:
+            if args.only not in (None, case.name):
+                continue
+            for what, value, allowed in check_case(case, temporary / "onnx" / case.name):
+                good = value <= allowed
+                failed += not good
+                print(f"| {case.name} | {what} | {value:.1e} | {allowed:.0e}{'' if good else ' FAILED'} |", flush=True)
+                worst[what] = max(worst.get(what, 0), value, key=lambda e: (e != e, e))
+        print("\n| compared | largest error of all checkpoints |\n| --- | --- |")
+        for what, value in worst.items():
+            print(f"| {what} | {value:.1e} |")
+        if args.only is None:
+            (temporary / "refused").mkdir()
+            count = check_refusals(folder / "top-2", temporary / "refused")
+            for name in ("top-2", "capacity-of-sample", "expert-choice", "soft"):
+                check_tokens_that_are_not_finite(folder / name)
+            check_open_clips_own(folder / "top-2")
+            check_open_clips_habits(folder / "shared-expert")
+            print(f"\n{len(cases)} checkpoints; {count} damaged ones are refused by name")
+        if failed:
+            sys.exit(f"{failed} comparisons failed")
+        if args.write_names:
+            shutil.copy(folder / "sparse_names.json", ROOT / "tests/fixtures/sparse_names.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -158,6 +158,21 @@ fn cases() -> Vec<Case> {
                 .with_padding(Padding::Routed),
             ),
         ),
+        // All scores are equal.
+        (
+            "capacity-with-ties",
+            config(&sparse(
+                layer(token_choice(2, Capacity::OfBalancedLoad(0.7)).with_fill_order(FillOrder::BatchPriority))
+                    .with_router(RouterOptions::new().with_init_std(0.0)),
+            )),
+        ),
+        (
+            "expert-choice-with-ties",
+            config(&sparse(
+                layer(expert_choice(Capacity::OfTokens(1.5), TokenGroups::PerSample))
+                    .with_router(RouterOptions::new().with_init_std(0.0)),
+            )),
+        ),
         ("soft", config(&gated(soft()))),
         ("soft-with-padding", config(&soft().with_padding(Padding::Routed))),
         ("one-tower-dense", one_tower_dense),

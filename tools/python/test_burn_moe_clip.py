@@ -255,13 +255,54 @@ def check_open_clips_habits(folder):
     assert torch.nn.functional.cosine_similarity(half, reference["image_features"]).min() > 0.99
 
 
+def real_config(folder):
+    """B/32 as CLIP-UP makes it sparse."""
+    config = json.loads((folder / burn_moe_clip.CONFIG).read_text())
+    clip = config["clip"] | {"embed_dim": 512}
+    for tower, sizes in {"vision": (768, 12), "text": (512, 8)}.items():
+        encoder = clip[tower]["encoder"]
+        encoder |= {"d_model": sizes[0], "n_heads": sizes[1], "n_layers": 12, "d_ff": 4 * sizes[0], "activation": "QuickGelu"}
+        encoder["sparse"] |= {"num_experts": 8, "blocks": {"EveryNth": 2}}
+    clip["vision"] |= {"image_size": 224, "patch_size": 32}
+    clip["text"] |= {"vocab_size": burn_moe_clip.CLIP_VOCAB_SIZE, "context_length": 77}
+    return config | {"clip": clip}
+
+
+def random_model(config):
+    """As open_clip starts, with experts and routers drawn."""
+    torch.manual_seed(1)
+    model = burn_moe_clip.SparseCLIP(config).eval()
+    for name, parameter in model.named_parameters():
+        if ".moe." in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def compare_with_rust(folder, binary):
+    """A checkpoint of real size that Python writes, embedded by the crate's benchmark."""
+    config = real_config(folder)
+    model = random_model(burn_moe_clip.config_of(config))
+    # Texts of different lengths.
+    texts = torch.randint(49406, (8, 77))
+    texts[torch.arange(8), 4 + 9 * torch.arange(8)] = 49407
+    inputs = {"images": torch.randn(8, 3, 224, 224), "texts": texts}
+    with tempfile.TemporaryDirectory() as out, torch.inference_mode():
+        out = pathlib.Path(out)
+        (out / burn_moe_clip.CONFIG).write_text(json.dumps(config))
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out / burn_moe_clip.WEIGHTS)
+        save_file(inputs, out / "inputs")
+        cells = "".join(f"{name} {out / name}.f32\n" for name in inputs)
+        command = [binary, "--checkpoint", out, "--serve", "--inputs", out / "inputs"]
+        subprocess.run(command, input=cells, text=True, stdout=subprocess.DEVNULL, check=True)
+        for name, encode in [("images", model.encode_image), ("texts", model.encode_text)]:
+            found = encode(inputs[name])
+            expected = torch.from_file(f"{out / name}.f32", size=found.numel()).view(found.shape)
+            print(f"{name} of B/32 against Rust: {error(found, expected):.1e} (largest value {expected.abs().max():.2f})", flush=True)
+
+
 def real_size(folder):
     """B/32 as CLIP-UP makes it sparse, and dense: the image tower, random weights."""
-    vision = json.loads((folder / burn_moe_clip.CONFIG).read_text())["clip"]["vision"]
-    vision["encoder"] |= {"d_model": 768, "n_heads": 12, "n_layers": 12, "d_ff": 3072, "activation": "QuickGelu"}
-    vision["encoder"]["sparse"] |= {"num_experts": 8, "blocks": {"EveryNth": 2}}
-    vision |= {"image_size": 224, "patch_size": 32}
-    torch.manual_seed(1)
+    vision = real_config(folder)["clip"]["vision"]
     images = torch.randn(16, 3, 224, 224)
     print(f"image tower of B/32, {torch.get_num_threads()} threads, batches of {len(images)}")
     print("| model | parameters, millions | export, s | files, MB | PyTorch, images/s | ONNX Runtime, images/s | largest difference |")
@@ -270,9 +311,7 @@ def real_size(folder):
         if title == "dense":
             vision["encoder"]["sparse"] = None
         config = burn_moe_clip.config_of({"version": burn_moe_clip.VERSIONS[-1], "clip": {"embed_dim": 512, "vision": vision}})
-        model = burn_moe_clip.SparseCLIP(config).eval().compute_all_experts(title == "experts compute all tokens")
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
+        model = random_model(config).compute_all_experts(title == "experts compute all tokens")
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         with torch.inference_mode():
             ours = rate(lambda: model.encode_image(images), len(images))
@@ -310,6 +349,7 @@ def main():
     parser.add_argument("--only", help="the case of this name")
     parser.add_argument("--write-names", action="store_true", help="write tests/fixtures/sparse_names.json when all is well")
     parser.add_argument("--real-size", action="store_true", help="measure B/32 instead")
+    parser.add_argument("--inference", type=pathlib.Path, help="with --real-size: the crate's benchmark of this name as it was built, to compare with Rust")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         temporary = pathlib.Path(temporary)
@@ -317,6 +357,8 @@ def main():
         if args.checkpoints is None:
             write_checkpoints(folder.resolve(), [] if args.dev else ["--release"])
         if args.real_size:
+            if args.inference is not None:
+                compare_with_rust(folder / "top-2", args.inference)
             return real_size(folder / "top-2")
         worst, failed = {}, 0
         cases = sorted(path.parent for path in folder.glob("*/reference.safetensors"))

@@ -7,20 +7,22 @@ use std::{
 };
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Gradients, Int, Tensor, TensorData};
+use burn::nn::Linear;
+use burn::tensor::{Device, Gradients, Int, Tensor};
 use burn_moe::{
-    Activation, AssignmentConfig, BalancingOptions, BalancingRule, Capacity, ExpertChoiceConfig, FeedForwardForm, FillOrder,
-    GateNormalization, RouterOptions, RouterScore, Routing, TokenChoiceConfig, TokenGroups,
+    Activation, AssignmentConfig, BalancingOptions, BalancingRule, Capacity, ExpertChoiceConfig, ExpertGroups, ExpertMlp,
+    FeedForwardForm, FillOrder, GateNormalization, MoeFeedForward, RouterOptions, RouterScore, Routing, TokenChoiceConfig,
+    TokenGroups,
     clip::{
-        Clip, ClipConfig, EndOfText, ImagePreprocessing, Interpolation, ResizeMode, TextConfig, TextTower, VisionConfig,
-        VisionTower,
+        Clip, ClipConfig, EndOfText, ImagePreprocessing, Interpolation, Pooling, ResizeMode, TextConfig, TextTower, TokenizerKind,
+        VisionConfig, VisionTower,
         checkpoint::{ClipCheckpoint, Precision, TextCheckpoint, Towers, VisionCheckpoint, towers_in},
         preprocess::ImagePreprocessor,
         tokenizer::ClipTokenizer,
     },
     transformer::{
-        BlockSelection, Encoder, EncoderConfig, FeedForward, Padding, Protection, RoutedLayerConfig, SparseEncoderConfig,
-        SparseLayer,
+        BlockSelection, Encoder, EncoderConfig, FeedForward, Padding, Protection, RotaryPositions, RoutedLayerConfig,
+        SparseEncoderConfig, SparseLayer,
     },
 };
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -32,12 +34,26 @@ use super::support::{ROOT, numbers, values};
 const CONFIG: &str = "burn_moe_config.json";
 const WEIGHTS: &str = "burn_moe_model.safetensors";
 /// Checkpoints that differ in their tensors; the others differ in what is computed with them.
-const LAYOUTS: [&str; 6] = ["top-2", "shared-expert", "soft", "one-tower-dense", "int8", "image-tower-alone"];
+const LAYOUTS: [&str; 11] = [
+    "top-2",
+    "shared-expert",
+    "soft",
+    "one-tower-dense",
+    "int8",
+    "image-tower-alone",
+    "moe-vie",
+    "dense-rotary",
+    "clamped",
+    "expert-groups",
+    "int8-gated-blocks",
+];
 
 /// A checkpoint that `save_sparse` writes.
 struct Case {
     name: &'static str,
     config: ClipConfig,
+    /// What has the weights, if they are not drawn.
+    fixture: Option<PathBuf>,
     precision: Precision,
     towers: Towers,
 }
@@ -72,7 +88,7 @@ fn cases() -> Vec<Case> {
     let balancing =
         BalancingOptions::new(1e-3).with_rule(BalancingRule::ZScore).with_momentum(0.9).with_cap(Some(0.5)).with_warmup_steps(10);
     let biased = |balancing| router().with_score(RouterScore::Sigmoid).with_balancing(Some(balancing));
-    let gated = |sparse: SparseEncoderConfig| sparse.with_form(FeedForwardForm::Gated);
+    let gated = |sparse: SparseEncoderConfig| sparse.with_form(Some(FeedForwardForm::Gated));
     let shared_expert = gated(sparse(
         layer(top_2().with_gate_normalization(GateNormalization::AfterDrop))
             .with_router(biased(balancing))
@@ -99,6 +115,30 @@ fn cases() -> Vec<Case> {
     grey.vision = grey.vision.with_channels(1);
 
     let plain = [
+        ("dense-rotary", dense_rotary()),
+        ("gated-blocks", gated_blocks()),
+        ("expert-groups", expert_groups(&biased(BalancingOptions::new(1e-3)))),
+        // Limits that are reached.
+        (
+            "clamped",
+            config(
+                &sparse(layer(top_2()).with_router(router().with_bias(true)))
+                    .with_form(Some(FeedForwardForm::ClampedGated { limit: 0.4, alpha: 1.702 })),
+            )
+            .activation(Activation::Silu),
+        ),
+        (
+            "top-1-constant",
+            config(&sparse(layer(
+                token_choice(1, Capacity::Dropless).with_gate_normalization(GateNormalization::ConstantOne).with_gate_scale(0.7),
+            ))),
+        ),
+        ("capacity-without-class-token", {
+            let capacity = token_choice(2, Capacity::Fixed(5)).with_groups(TokenGroups::PerSample);
+            let mut config = config(&sparse(layer(capacity)));
+            config.vision = config.vision.with_class_token(false).with_pooling(Pooling::Attention { n_heads: 4 });
+            config
+        }),
         ("top-2", config(&sparse(layer(top_2())))),
         ("top-1", config(&sparse(layer(token_choice(1, Capacity::Dropless)))).activation(Activation::QuickGelu)),
         (
@@ -179,26 +219,69 @@ fn cases() -> Vec<Case> {
         ("other-images", other_images),
         ("grey", grey),
     ];
-    let case = |(name, config)| Case { name, config, precision: Precision::F32, towers: Towers::Both };
-    let of = |name, config: &SparseEncoderConfig, precision, towers| Case { name, config: self::config(config), precision, towers };
+    let case = |(name, config)| Case { name, config, fixture: None, precision: Precision::F32, towers: Towers::Both };
+    let of = |name, sparse: &SparseEncoderConfig, precision, towers| Case { precision, towers, ..case((name, config(sparse))) };
+    let moe_vie = Path::new(ROOT).join("tests/fixtures/moevie");
+    let moe_vie_config = ClipCheckpoint::load(&moe_vie, &Device::default()).unwrap().config;
     let mut cases: Vec<Case> = plain.into_iter().map(case).collect();
     cases.extend([
         of("f16", &shared_expert, Precision::F16, Towers::Both),
         of("bf16", &shared_expert, Precision::BF16, Towers::Both),
         of("int8", &shared_expert, Precision::Int8, Towers::Both),
         of("int8-soft", &gated(soft()), Precision::Int8, Towers::Both),
+        Case { precision: Precision::Int8, ..case(("int8-gated-blocks", gated_blocks())) },
+        Case { fixture: Some(moe_vie), ..case(("moe-vie", moe_vie_config)) },
         of("image-tower-alone", &sparse(layer(top_2())), Precision::F32, Towers::Vision),
         of("text-tower-alone", &sparse(layer(top_2())), Precision::F32, Towers::Text),
     ]);
     cases
 }
 
+/// No experts. Heads of the image tower are 10 wide, of which rotary positions turn 8.
+fn dense_rotary() -> ClipConfig {
+    let encoder = |d_model| EncoderConfig::new(d_model, 2, 2, 2 * d_model).with_form(FeedForwardForm::Gated);
+    let rotary = RotaryPositions::new().with_theta(100.0);
+    let vision = VisionConfig::new(encoder(20).with_rotary(Some(rotary)), 16, 4).with_norm_pre(false);
+    let text = TextConfig::new(encoder(12)).with_vocab_size(600).with_context_length(10).with_norm_final(false);
+    ClipConfig::new(vision, text, 6)
+}
+
+/// A dense block and a sparse one in each tower, the experts of the image tower as its dense networks, the others plain. Patches know where they are
+/// by rotary positions alone.
+fn gated_blocks() -> ClipConfig {
+    let own = sparse(layer(token_choice(2, Capacity::Dropless))).with_blocks(BlockSelection::EveryNth(2));
+    let mut config = config(&own);
+    config.text.encoder.sparse = Some(own.with_form(Some(FeedForwardForm::Plain)));
+    for encoder in [&mut config.vision.encoder, &mut config.text.encoder] {
+        (encoder.form, encoder.activation) = (FeedForwardForm::Gated, Activation::Silu);
+    }
+    config.vision.encoder.rotary = Some(RotaryPositions::new());
+    config.vision = config.vision.with_position_table(false).with_norm_post(false).with_pooling(Pooling::Attention { n_heads: 4 });
+    config
+}
+
+/// Two groups of two experts, of which a token may use one, and a shared expert with a gate; no biases.
+fn expert_groups(router: &RouterOptions) -> ClipConfig {
+    let choice =
+        token_choice(2, Capacity::Dropless).with_expert_groups(Some(ExpertGroups { count: 2, per_token: 1 })).with_gate_scale(2.5);
+    let layer = layer(choice).with_router(router.clone()).with_shared_expert(Some(5)).with_shared_expert_gate(true);
+    config(&sparse(layer).with_form(Some(FeedForwardForm::Gated)).with_bias(false))
+}
+
 impl Case {
-    fn save(&self, folder: &Path, device: &Device) {
+    fn model(&self, device: &Device) -> Clip {
+        if let Some(folder) = &self.fixture {
+            return ClipCheckpoint::load(folder, device).unwrap().model;
+        }
         let mut model = self.config.init(device);
         for encoder in [&mut model.vision.encoder, &mut model.text.encoder] {
             move_biases(encoder, device);
         }
+        model
+    }
+
+    fn save(&self, folder: &Path, device: &Device) {
+        let model = self.model(device);
         let (Clip { vision, text, .. }, embed_dim) = (model.clone(), self.config.embed_dim);
         let written = match self.towers {
             Towers::Both => ClipCheckpoint { config: self.config.clone(), model }.save_sparse(folder, self.precision),
@@ -223,7 +306,13 @@ fn move_biases(encoder: &mut Encoder, device: &Device) {
         router.balancing_bias = moved(router.balancing_bias.take());
         router.balancing_momentum = moved(router.balancing_momentum.take());
         router.balancing_warmup = moved(router.balancing_warmup.take());
+        router.bias = moved(router.bias.take()).map(|bias| bias.set_require_grad(true));
     }
+}
+
+/// Whether each gate is the same number, whatever the router says.
+fn has_constant_gates(layer: &MoeFeedForward) -> bool {
+    matches!(&layer.assignment, AssignmentConfig::TokenChoice(choice) if choice.gate_normalization == GateNormalization::ConstantOne)
 }
 
 /// What was written: settings of configurations, and tensors of the [`LAYOUTS`] with types and shapes.
@@ -309,47 +398,75 @@ impl Recorded {
         self.0.insert(name.to_string(), (Dtype::I64, vec![], (dropped as i64).to_le_bytes().to_vec()));
     }
 
-    /// Gradients of the sparse layers, by the names of the weights in the file.
+    /// The gradient of a weight, if there is one, by the weight's name in the file.
+    fn add_gradient<const D: usize>(&mut self, name: &str, weight: Option<&Param<Tensor<D>>>, gradients: &Gradients) {
+        if let Some(weight) = weight {
+            self.add(&format!("gradient.{name}"), weight.grad(gradients).unwrap());
+        }
+    }
+
+    /// Those of an encoder's networks and attention.
     fn add_gradients(&mut self, blocks: &str, encoder: &Encoder, gradients: &Gradients) {
         for (index, block) in encoder.blocks.iter().enumerate() {
-            let path = format!("gradient.{blocks}.{index}.moe");
+            let path = format!("{blocks}.{index}");
+            let attention = [&block.attention.query, &block.attention.key, &block.attention.value];
+            // The file has linear layers as `[out, in]`.
+            let stored = |linear: &Linear| linear.weight.grad(gradients).unwrap().transpose();
+            self.add(&format!("gradient.{path}.attn.in_proj_weight"), Tensor::cat(attention.map(stored).to_vec(), 0));
             let experts = match &block.feed_forward {
-                FeedForward::Dense(_) => continue,
+                FeedForward::Dense(mlp) => {
+                    let maps = [("c_fc", Some(&mlp.linear_in)), ("c_gate", mlp.linear_gate.as_ref())];
+                    for (name, linear) in maps.into_iter().filter_map(|(name, linear)| Some((name, linear?))) {
+                        self.add(&format!("gradient.{path}.mlp.{name}.weight"), stored(linear));
+                    }
+                    continue;
+                }
                 FeedForward::Moe(layer) => {
-                    self.add(&format!("{path}.router.weight"), layer.router.weight.grad(gradients).unwrap());
+                    // A gate that is always 1 moves no router.
+                    if !has_constant_gates(layer) {
+                        self.add_gradient(&format!("{path}.moe.router.weight"), Some(&layer.router.weight), gradients);
+                    }
+                    self.add_gradient(&format!("{path}.moe.router.bias"), layer.router.bias.as_ref(), gradients);
+                    self.add_gradient(&format!("{path}.moe.shared_expert_gate"), layer.shared_expert_gate.as_ref(), gradients);
                     if let Some(shared) = &layer.shared_expert {
-                        self.add(&format!("{path}.shared_expert.w_in"), shared.w_in.grad(gradients).unwrap());
+                        self.add_experts(&format!("{path}.moe.shared_expert"), shared, gradients);
                     }
                     &layer.experts
                 }
                 FeedForward::SoftMoe(layer) => {
-                    self.add(&format!("{path}.slots"), layer.slots.grad(gradients).unwrap());
+                    self.add_gradient(&format!("{path}.moe.slots"), Some(&layer.slots), gradients);
                     &layer.experts
                 }
             };
-            let weights = [("w_in", Some(&experts.w_in)), ("w_gate", experts.w_gate.as_ref()), ("w_out", Some(&experts.w_out))];
-            for (name, weight) in weights {
-                if let Some(weight) = weight {
-                    self.add(&format!("{path}.experts.{name}"), weight.grad(gradients).unwrap());
-                }
-            }
-            let biases = [("b_in", &experts.b_in), ("b_out", &experts.b_out)];
-            for (name, bias) in biases {
-                self.add(&format!("{path}.experts.{name}"), bias.as_ref().unwrap().grad(gradients).unwrap());
-            }
+            self.add_experts(&format!("{path}.moe.experts"), experts, gradients);
+        }
+    }
+
+    fn add_experts(&mut self, path: &str, experts: &ExpertMlp, gradients: &Gradients) {
+        for (name, weight) in [("w_in", Some(&experts.w_in)), ("w_gate", experts.w_gate.as_ref()), ("w_out", Some(&experts.w_out))]
+        {
+            self.add_gradient(&format!("{path}.{name}"), weight, gradients);
+        }
+        for (name, bias) in [("b_in", &experts.b_in), ("b_gate", &experts.b_gate), ("b_out", &experts.b_out)] {
+            self.add_gradient(&format!("{path}.{name}"), bias.as_ref(), gradients);
         }
     }
 
     fn add_images(&mut self, config: &VisionConfig, tower: &VisionTower, device: &Device) {
         let images = || numbers([5, config.channels, config.image_size, config.image_size], 1, device) * 2.0;
-        let cotangent = numbers([5, 6], 2, device);
         let inference = tower.valid().forward(images().inner());
+        let cotangent = numbers(inference.embedding.dims(), 2, device);
         self.add("images", images());
         self.add("image_features", inference.embedding);
         self.add_dropped("images_dropped", &inference.routings);
         let gradients = (tower.forward(images()).embedding * cotangent.clone()).sum().backward();
         self.add("image_cotangent", cotangent);
-        self.add("gradient.visual.positional_embedding", tower.position_embedding.grad(&gradients).unwrap());
+        self.add_gradient("visual.positional_embedding", tower.position_embedding.as_ref(), &gradients);
+        self.add_gradient("visual.class_embedding", tower.class_embedding.as_ref(), &gradients);
+        let patches = tower.patch_embedding.weight.grad(&gradients).unwrap().transpose();
+        let shape = [config.encoder.d_model, config.channels, config.patch_size, config.patch_size];
+        self.add("gradient.visual.conv1.weight", patches.reshape(shape));
+        self.add_gradient("visual.attn_pool.probe", tower.pooling.as_ref().map(|pooling| &pooling.probe), &gradients);
         self.add_gradients("visual.transformer.resblocks", &tower.encoder, &gradients);
         if config.channels == 3 {
             let preprocessor = ImagePreprocessor::for_model(config);
@@ -360,26 +477,32 @@ impl Recorded {
 
     fn add_texts(&mut self, config: &TextConfig, tower: &TextTower, device: &Device) {
         // Short and long ones, whose ends are 599 or 7; without such an end; with other ids behind it.
-        let ids = [
+        let rows = [
             [598, 31, 599, 7, 7, 7, 7, 7, 7, 7],
             [598, 599, 0, 0, 0, 0, 0, 0, 0, 0],
             [598, 40, 41, 42, 43, 44, 45, 46, 47, 599],
             [598, 7, 599, 599, 12, 0, 0, 0, 0, 0],
             [598, 5, 7, 9, 0, 0, 0, 0, 0, 0],
         ];
-        let ids = || Tensor::<2, Int>::from_data(TensorData::from(ids), device);
-        let cotangent = numbers([5, 6], 3, device);
+        // Of a smaller vocabulary, the last two ids.
+        let rows = rows.map(|row| row.map(|id| if id < 598 { id } else { id + config.vocab_size as i64 - 600 }));
+        let padding = config.context_length - 10;
+        let ids = || Tensor::<2, Int>::from_data(rows, device).pad((0, padding, 0, 0), 0);
         let inference = tower.valid().forward(ids().inner());
+        let cotangent = numbers(inference.embedding.dims(), 3, device);
         self.add_ids("texts", ids());
         self.add("text_features", inference.embedding);
         self.add("short_text_features", tower.valid().forward(ids().inner().narrow(1, 0, 4)).embedding);
         self.add_dropped("texts_dropped", &inference.routings);
         let gradients = (tower.forward(ids()).embedding * cotangent.clone()).sum().backward();
         self.add("text_cotangent", cotangent);
-        self.add("gradient.positional_embedding", tower.position_embedding.grad(&gradients).unwrap());
+        self.add_gradient("positional_embedding", Some(&tower.position_embedding), &gradients);
         self.add_gradients("transformer.resblocks", &tower.encoder, &gradients);
-        let texts = ClipTokenizer::with_vocab_size(config.vocab_size).tokenize(&["A cat’s cradle & 42 naïve dogs", "yes"], 10);
-        self.add_ids("tokenized", texts.tensor(device));
+        if config.tokenizer == TokenizerKind::ClipBpe {
+            let tokenizer = ClipTokenizer::with_vocab_size(config.vocab_size);
+            let texts = tokenizer.tokenize(&["A cat’s cradle & 42 naïve dogs", "yes"], config.context_length);
+            self.add_ids("tokenized", texts.tensor(device));
+        }
     }
 
     fn write(&self, path: &Path) {

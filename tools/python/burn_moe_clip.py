@@ -12,8 +12,8 @@
 FOLDER holds burn_moe_config.json and burn_moe_model.safetensors, as `ClipCheckpoint::save_sparse` writes them. Needs torch, open_clip_torch and
 safetensors; for ONNX also onnx and onnxscript, and onnxruntime to check what was exported.
 
-The model is open_clip's CLIP with a feed-forward network of experts in its sparse blocks. The names and shapes of its `state_dict` are those in the
-file. It computes what the Rust crate computes at inference, whether it is in train mode or not: no noise, and the capacity for inference. All of it
+The model is open_clip's CLIP with a feed-forward network of experts in its sparse blocks, and with modules of this file where open_clip has none (gated
+networks, rotary positions, attention pooling). The names and shapes of its `state_dict` are those in the file. It computes what the Rust crate computes at inference, whether it is in train mode or not: no noise, and the capacity for inference. All of it
 has gradients but the choice of experts, so that it can be fine-tuned. Everything in the configuration that is not known here is an error that names it.
 """
 
@@ -23,6 +23,7 @@ import json
 import pathlib
 import tempfile
 import time
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from typing import Optional
@@ -30,14 +31,14 @@ from typing import Optional
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import LayerNorm, ResidualAttentionBlock, Transformer
+from open_clip.transformer import LayerNorm, ResidualAttentionBlock, Transformer, VisionTransformer
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 CONFIG, WEIGHTS = "burn_moe_config.json", "burn_moe_model.safetensors"
 # Versions of the configuration that are read.
-VERSIONS = (8,)
+VERSIONS = (9,)
 CLIP_VOCAB_SIZE = 49408
 # Ids of CLIP's tokenizer without any merge.
 SMALLEST_CLIP_VOCAB_SIZE = 514
@@ -91,13 +92,18 @@ class Routed:
     score: str
     logit_normalization: Optional[float]
     has_bias: bool
+    has_balancing: bool
     has_momentum: bool
     has_warmup: bool
     shared_expert: Optional[int]
+    gates_shared_expert: bool
     protects: bool
     is_expert_choice: bool
     top_k: int
     gate_normalization: str
+    gate_scale: float
+    # Number of groups of experts, and of those that a token may use.
+    expert_groups: Optional[tuple]
     fill_order: str
     capacity: tuple
     groups: tuple
@@ -111,13 +117,23 @@ class Soft:
 
 
 @dataclass
+class Form:
+    """How a feed-forward network uses its activation; `limit` and `alpha` are None if it is not clamped."""
+
+    is_gated: bool
+    limit: Optional[float] = None
+    alpha: Optional[float] = None
+
+
+@dataclass
 class Sparse:
     """The sparse blocks of a tower."""
 
     blocks: set
     num_experts: int
     d_ff: int
-    is_gated: bool
+    form: Form
+    has_bias: bool
     layer: object
     routes_padding: bool
 
@@ -131,6 +147,9 @@ class Encoder:
     n_layers: int
     d_ff: int
     activation: str
+    form: Form
+    # The base of the frequencies of rotary positions.
+    rotary_theta: Optional[float]
     norm_epsilon: float
     sparse: Optional[Sparse]
 
@@ -153,6 +172,12 @@ class Vision:
     patch_size: int
     channels: int
     images: Images
+    has_class_token: bool
+    has_position_table: bool
+    has_norm_pre: bool
+    has_norm_post: bool
+    # Heads of attention pooling; None: the class token.
+    pooling_heads: Optional[int]
 
 
 @dataclass
@@ -164,6 +189,7 @@ class Text:
     # The id of the end of a text; None: the highest id in it.
     end_id: Optional[int]
     projection_bias: bool
+    has_norm_final: bool
 
 
 @dataclass
@@ -210,40 +236,57 @@ def config_of(value):
 
 
 def vision_of(value, where):
-    encoder, image_size, patch_size, channels, preprocessing = fields(
-        value, where, "encoder", "image_size", "patch_size", "channels", "preprocessing"
-    )
+    names = ["encoder", "image_size", "patch_size", "channels", "preprocessing"]
+    parts = ["class_token", "position_table", "norm_pre", "norm_post"]
+    encoder, image_size, patch_size, channels, preprocessing, *parts, pooling = fields(value, where, *names, *parts, "pooling")
     mean, std, resize_mode, interpolation, resize_to = fields(
         preprocessing, f"{where}.preprocessing", "mean", "std", "resize_mode", "interpolation", "resize_to"
     )
     resize_mode, _ = variant(resize_mode, f"{where}.preprocessing.resize_mode", "Shortest", "Squash")
     interpolation, _ = variant(interpolation, f"{where}.preprocessing.interpolation", "Bicubic", "Bilinear")
     images = Images(image_size, mean, std, resize_mode, interpolation, resize_to or image_size)
-    return Vision(encoder_of(encoder, f"{where}.encoder"), patch_size, channels, images)
+    kind, pooling = variant(pooling, f"{where}.pooling", "ClassToken", "Attention")
+    pooling_heads = None
+    if kind == "Attention":
+        [pooling_heads] = fields(pooling, f"{where}.pooling.Attention", "n_heads")
+    elif not parts[0]:
+        raise CheckpointError(f"`{where}.class_token` is false, and `{where}.pooling` is ClassToken")
+    return Vision(encoder_of(encoder, f"{where}.encoder"), patch_size, channels, images, *parts, pooling_heads)
 
 
 def text_of(value, where):
-    encoder, vocab_size, tokenizer, context_length, end_of_text, projection_bias = fields(
-        value, where, "encoder", "vocab_size", "tokenizer", "context_length", "end_of_text", "projection_bias"
-    )
+    names = ["encoder", "vocab_size", "tokenizer", "context_length", "end_of_text", "projection_bias", "norm_final"]
+    encoder, vocab_size, tokenizer, context_length, end_of_text, *parts = fields(value, where, *names)
     tokenizer, _ = variant(tokenizer, f"{where}.tokenizer", "ClipBpe", "Other")
     _, end_id = variant(end_of_text, f"{where}.end_of_text", "HighestId", "Id")
     encoder = encoder_of(encoder, f"{where}.encoder")
-    return Text(encoder, vocab_size, tokenizer == "ClipBpe", context_length, end_id, projection_bias)
+    if encoder.rotary_theta is not None:
+        raise CheckpointError(f"`{where}.encoder.rotary` is not supported: the tokens of a text have no column and row")
+    return Text(encoder, vocab_size, tokenizer == "ClipBpe", context_length, end_id, *parts)
 
 
 def encoder_of(value, where):
-    *sizes, activation, norm_epsilon, sparse = fields(
-        value, where, "d_model", "n_heads", "n_layers", "d_ff", "activation", "norm_epsilon", "sparse"
-    )
+    names = ["d_model", "n_heads", "n_layers", "d_ff", "activation", "form", "rotary", "norm_epsilon", "sparse"]
+    *sizes, activation, form, rotary, norm_epsilon, sparse = fields(value, where, *names)
     activation, _ = variant(activation, f"{where}.activation", *ACTIVATIONS)
-    sparse = sparse and sparse_of(sparse, f"{where}.sparse", *sizes[2:])
-    return Encoder(*sizes, activation, norm_epsilon, sparse)
+    form = form_of(form, f"{where}.form", "Plain", "Gated")
+    theta = None
+    if rotary is not None:
+        [theta] = fields(rotary, f"{where}.rotary", "theta")
+    sparse = sparse and sparse_of(sparse, f"{where}.sparse", form, *sizes[2:])
+    return Encoder(*sizes, activation, form, theta, norm_epsilon, sparse)
 
 
-def sparse_of(value, where, n_layers, d_ff):
-    blocks, num_experts, own_d_ff, form, layer, padding = fields(
-        value, where, "blocks", "num_experts", "d_ff", "form", "layer", "padding"
+def form_of(value, where, *names):
+    name, numbers = variant(value, where, *names)
+    if name == "ClampedGated":
+        return Form(True, *fields(numbers, f"{where}.ClampedGated", "limit", "alpha"))
+    return Form(name == "Gated")
+
+
+def sparse_of(value, where, form_of_dense, n_layers, d_ff):
+    blocks, num_experts, own_d_ff, form, has_bias, layer, padding = fields(
+        value, where, "blocks", "num_experts", "d_ff", "form", "bias", "layer", "padding"
     )
     kind, which = variant(blocks, f"{where}.blocks", "EveryNth", "Last", "List")
     if kind == "EveryNth":
@@ -252,23 +295,25 @@ def sparse_of(value, where, n_layers, d_ff):
         blocks = set(range(n_layers - which, n_layers))
     else:
         blocks = set(which)
-    form, _ = variant(form, f"{where}.form", "Plain", "Gated")
+    form = form_of_dense if form is None else form_of(form, f"{where}.form", "Plain", "Gated", "ClampedGated")
     padding, _ = variant(padding, f"{where}.padding", "Excluded", "Routed")
     kind, layer = variant(layer, f"{where}.layer", "Routed", "Soft")
     if kind == "Routed":
         layer = routed_of(layer, f"{where}.layer.Routed", num_experts)
     else:
         layer = Soft(*fields(layer, f"{where}.layer.Soft", "slots_per_expert"))
-    return Sparse(blocks, num_experts, own_d_ff or d_ff, form == "Gated", layer, padding == "Routed")
+    return Sparse(blocks, num_experts, own_d_ff or d_ff, form, has_bias, layer, padding == "Routed")
 
 
 def routed_of(value, where, num_experts):
-    router, assignment, shared_expert, protection = fields(
-        value, where, "router", "assignment", "shared_expert", "protection"
+    router, assignment, shared_expert, gates_shared_expert, protection = fields(
+        value, where, "router", "assignment", "shared_expert", "shared_expert_gate", "protection"
     )
+    if gates_shared_expert and shared_expert is None:
+        raise CheckpointError(f"`{where}.shared_expert_gate` is true, and there is no shared expert")
     # How the weight started, noise and jitter say nothing of inference.
-    _, score, _, _, balancing, logit_normalization = fields(
-        router, f"{where}.router", "init_std", "score", "noise", "jitter", "balancing", "logit_normalization"
+    _, score, _, _, has_bias, balancing, logit_normalization = fields(
+        router, f"{where}.router", "init_std", "score", "noise", "jitter", "bias", "balancing", "logit_normalization"
     )
     score, _ = variant(score, f"{where}.router.score", "Softmax", "Sigmoid")
     momentum = warmup_steps = 0
@@ -281,12 +326,18 @@ def routed_of(value, where, num_experts):
     protection, _ = variant(protection, f"{where}.protection", "Pooled", "None")
     kind, rule = variant(assignment, f"{where}.assignment", "TokenChoice", "ExpertChoice")
     where = f"{where}.assignment.{kind}"
-    top_k, gate_normalization, fill_order = num_experts, "None", None
+    top_k, gate_normalization, gate_scale, expert_groups, fill_order = num_experts, "None", 1.0, None, None
     if kind == "TokenChoice":
-        top_k, gate_normalization, fill_order, _, capacity, groups = fields(
-            rule, where, "top_k", "gate_normalization", "fill_order", "training_capacity", "inference_capacity", "groups"
+        names = ["top_k", "gate_normalization", "gate_scale", "expert_groups", "fill_order"]
+        top_k, gate_normalization, gate_scale, expert_groups, fill_order, _, capacity, groups = fields(
+            rule, where, *names, "training_capacity", "inference_capacity", "groups"
         )
-        gate_normalization, _ = variant(gate_normalization, f"{where}.gate_normalization", "None", "BeforeDrop", "AfterDrop")
+        known = ["None", "BeforeDrop", "AfterDrop", "ConstantOne"]
+        gate_normalization, _ = variant(gate_normalization, f"{where}.gate_normalization", *known)
+        if expert_groups is not None:
+            count, per_token = expert_groups = tuple(fields(expert_groups, f"{where}.expert_groups", "count", "per_token"))
+            if num_experts % count != 0 or num_experts // count < 2 or not 1 <= per_token <= count:
+                raise CheckpointError(f"`{where}.expert_groups` are {per_token} of {count}, and there are {num_experts} experts")
         fill_order, _ = variant(fill_order, f"{where}.fill_order", "ChoiceMajor", "TokenMajor", "BatchPriority")
         if not 1 <= top_k <= num_experts:
             raise CheckpointError(f"`{where}.top_k` is {top_k}, and there are {num_experts} experts")
@@ -300,14 +351,18 @@ def routed_of(value, where, num_experts):
     return Routed(
         score,
         logit_normalization,
+        has_bias,
         balancing is not None,
         momentum > 0,
         warmup_steps > 0,
         shared_expert,
+        gates_shared_expert,
         protection == "Pooled",
         kind == "ExpertChoice",
         top_k,
         gate_normalization,
+        gate_scale,
+        expert_groups,
         fill_order,
         capacity,
         groups,
@@ -332,14 +387,16 @@ class Activation(nn.Module):
 class Experts(nn.Module):
     """`E` feed-forward networks side by side."""
 
-    def __init__(self, num_experts, d_model, d_ff, is_gated, activation):
+    def __init__(self, num_experts, d_model, d_ff, config, activation):
         super().__init__()
-        shapes = {"w_in": (d_model, d_ff), "b_in": (d_ff,), "w_out": (d_ff, d_model), "b_out": (d_model,)}
-        if is_gated:
-            shapes |= {"w_gate": (d_model, d_ff), "b_gate": (d_ff,)}
+        shapes = {"in": (d_model, d_ff), "out": (d_ff, d_model)}
+        if config.form.is_gated:
+            shapes["gate"] = (d_model, d_ff)
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(num_experts, *shape)))
-        self.num_experts, self.is_gated, self.activation = num_experts, is_gated, Activation(activation)
+            self.register_parameter(f"w_{name}", nn.Parameter(torch.empty(num_experts, *shape)))
+            if config.has_bias:
+                self.register_parameter(f"b_{name}", nn.Parameter(torch.empty(num_experts, shape[1])))
+        self.num_experts, self.form, self.activation = num_experts, config.form, Activation(activation)
         # Whether each expert computes every token, the most of them with a gate of zero: more to compute, and all shapes are known beforehand.
         self.computes_all = False
 
@@ -363,12 +420,20 @@ class Experts(nn.Module):
         return self.network(rows, {name: p.unsqueeze(1) if p.dim() == 2 else p for name, p in self.named_parameters()})
 
     def network(self, rows, weights):
-        hidden = rows @ weights["w_in"] + weights["b_in"]
-        if self.is_gated:
-            hidden = self.activation(rows @ weights["w_gate"] + weights["b_gate"]) * hidden
+        def mapped(rows, name):
+            out = rows @ weights[f"w_{name}"]
+            return out + weights[f"b_{name}"] if f"b_{name}" in weights else out
+
+        hidden = mapped(rows, "in")
+        limit, alpha = self.form.limit, self.form.alpha
+        if limit is not None:
+            gate = self.activation(mapped(rows, "gate").clamp(max=limit) * alpha) / alpha
+            hidden = gate * (hidden.clamp(-limit, limit) + 1)
+        elif self.form.is_gated:
+            hidden = self.activation(mapped(rows, "gate")) * hidden
         else:
             hidden = self.activation(hidden)
-        return hidden @ weights["w_out"] + weights["b_out"]
+        return mapped(hidden, "out")
 
 
 class Router(nn.Module):
@@ -377,14 +442,17 @@ class Router(nn.Module):
     def __init__(self, d_model, num_experts, config):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_model, num_experts))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(num_experts)) if config.has_bias else None)
         self.score, self.logit_normalization = config.score, config.logit_normalization
-        self.register_buffer("balancing_bias", torch.zeros(num_experts) if config.has_bias else None)
+        self.register_buffer("balancing_bias", torch.zeros(num_experts) if config.has_balancing else None)
         # The state of its training, so that a state_dict is what the file is.
         self.register_buffer("balancing_momentum", torch.zeros(num_experts) if config.has_momentum else None)
         self.register_buffer("balancing_warmup", torch.zeros(1) if config.has_warmup else None)
 
     def forward(self, x):
         logits = x.float() @ self.weight.float()
+        if self.bias is not None:
+            logits = logits + self.bias.float()
         if self.logit_normalization is not None:
             # In a unit in which squares of the largest logits are finite.
             unit = logits.detach().abs().amax(1, keepdim=True).clamp(min=1)
@@ -414,10 +482,12 @@ class RoutedExperts(nn.Module):
         super().__init__()
         self.config, layer = config, config.layer
         self.router = Router(d_model, config.num_experts, layer)
-        self.experts = Experts(config.num_experts, d_model, config.d_ff, config.is_gated, activation)
+        self.experts = Experts(config.num_experts, d_model, config.d_ff, config, activation)
         self.shared_expert = None
         if layer.shared_expert is not None:
-            self.shared_expert = Experts(1, d_model, layer.shared_expert, config.is_gated, activation)
+            self.shared_expert = Experts(1, d_model, layer.shared_expert, config, activation)
+        gate = nn.Parameter(torch.empty(d_model, 1)) if layer.gates_shared_expert else None
+        self.register_parameter("shared_expert_gate", gate)
 
     def forward(self, x, valid, protected):
         """`x [B, N, D]`; `valid [B, N]` is false for padding, and `protected [B, N]` true for tokens that get their slots first."""
@@ -435,25 +505,36 @@ class RoutedExperts(nn.Module):
             gates, kept = self.tokens_choose(scores, selection, requests, protected, (batch, length))
         out = self.experts(x, gates.to(x.dtype), kept)
         if self.shared_expert is not None:
-            out = out + self.shared_expert.each(x.unsqueeze(0)).squeeze(0).masked_fill(~valid.unsqueeze(1), 0)
+            shared = self.shared_expert.each(x.unsqueeze(0)).squeeze(0)
+            if self.shared_expert_gate is not None:
+                shared = shared * torch.sigmoid(x.float() @ self.shared_expert_gate.float()).to(x.dtype)
+            out = out + shared.masked_fill(~valid.unsqueeze(1), 0)
         out = out.masked_fill((valid & ~requests).unsqueeze(1), torch.nan)
         return out.reshape(batch, length, d_model)
 
     def tokens_choose(self, scores, selection, requests, protected, shape):
         """Gates `[T, E]`, and whether a token has a slot of an expert, `[T, E]`."""
         layer = self.config.layer
+        if layer.expert_groups is not None:
+            selection = self.limited_to_groups(selection, *layer.expert_groups)
         chosen = descending(selection, 1)[:, : layer.top_k]
         kept = requests.unsqueeze(1).expand(chosen.shape)
         if layer.capacity[0] != "Dropless":
             kept = kept & self.has_slot(chosen, scores, requests, protected, self.groups(*shape, scores.device))
         gates = scores.gather(1, chosen)
-        if layer.gate_normalization == "BeforeDrop":
+        if layer.gate_normalization in ("BeforeDrop", "ConstantOne"):
             gates = gates / gates.sum(1, keepdim=True).clamp(min=MIN_GATE_SUM)
         gates = gates.masked_fill(~kept, 0)
         if layer.gate_normalization == "AfterDrop":
             gates = gates / gates.sum(1, keepdim=True).clamp(min=MIN_GATE_SUM)
         of_expert = self.one_hot(chosen) & kept.unsqueeze(2)
-        return (gates.unsqueeze(2) * of_expert).sum(1), of_expert.any(1)
+        return (gates.unsqueeze(2) * of_expert).sum(1) * layer.gate_scale, of_expert.any(1)
+
+    def limited_to_groups(self, selection, count, per_token):
+        """Lowers what chooses experts outside of each token's best groups, which are judged by their two best experts."""
+        grouped = selection.unflatten(1, (count, self.config.num_experts // count))
+        rank = descending(grouped.topk(2, dim=2)[0].sum(2), 1).argsort(1)
+        return grouped.masked_fill((rank >= per_token).unsqueeze(2), torch.finfo(torch.float32).min).flatten(1)
 
     def experts_choose(self, scores, requests, shape):
         """As `tokens_choose`: in each group, each expert takes the tokens of highest score."""
@@ -540,7 +621,7 @@ class SoftExperts(nn.Module):
         super().__init__()
         self.config = config
         self.slots = nn.Parameter(torch.empty(d_model, config.num_experts * config.layer.slots_per_expert))
-        self.experts = Experts(config.num_experts, d_model, config.d_ff, config.is_gated, activation)
+        self.experts = Experts(config.num_experts, d_model, config.d_ff, config, activation)
 
     def forward(self, x, valid, protected):
         """As `RoutedExperts.forward`; nothing is protected, as nothing is dropped."""
@@ -560,25 +641,76 @@ class SoftExperts(nn.Module):
         return out.masked_fill(padding, 0)
 
 
-class SparseBlock(ResidualAttentionBlock):
-    """open_clip's block with experts in place of the feed-forward network."""
+class GatedMlp(nn.Module):
+    """A dense network whose activation is that of a gate."""
 
-    def __init__(self, encoder, norm_layer, is_text):
+    def __init__(self, encoder):
+        super().__init__()
+        self.c_fc, self.c_gate = (nn.Linear(encoder.d_model, encoder.d_ff) for _ in range(2))
+        self.activation = Activation(encoder.activation)
+        self.c_proj = nn.Linear(encoder.d_ff, encoder.d_model)
+
+    def forward(self, x):
+        return self.c_proj(self.activation(self.c_gate(x)) * self.c_fc(x))
+
+
+def rotation_of(encoder, side, has_class_token):
+    """Cosines and sines by which queries and keys turn, `[N, h / 2]` each, for patches in a square grid and, before them, a class token that does not turn."""
+    half = encoder.d_model // encoder.n_heads // 2
+    # As many frequencies for columns as for rows; what is left of a head stays.
+    frequencies = encoder.rotary_theta ** (-2 * torch.arange(half // 2, dtype=torch.float64) / half)
+    place = torch.arange(1, side + 1, dtype=torch.float64)
+    row, column = torch.meshgrid(place, place, indexing="ij")
+    angles = torch.cat([column.reshape(-1, 1) * frequencies, row.reshape(-1, 1) * frequencies], 1)
+    angles = F.pad(angles, (0, half - angles.shape[1], int(has_class_token), 0))
+    return angles.cos().float(), angles.sin().float()
+
+
+class RotaryAttention(nn.MultiheadAttention):
+    """Self-attention whose queries and keys turn by where their tokens are."""
+
+    def __init__(self, encoder, rotation):
+        super().__init__(encoder.d_model, encoder.n_heads, batch_first=True)
+        # No buffers, which a model in half precision would round; and each block's own, as ONNX's exporter has no others.
+        self.cos, self.sin = (table.clone() for table in rotation)
+
+    def forward(self, query, key=None, value=None, need_weights=False, attn_mask=None):
+        """As that of PyTorch, of which it takes what a tower asks for."""
+        if not (key is value is query) or need_weights:
+            raise RuntimeError("rotary positions are for self-attention without weights")
+        projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+        projected = projected.unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        query, key, value = projected[0], projected[1], projected[2]
+        out = F.scaled_dot_product_attention(self.turn(query), self.turn(key), value, attn_mask=attn_mask)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), None
+
+    def turn(self, x):
+        """Pairs of neighbouring numbers, `[B, heads, N, h]`, in f32."""
+        cos, sin = self.cos.to(x.device), self.sin.to(x.device)
+        pairs = x.float().unflatten(3, (-1, 2))
+        a, b = pairs[..., 0], pairs[..., 1]
+        return torch.stack([a * cos - b * sin, b * cos + a * sin], 4).flatten(3).to(x.dtype)
+
+
+class SparseBlock(ResidualAttentionBlock):
+    """open_clip's block with experts in place of the feed-forward network. `protects_first` is None in a text tower, whose marks are in the texts."""
+
+    def __init__(self, encoder, norm_layer, protects_first):
         super().__init__(encoder.d_model, encoder.n_heads, mlp_ratio=1.0, norm_layer=norm_layer)
         del self.mlp
         layer = RoutedExperts if isinstance(encoder.sparse.layer, Routed) else SoftExperts
         self.moe = layer(encoder.d_model, encoder.activation, encoder.sparse)
-        self.is_text = is_text
+        self.protects_first = protects_first
 
     def get_weight_dtype(self):
         return self.attn.in_proj_weight.dtype
 
     def forward(self, q_x, k_x=None, v_x=None, attn_mask=None, marks=None):
         if marks is None:
-            if self.is_text:
+            if self.protects_first is None:
                 raise RuntimeError("a sparse block of a text tower must be told where texts end: call the model's `encode_text`")
-            # The class token is protected, and there is no padding.
-            is_class = torch.arange(q_x.shape[1], device=q_x.device) == 0
+            # A class token is protected, and there is no padding.
+            is_class = torch.arange(q_x.shape[1], device=q_x.device) < int(self.protects_first)
             is_class = is_class.expand(q_x.shape[:2])
             marks = torch.ones_like(is_class), is_class
         x = q_x + self.attention(self.ln_1(q_x), attn_mask=attn_mask)
@@ -586,9 +718,9 @@ class SparseBlock(ResidualAttentionBlock):
 
 
 class SparseTransformer(Transformer):
-    """open_clip's transformer with the sparse blocks that a configuration names."""
+    """open_clip's transformer with the sparse blocks, gated networks and rotary positions that a configuration names."""
 
-    def __init__(self, encoder, is_text):
+    def __init__(self, encoder, protects_first=None, rotation=None):
         norm_layer = partial(LayerNorm, eps=encoder.norm_epsilon)
         super().__init__(
             encoder.d_model,
@@ -599,8 +731,13 @@ class SparseTransformer(Transformer):
             act_layer=lambda: Activation(encoder.activation),
             norm_layer=norm_layer,
         )
-        for index in encoder.sparse.blocks if encoder.sparse else ():
-            self.resblocks[index] = SparseBlock(encoder, norm_layer, is_text)
+        for index in range(encoder.n_layers):
+            if encoder.sparse and index in encoder.sparse.blocks:
+                self.resblocks[index] = SparseBlock(encoder, norm_layer, protects_first)
+            elif encoder.form.is_gated:
+                self.resblocks[index].mlp = GatedMlp(encoder)
+            if rotation is not None:
+                self.resblocks[index].attn = RotaryAttention(encoder, rotation)
 
     def forward(self, x, attn_mask=None, marks=None):
         for block in self.resblocks:
@@ -609,23 +746,84 @@ class SparseTransformer(Transformer):
         return x
 
 
+class AttentionPooling(nn.Module):
+    """A learned probe attends to all tokens, `[B, N, D] -> [B, D]`."""
+
+    def __init__(self, d_model, n_heads, norm_layer):
+        super().__init__()
+        self.probe = nn.Parameter(torch.empty(d_model))
+        self.attn = nn.MultiheadAttention(d_model, n_heads, batch_first=True)
+        self.layernorm = norm_layer(d_model)
+        maps = [("c_fc", nn.Linear(d_model, 4 * d_model)), ("gelu", nn.GELU()), ("c_proj", nn.Linear(4 * d_model, d_model))]
+        self.mlp = nn.Sequential(OrderedDict(maps))
+
+    def forward(self, x):
+        seen = self.attn(self.probe.expand(x.shape[0], 1, -1), x, x, need_weights=False)[0].squeeze(1)
+        return seen + self.mlp(self.layernorm(seen))
+
+
+class VisionTower(VisionTransformer):
+    """open_clip's vision tower with the parts that a configuration names."""
+
+    def __init__(self, config, embed_dim):
+        encoder, norm_layer = config.encoder, partial(LayerNorm, eps=config.encoder.norm_epsilon)
+        # One dense block, which does not stay.
+        super().__init__(
+            config.images.image_size,
+            config.patch_size,
+            encoder.d_model,
+            layers=1,
+            heads=encoder.n_heads,
+            mlp_ratio=1.0,
+            output_dim=embed_dim,
+            no_ln_pre=not config.has_norm_pre,
+            norm_layer=norm_layer,
+        )
+        rotation = None
+        if encoder.rotary_theta is not None:
+            rotation = rotation_of(encoder, self.grid_size[0], config.has_class_token)
+        self.transformer = SparseTransformer(encoder, config.has_class_token, rotation)
+        if config.channels != 3:
+            sizes = encoder.d_model, config.patch_size
+            self.conv1 = nn.Conv2d(config.channels, sizes[0], sizes[1], stride=sizes[1], bias=False)
+        if not config.has_class_token:
+            self.class_embedding = None
+            self.positional_embedding = nn.Parameter(self.positional_embedding.detach()[1:])
+        if not config.has_position_table:
+            self.positional_embedding = None
+        if not config.has_norm_post:
+            self.ln_post = nn.Identity()
+        if config.pooling_heads is not None:
+            self.attn_pool = AttentionPooling(encoder.d_model, config.pooling_heads, norm_layer)
+
+    def _embeds(self, x):
+        x = self.conv1(x).flatten(2).transpose(1, 2)
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
+        if self.positional_embedding is not None:
+            x = x + self.positional_embedding.to(x.dtype)
+        return self.ln_pre(x)
+
+    def _pool(self, x):
+        x = self.ln_post(x)
+        return self._global_pool(x) if self.attn_pool is None else (self.attn_pool(x), x)
+
+    def forward_intermediates(self, *args, **kwargs):
+        if self.class_embedding is None:
+            raise RuntimeError("open_clip's `forward_intermediates` takes the first token for a class token, which this tower does not have")
+        return super().forward_intermediates(*args, **kwargs)
+
+
 class SparseCLIP(open_clip.CLIP):
     """open_clip's CLIP with sparse blocks. Of a checkpoint with one tower, the other one is missing, and so is the logit scale."""
 
     def __init__(self, config):
-        vision, text = config.vision or _SMALLEST.vision, config.text or _SMALLEST.text
-        # One dense block each, which does not stay.
-        super().__init__(
-            config.embed_dim,
-            open_clip.CLIPVisionCfg(
-                layers=1,
-                width=vision.encoder.d_model,
-                head_width=vision.encoder.d_model // vision.encoder.n_heads,
-                patch_size=vision.patch_size,
-                image_size=vision.images.image_size,
-                norm_kwargs={"eps": vision.encoder.norm_epsilon},
-            ),
-            open_clip.CLIPTextCfg(
+        # A vision tower and a transformer of texts that do not stay.
+        smallest, text = open_clip.CLIPVisionCfg(layers=1, width=1, head_width=1, patch_size=1, image_size=1), config.text
+        if text is None:
+            texts = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=1, heads=1, layers=1)
+        else:
+            texts = open_clip.CLIPTextCfg(
                 context_length=text.context_length,
                 vocab_size=text.vocab_size,
                 width=text.encoder.d_model,
@@ -635,21 +833,20 @@ class SparseCLIP(open_clip.CLIP):
                 proj_bias=text.projection_bias,
                 pool_type="argmax" if text.end_id is None else "eos",
                 eos_id=text.end_id or 0,
-            ),
-        )
+            )
+        super().__init__(config.embed_dim, smallest, texts)
         self.config = config
         if config.vision is None:
             del self.visual, self.logit_scale
         else:
-            self.visual.transformer = SparseTransformer(vision.encoder, is_text=False)
-            if vision.channels != 3:
-                sizes = vision.encoder.d_model, vision.patch_size
-                self.visual.conv1 = nn.Conv2d(vision.channels, sizes[0], sizes[1], stride=sizes[1], bias=False)
-        if config.text is None:
+            self.visual = VisionTower(config.vision, config.embed_dim)
+        if text is None:
             del self.transformer, self.token_embedding, self.positional_embedding, self.ln_final, self.text_projection, self.attn_mask
             del self.logit_scale
         else:
-            self.transformer = SparseTransformer(text.encoder, is_text=True)
+            self.transformer = SparseTransformer(text.encoder)
+            if not text.has_norm_final:
+                self.ln_final = nn.Identity()
 
     def encode_image(self, image, normalize=False):
         """Embeddings of images, `[B, channels, image_size, image_size] -> [B, P]`."""
@@ -687,14 +884,6 @@ class SparseCLIP(open_clip.CLIP):
             if isinstance(module, Experts):
                 module.computes_all = on
         return self
-
-
-_SMALLEST = Config(
-    0,
-    1,
-    Vision(Encoder(1, 1, 1, 1, "Gelu", 1e-5, None), 1, 3, Images(1, [0.0] * 3, [1.0] * 3, "Shortest", "Bicubic", 1)),
-    Text(Encoder(1, 1, 1, 1, "Gelu", 1e-5, None), 1, False, 1, None, False),
-)
 
 
 def read_weights(path):

@@ -165,6 +165,7 @@ def check_refusals(folder, scratch):
     config = json.loads((folder / burn_moe_clip.CONFIG).read_text())
     weights = load_file(folder / burn_moe_clip.WEIGHTS)
     router = "/clip/text/encoder/sparse/layer/Routed/router"
+    choice = "/clip/text/encoder/sparse/layer/Routed/assignment/TokenChoice"
 
     def changed(path, value):
         copy = json.loads(json.dumps(config))
@@ -181,13 +182,19 @@ def check_refusals(folder, scratch):
     name = "visual.transformer.resblocks.1.moe.experts.w_in"
     cases = [
         (changed("/version", 99), "version 99 is not supported"),
-        (changed("/version", 7), "version 7 is not supported"),
-        (changed("/clip/vision/rotary", True), "`clip.vision.rotary` = true is not supported"),
+        (changed("/version", 8), "version 8 is not supported"),
+        (changed("/clip/vision/deep_tokens", True), "`clip.vision.deep_tokens` = true is not supported"),
+        (changed("/clip/vision/class_token", False), "class_token` is false, and `clip.vision.pooling` is ClassToken"),
+        (changed("/clip/vision/encoder/rotary", {"theta": 1e4, "scale": 2.0}), "rotary.scale` = 2.0 is not supported"),
+        (changed("/clip/text/encoder/rotary", {"theta": 1e4}), "`clip.text.encoder.rotary` is not supported"),
+        (changed("/clip/text/encoder/form", {"ClampedGated": {"limit": 7.0, "alpha": 1.7}}), "expected one of Plain, Gated"),
+        (changed(f"{choice}/expert_groups", {"count": 3, "per_token": 1}), "expert_groups` are 1 of 3, and there are 4 experts"),
+        (changed("/clip/text/encoder/sparse/layer/Routed/shared_expert_gate", True), "and there is no shared expert"),
         (changed(f"{router}/groups", {"count": 2}), "router.groups` = {\"count\": 2} is not supported"),
         (changed(f"{router}/score", None), "router.score` is missing"),
         (changed(f"{router}/score", "Tanh"), "router.score` = \"Tanh\" is not supported"),
         (changed("/clip/text/encoder/activation", {"Clamped": 7.0}), "activation` = {\"Clamped\": 7.0} is not supported"),
-        (changed("/clip/text/encoder/sparse/layer/Routed/assignment/TokenChoice/top_k", 5), "top_k` is 5, and there are 4 experts"),
+        (changed(f"{choice}/top_k", 5), "top_k` is 5, and there are 4 experts"),
         ((config, {k: v for k, v in weights.items() if k != name}), f"has no `{name}`"),
         ((config, weights | {"visual.rotary": torch.ones(1)}), "has an unexpected `visual.rotary`"),
         ((config, weights | {name: weights[name][:, :1].clone()}), f"`{name}` has the shape [4, 1, 32], expected [4, 16, 32]"),

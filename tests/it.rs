@@ -19,6 +19,7 @@ mod it {
     mod outcome;
     mod packed;
     mod published;
+    mod python;
     mod recipe;
     mod streams;
     mod structure;

@@ -75,6 +75,8 @@ pub fn save_mixtral(layers: &[MoeFeedForward], folder: impl AsRef<Path>, precisi
         "num_key_value_heads": 1,
         "head_dim": 2,
         "vocab_size": 2,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
         "dtype": match precision { Precision::F16 => "float16", Precision::BF16 => "bfloat16", _ => "float32" },
     });
     let (path, text) = (folder.join(CONFIG), serde_json::to_string_pretty(&config).expect("JSON can be written"));

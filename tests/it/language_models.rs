@@ -236,6 +236,61 @@ fn layers_in_mixtrals_layout_come_back_to_the_bit() {
     }
 }
 
+/// What transformers' `MixtralModel.from_pretrained` was tried with: tools/python/test_mixtral.py.
+#[test]
+fn what_is_written_for_mixtral_is_what_transformers_read() {
+    let device = Device::default();
+    let config = MoeFeedForwardConfig::new(6, 10, 2).with_experts(ExpertOptions::swiglu().with_bias(false));
+    let folder = tempfile::tempdir().unwrap();
+    let layers = [config.init(&device), config.init(&device)];
+    let advice = "read by transformers before: run tools/python/test_mixtral.py, and write down here what it reads";
+    for (precision, dtype) in [(Precision::F32, Dtype::F32), (Precision::BF16, Dtype::BF16)] {
+        save_mixtral(&layers, folder.path(), precision).unwrap();
+        let bytes = fs::read(folder.path().join("model.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        assert!(file.tensors().iter().all(|(_, view)| view.dtype() == dtype), "{advice}");
+        let mut found: Vec<_> = file.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect();
+        found.sort();
+        let expected = [
+            ("layers.0.block_sparse_moe.experts.0.w1.weight", [10, 6]),
+            ("layers.0.block_sparse_moe.experts.0.w2.weight", [6, 10]),
+            ("layers.0.block_sparse_moe.experts.0.w3.weight", [10, 6]),
+            ("layers.0.block_sparse_moe.experts.1.w1.weight", [10, 6]),
+            ("layers.0.block_sparse_moe.experts.1.w2.weight", [6, 10]),
+            ("layers.0.block_sparse_moe.experts.1.w3.weight", [10, 6]),
+            ("layers.0.block_sparse_moe.gate.weight", [2, 6]),
+            ("layers.1.block_sparse_moe.experts.0.w1.weight", [10, 6]),
+            ("layers.1.block_sparse_moe.experts.0.w2.weight", [6, 10]),
+            ("layers.1.block_sparse_moe.experts.0.w3.weight", [10, 6]),
+            ("layers.1.block_sparse_moe.experts.1.w1.weight", [10, 6]),
+            ("layers.1.block_sparse_moe.experts.1.w2.weight", [6, 10]),
+            ("layers.1.block_sparse_moe.experts.1.w3.weight", [10, 6]),
+            ("layers.1.block_sparse_moe.gate.weight", [2, 6]),
+        ];
+        assert_eq!(found, expected.map(|(name, shape)| (name.to_string(), shape.to_vec())), "{advice}");
+    }
+    let config: Value = serde_json::from_str(&fs::read_to_string(folder.path().join("config.json")).unwrap()).unwrap();
+    let expected = json!({
+        "architectures": ["MixtralModel"],
+        "model_type": "mixtral",
+        "hidden_size": 6,
+        "intermediate_size": 10,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "hidden_act": "silu",
+        "router_jitter_noise": 0.0,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 2,
+        "vocab_size": 2,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "dtype": "bfloat16",
+    });
+    assert_eq!(config, expected, "{advice}");
+}
+
 #[test]
 fn what_mixtral_has_no_place_for_is_named() {
     let folder = tempfile::tempdir().unwrap();

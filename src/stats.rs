@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, read_sync};
 
 use crate::routing::{BatchTotals, Routing, entropy};
 
@@ -27,15 +27,24 @@ pub struct RoutingStats {
 }
 
 impl RoutingStats {
-    /// Reads one routing.
+    /// Reads one routing; waits for its device.
     pub fn new(routing: &Routing) -> Self {
+        read_sync(Self::new_async(routing))
+    }
+
+    /// The same for a device that the host cannot wait for, as in a browser.
+    pub async fn new_async(routing: &Routing) -> Self {
+        routing.read_async().await;
         let plan = &routing.plan;
         let shares = |counts: Vec<usize>| {
             let total = counts.iter().sum::<usize>().max(1) as f64;
             counts.into_iter().map(|count| count as f64 / total).collect::<Vec<f64>>()
         };
         let probs = routing.router.clean_probs.clone().detach();
-        let mean = |per_token: Tensor<2>| f64::from(routing.mean_over_valid(per_token).into_scalar::<f32>());
+        let mean = async |per_token: Tensor<2>| {
+            let mean = routing.mean_over_valid(per_token).into_scalar_async::<f32>().await;
+            f64::from(mean.expect("the device can be read"))
+        };
         let share_dropped =
             |(&kept, &requested): (&usize, &usize)| if requested == 0 { 0.0 } else { 1.0 - kept as f64 / requested as f64 };
         Self {
@@ -43,8 +52,8 @@ impl RoutingStats {
             requested: shares(plan.requested().to_vec()),
             dropped: plan.dropped(),
             dropped_per_choice: plan.kept_per_choice().iter().zip(plan.requested_per_choice()).map(share_dropped).collect(),
-            confidence: mean(probs.clone().max_dim(1)),
-            entropy: mean(entropy(probs)),
+            confidence: mean(probs.clone().max_dim(1)).await,
+            entropy: mean(entropy(probs)).await,
             num_valid: routing.num_valid(),
         }
     }
@@ -137,7 +146,7 @@ mod tests {
         let mut layer = MoeFeedForwardConfig::new(3, 4, 3).with_assignment(config.into()).init(&device);
         layer.router.weight = burn::module::Param::from_tensor(Tensor::eye(3, &device));
         let x = Tensor::<2>::from_floats([[5.0, 3.0, 0.0], [5.0, 3.0, 0.0], [0.0, 3.0, 5.0]], &device);
-        let routing = layer.forward(x).routing;
+        let routing = layer.forward(x.clone()).routing;
         let stats = RoutingStats::new(&routing);
         // First choices: 0 kept, 1 dropped, 2 kept. Second choices all want expert 1: one of three.
         let near = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-6);
@@ -152,6 +161,7 @@ mod tests {
         counter.add(std::slice::from_ref(&routing));
         counter.clone().add(&[routing]);
         assert_eq!((counter.take(), counter.take()), (vec![vec![4, 6, 2]], vec![]));
+        assert_eq!(read_sync(RoutingStats::new_async(&layer.forward(x).routing)), stats);
         let mean = RoutingStats::mean(&[stats.clone(), stats.clone()]).unwrap();
         assert!(mean.confidence == stats.confidence && near(&mean.requested, &stats.requested));
     }

@@ -6,7 +6,7 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use burn::module::{Module, ModuleMapper, Param};
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Device, Tensor, read_sync};
 use burn_moe::{
     Activation, AuxiliaryLossConfig, BalancingOptions, Capacity, ExpertChoiceConfig, ExpertGroups, ExpertOptions, FeedForwardForm,
     FillOrder, GateNormalization, MoeFeedForward, MoeFeedForwardConfig, MoeInput, RouterOptions, RouterScore, Routing,
@@ -14,6 +14,7 @@ use burn_moe::{
     clip::{ClipConfig, SparseClipConfig, contrastive_loss},
     kernels::Kernels,
     loss::load_balancing_loss,
+    stats::RoutingStats,
 };
 
 #[path = "it/outcome.rs"]
@@ -288,6 +289,17 @@ fn the_host_reads_no_assignment_where_a_capacity_is_fixed() {
     assert_eq!(unread(&output.routing), 2, "{:?}", output.routing.plan);
     assert_eq!((output.routing.plan.num_rows(), output.routing.num_valid()), (48, 24));
     assert_eq!(unread(&output.routing), 0);
+
+    // Read without waiting, for a browser: what is counted is the same.
+    let again = layer.forward(MoeInput::new(numbers([30, 8], 1, &device)).valid(mask(&some_valid(30), &device)));
+    read_sync(again.routing.read_async());
+    assert_eq!(unread(&again.routing), 0);
+    let cpu = Device::flex().autodiff();
+    let expected = layer.clone().fork(&cpu).forward(MoeInput::new(numbers([30, 8], 1, &cpu)).valid(mask(&some_valid(30), &cpu)));
+    assert_eq!(again.routing.plan.row_token(), expected.routing.plan.row_token());
+    let [found, expected] = [&again, &expected].map(|output| read_sync(RoutingStats::new_async(&output.routing)));
+    assert_eq!((&found.load, &found.requested, found.num_valid), (&expected.load, &expected.requested, 24));
+    assert!((found.entropy - expected.entropy).abs() < 1e-5, "{found:?} {expected:?}");
 
     // Without a limit and without padding, neither (in numbers and sizes whose experts are computed in one launch): offsets and plan.
     let output = layer.valid().forward(numbers([30, 8], 1, &gpu()));

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
-    io::{Read, Seek, SeekFrom},
+    io::{self, Read, Seek, SeekFrom},
     path::{Path, PathBuf},
 };
 
@@ -54,10 +54,42 @@ enum Content {
 }
 
 struct Safetensors {
-    file: File,
+    source: Source,
     metadata: Metadata,
     /// Where the first tensor begins.
     start: u64,
+}
+
+/// Where the bytes of a safetensors file are.
+enum Source {
+    File(File),
+    Memory(Vec<u8>),
+}
+
+impl Source {
+    fn len(&self) -> io::Result<u64> {
+        match self {
+            Self::File(file) => Ok(file.metadata()?.len()),
+            Self::Memory(bytes) => Ok(bytes.len() as u64),
+        }
+    }
+
+    /// `len` bytes from `start` on.
+    fn read(&self, start: u64, len: usize) -> io::Result<Vec<u8>> {
+        match self {
+            Self::File(file) => {
+                let (mut file, mut bytes) = (file, vec![0; len]);
+                file.seek(SeekFrom::Start(start))?;
+                file.read_exact(&mut bytes)?;
+                Ok(bytes)
+            }
+            Self::Memory(bytes) => {
+                let start = usize::try_from(start).unwrap_or(usize::MAX);
+                let range = start..start.saturating_add(len);
+                bytes.get(range).map(<[u8]>::to_vec).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+            }
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -75,9 +107,7 @@ impl TensorFiles {
     pub(crate) fn open_for(path: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<Self, CheckpointError> {
         let index = index_of(path);
         if path.is_file() || !index.is_file() {
-            let file = TensorFile::open(path)?;
-            let file_of = file.names().into_iter().map(|name| (name, 0)).collect();
-            return Ok(Self { path: path.to_path_buf(), files: vec![file], file_of });
+            return Ok(Self::of_one(TensorFile::open(path)?));
         }
         let bad = |reason: String| CheckpointError::ConfigFile { path: index.clone(), reason };
         let text = read_text(&index, LONGEST_INDEX)?;
@@ -112,6 +142,17 @@ impl TensorFiles {
         Ok(Self { path: index, files, file_of })
     }
 
+    /// The tensors of a safetensors file in memory, which errors call `name`.
+    pub(crate) fn in_memory(name: &Path, bytes: Vec<u8>) -> Result<Self, CheckpointError> {
+        let content = Content::Safetensors(Safetensors::open(Source::Memory(bytes), name)?);
+        Ok(Self::of_one(TensorFile { path: name.to_path_buf(), content }))
+    }
+
+    fn of_one(file: TensorFile) -> Self {
+        let file_of = file.names().into_iter().map(|name| (name, 0)).collect();
+        Self { path: file.path.clone(), files: vec![file], file_of }
+    }
+
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.file_of.keys().map(String::as_str)
     }
@@ -137,11 +178,8 @@ impl TensorFiles {
             Content::Safetensors(content) => {
                 let (start, end) = content.metadata.info(name).expect("it was found when the file was opened").data_offsets;
                 let range = share(end - start);
-                let mut bytes = vec![0; range.len()];
-                let mut file = &content.file;
-                let from = SeekFrom::Start(content.start + (start + range.start) as u64);
-                file.seek(from).and_then(|_| file.read_exact(&mut bytes)).map_err(CheckpointError::io(path))?;
-                Ok(bytes)
+                let from = content.start + (start + range.start) as u64;
+                content.source.read(from, range.len()).map_err(CheckpointError::io(path))
             }
             Content::Pickle(content) => {
                 let bytes = content.read(path, name)?;
@@ -204,7 +242,10 @@ impl TensorFile {
         file.take(9).read_to_end(&mut start).map_err(CheckpointError::io(path))?;
         let content = match is_pickle(&start) {
             true => Content::Pickle(Pickle::open(path, &start)?),
-            false => Content::Safetensors(Safetensors::open(path)?),
+            false => {
+                let file = File::open(path).map_err(CheckpointError::io(path))?;
+                Content::Safetensors(Safetensors::open(Source::File(file), path)?)
+            }
         };
         Ok(Self { path: path.to_path_buf(), content })
     }
@@ -226,25 +267,22 @@ impl TensorFile {
 }
 
 impl Safetensors {
-    fn open(path: &Path) -> Result<Self, CheckpointError> {
+    /// `path` is what errors name.
+    fn open(source: Source, path: &Path) -> Result<Self, CheckpointError> {
         let bad = CheckpointError::safetensors(path);
-        let mut file = File::open(path).map_err(CheckpointError::io(path))?;
-        let about = file.metadata().map_err(CheckpointError::io(path))?;
-        let size = about.len();
-        let mut length = [0; 8];
+        let size = source.len().map_err(CheckpointError::io(path))?;
         if size < 8 {
             return Err(bad(SafeTensorError::HeaderTooSmall));
         }
-        file.read_exact(&mut length).map_err(CheckpointError::io(path))?;
-        let length = u64::from_le_bytes(length);
+        let length = source.read(0, 8).map_err(CheckpointError::io(path))?;
+        let length = u64::from_le_bytes(length.try_into().expect("eight bytes were read"));
         if length > size - 8 {
             return Err(bad(SafeTensorError::InvalidHeaderLength));
         }
         if length > LONGEST_HEADER {
             return Err(bad(SafeTensorError::HeaderTooLarge));
         }
-        let mut header = vec![0; length as usize];
-        file.read_exact(&mut header).map_err(CheckpointError::io(path))?;
+        let header = source.read(8, length as usize).map_err(CheckpointError::io(path))?;
         // Reading it checks that tensors follow each other without gaps and have the sizes that their shapes say.
         let metadata: Metadata =
             serde_json::from_slice(&header).map_err(|error| bad(SafeTensorError::InvalidHeaderDeserialization(error)))?;
@@ -255,6 +293,6 @@ impl Safetensors {
         if start + metadata.data_len() as u64 != size {
             return Err(bad(SafeTensorError::MetadataIncompleteBuffer));
         }
-        Ok(Self { file, metadata, start })
+        Ok(Self { source, metadata, start })
     }
 }

@@ -114,9 +114,14 @@ pub(super) fn products_need_host_offsets(rows: &Tensor<2>, num_experts: usize) -
     use burn_cubecl::CubeDevice;
     match rows.device().inner().as_dispatch() {
         DispatchDevice::Cube(CubeDevice::Cuda(_)) if rows.dtype() != DType::F32 => false,
-        DispatchDevice::Cube(_) => rows.dims()[0] >= MIN_ROWS * num_experts,
+        DispatchDevice::Cube(_) => can_wait_for(&rows.device()) && rows.dims()[0] >= MIN_ROWS * num_experts,
         _ => true,
     }
+}
+
+/// Whether the host can wait for what a device computes: in a browser, it cannot wait for a GPU.
+pub(crate) fn can_wait_for(device: &Device) -> bool {
+    !cfg!(target_family = "wasm") || has(device, DType::F32) != Has::Experts
 }
 
 /// Whether the router's product has a kernel.

@@ -19,12 +19,12 @@ mod flex;
 
 use std::sync::{Arc, OnceLock};
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData, read_sync};
 
 pub use activation::Activation;
 use choice::has_dense_kernels;
 pub use choice::{Kernels, release_idle_memory, with_kernels};
-pub(crate) use choice::{can_assign_slots, chosen_kernels, has_attention, has_kernels};
+pub(crate) use choice::{can_assign_slots, can_wait_for, chosen_kernels, has_attention, has_kernels};
 #[cfg(feature = "flex")]
 pub(crate) use choice::{has_packed, is_flex};
 #[cfg(feature = "flex")]
@@ -60,10 +60,19 @@ impl Offsets {
 
     /// On the host; waits for the device if they are not known yet.
     pub(crate) fn host(&self) -> &Arc<[usize]> {
-        self.host.get_or_init(|| {
-            let offsets = self.device.clone().try_into_vec_as::<i32>().expect("offsets are integers");
-            offsets.into_iter().map(|offset| offset as usize).collect()
-        })
+        self.host.get_or_init(|| read_sync(self.read()))
+    }
+
+    /// Makes them known to the host, for a device that it cannot wait for.
+    pub(crate) async fn read_async(&self) {
+        if self.host.get().is_none() {
+            // What somebody else has read meanwhile is the same.
+            let _ = self.host.set(self.read().await);
+        }
+    }
+
+    async fn read(&self) -> Arc<[usize]> {
+        ints(&self.device).await.into_iter().map(|offset| offset as usize).collect()
     }
 
     /// On the host, unless products of `rows` manage without.
@@ -88,6 +97,12 @@ impl Offsets {
 pub(crate) fn int_tensor(values: Vec<i32>, device: &Device) -> Tensor<1, Int> {
     let len = values.len();
     Tensor::from_data(TensorData::new(values, [len]), device)
+}
+
+/// What is in a tensor of indices.
+pub(crate) async fn ints(indices: &Tensor<1, Int>) -> Vec<i32> {
+    let data = indices.clone().into_data_async().await.expect("the device can be read");
+    data.try_into_vec_as::<i32>().expect("indices are integers")
 }
 
 /// Which choice each row of the experts' input belongs to, and the way back. Rows are sorted by expert.

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use burn::tensor::{Bool, Device, Shape, Tensor};
+use burn::tensor::{Bool, Device, Shape, Tensor, read_sync};
 
 /// A flag per token, on the mask's device; the host reads it once, when needed.
 #[derive(Debug, Clone)]
@@ -18,9 +18,22 @@ impl TokenMask {
         Self { shape: mask.dims().to_vec(), flags: mask.flatten(0, M as i32 - 1), host: Arc::default() }
     }
 
-    /// The flags, `[T]`.
+    /// The flags, `[T]`; waits for their device at the first call.
     pub fn as_slice(&self) -> &[bool] {
-        self.host.get_or_init(|| self.flags.clone().into_data().iter::<bool>().collect())
+        self.host.get_or_init(|| read_sync(self.read()))
+    }
+
+    /// Reads the flags, so that [`as_slice`](Self::as_slice) need not wait: for a device that the host cannot wait for, as in a browser.
+    pub async fn read_async(&self) {
+        if self.host.get().is_none() {
+            // What somebody else has read meanwhile is the same.
+            let _ = self.host.set(self.read().await);
+        }
+    }
+
+    async fn read(&self) -> Vec<bool> {
+        let data = self.flags.clone().into_data_async().await.expect("the device can be read");
+        data.iter::<bool>().collect()
     }
 
     /// How many flags there are, `T`.

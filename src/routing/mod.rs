@@ -48,6 +48,15 @@ impl Routing {
         Self { router, valid: None, plan, token_dtype }
     }
 
+    /// Reads the plan and the mask, if a device has them, so that their functions, and whatever counts the routing, need not wait: for a device that
+    /// the host cannot wait for, as in a browser.
+    pub async fn read_async(&self) {
+        self.plan.read_async().await;
+        if let Some(valid) = &self.valid {
+            valid.read_async().await;
+        }
+    }
+
     /// Valid tokens, which are not padding.
     pub fn num_valid(&self) -> usize {
         match &self.valid {

@@ -10,7 +10,7 @@ use burn_moe::{
     clip::{
         Clip, ClipConfig, ImagePreprocessing, Interpolation, MAX_LOGIT_SCALE, ResizeMode, SparseClipConfig, TextConfig,
         TokenizerKind, VisionConfig,
-        checkpoint::{CheckpointError, ClipCheckpoint, Precision},
+        checkpoint::{CheckpointError, ClipCheckpoint, LoadOptions, Precision},
     },
     transformer::{EncoderConfig, FeedForward, Padding, RoutedLayerConfig, SparseEncoderConfig, SparseLayer},
 };
@@ -54,6 +54,29 @@ fn a_model_comes_back_from_disk_to_the_bit() {
     assert_eq!(format!("{}", back.config), format!("{}", sparse.config));
     let refused = sparse.save_open_clip(folder.path(), Precision::F32).unwrap_err();
     assert_eq!(refused.to_string(), "open_clip's format has no place for sparse blocks");
+}
+
+#[test]
+fn a_model_comes_back_from_memory_as_from_disk() {
+    let device = Device::default();
+    let folder = tempfile::tempdir().unwrap();
+    let config = config().sparse(SparseClipConfig::clip_up());
+    let sparse = ClipCheckpoint { model: config.init(&device), config };
+    sparse.save_sparse(folder.path(), Precision::Int8).unwrap();
+    let text = fs::read_to_string(folder.path().join("burn_moe_config.json")).unwrap();
+    let bytes = fs::read(folder.path().join("burn_moe_model.safetensors")).unwrap();
+    let read = |text: &str, bytes: &[u8]| ClipCheckpoint::from_bytes(text, bytes.to_vec(), &LoadOptions::new(), &device);
+    let (from_disk, from_memory) = (ClipCheckpoint::load(folder.path(), &device).unwrap(), read(&text, &bytes).unwrap());
+    assert_eq!(image_embeds(&from_memory, &device), image_embeds(&from_disk, &device));
+    assert_eq!(format!("{}", from_memory.config), format!("{}", from_disk.config));
+
+    let refused = |text: &str, bytes: &[u8]| read(text, bytes).unwrap_err().to_string();
+    for bytes in [&bytes[..bytes.len() - 1], &bytes[..100], &bytes[..7], &[]] {
+        assert!(refused(&text, bytes).starts_with("burn_moe_model.safetensors is not a whole safetensors file"));
+    }
+    assert!(refused("{}", &bytes).starts_with("burn_moe_config.json: "), "{}", refused("{}", &bytes));
+    let zero_heads = text.replacen("\"n_heads\": 2", "\"n_heads\": 0", 1);
+    assert!(refused(&zero_heads, &bytes).contains("n_heads"), "{}", refused(&zero_heads, &bytes));
 }
 
 #[test]

@@ -113,9 +113,7 @@ impl Found {
         let resized = |resize_to: usize| resize_to.saturating_mul(side).div_ceil(vision.image_size.max(1));
         vision.preprocessing.resize_to = vision.preprocessing.resize_to.map(resized);
         vision.image_size = side;
-        let checked = of_possible_size(self.config).map_err(|error| error.at(&self.path))?;
-        checked.validate().map_err(|source| CheckpointError::Config { path: self.path.clone(), source })?;
-        self.config = checked;
+        self.config = checked(self.config, &self.path)?;
         Ok(self)
     }
 }
@@ -150,6 +148,22 @@ pub(super) fn no_weights(folder: &Path, format: Format) -> CheckpointError {
     CheckpointError::NoWeights { folder: folder.to_path_buf(), expected: format.weights.join(" or ") }
 }
 
+/// A checkpoint in this crate's format of which only the text of its configuration is there.
+pub(super) fn described_by(text: &str) -> std::result::Result<Found, CheckpointError> {
+    let format = burn_moe::FORMAT;
+    let path = PathBuf::from(format.config);
+    let Described { config, towers, .. } = (format.read)(text).map_err(|error| error.at(&path))?;
+    let config = checked(config, &path)?;
+    Ok(Found { config, towers, format, weights: format.weights[0].into(), path })
+}
+
+/// A configuration from which a model can be built.
+fn checked(config: ClipConfig, path: &Path) -> std::result::Result<ClipConfig, CheckpointError> {
+    let config = of_possible_size(config).map_err(|error| error.at(path))?;
+    config.validate().map_err(|source| CheckpointError::Config { path: path.to_path_buf(), source })?;
+    Ok(config)
+}
+
 /// The configuration of a folder, where its weights are, and their format.
 pub(super) fn found_in(folder: &Path) -> std::result::Result<Found, CheckpointError> {
     // Some folders hold the configurations of several formats: the one whose weights are there counts.
@@ -177,7 +191,6 @@ pub(super) fn found_in(folder: &Path) -> std::result::Result<Found, CheckpointEr
         let text = tensors::read_text(&path, LONGEST_CONFIG)?;
         config.vision.preprocessing = (processor.read)(&text, config.vision.image_size).map_err(|error| error.at(&path))?;
     }
-    let config = of_possible_size(config).map_err(|error| error.at(&path))?;
-    config.validate().map_err(|source| CheckpointError::Config { path: path.clone(), source })?;
+    let config = checked(config, &path)?;
     Ok(Found { config, towers, format, weights: folder.join(weights), path })
 }

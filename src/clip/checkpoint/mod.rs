@@ -80,6 +80,19 @@ impl ClipCheckpoint {
         Ok(Self { config, model })
     }
 
+    /// Reads a checkpoint that [`save_sparse`](Self::save_sparse) wrote from the text of its `burn_moe_config.json` and the bytes of its
+    /// `burn_moe_model.safetensors`: where there is no file system, as in a browser.
+    ///
+    /// # Errors
+    /// As [`load_with`](Self::load_with); an error names these files.
+    ///
+    /// # Panics
+    /// As [`load_with`](Self::load_with).
+    pub fn from_bytes(config: &str, weights: Vec<u8>, options: &LoadOptions, device: &Device) -> Result<Self, CheckpointError> {
+        let (config, model) = read::load_from_memory(config, weights, options, |config| config.init(device))?;
+        Ok(Self { config, model })
+    }
+
     /// Reads the configuration of a folder, and no weights.
     ///
     /// # Errors

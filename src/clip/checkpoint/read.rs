@@ -10,7 +10,7 @@ use safetensors::Dtype;
 
 use super::{
     CheckpointError,
-    format::{Found, Towers, found_in, no_weights},
+    format::{Found, Towers, described_by, found_in, no_weights},
     naming::{HARMLESS, Naming},
     numbers,
     params::{self, Loaded},
@@ -83,6 +83,21 @@ pub(super) fn load<M: Module>(
     }
     let files = TensorFiles::open(&found.weights)?;
     let model = load_weights(&files, &found, towers, options, init)?;
+    Ok((found.config, model))
+}
+
+/// A whole CLIP in this crate's format from what its two files hold.
+pub(super) fn load_from_memory<M: Module>(
+    config: &str,
+    weights: Vec<u8>,
+    options: &LoadOptions,
+    init: impl FnOnce(&ClipConfig) -> M,
+) -> Result<(ClipConfig, M), CheckpointError> {
+    let found = described_by(config)?;
+    found.expect(Towers::Both)?;
+    let found = found.with_image_size(options.image_size)?;
+    let files = TensorFiles::in_memory(&found.weights, weights)?;
+    let model = load_weights(&files, &found, Towers::Both, options, init)?;
     Ok((found.config, model))
 }
 

@@ -18,6 +18,7 @@ use burn::tensor::{FloatDType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    ops,
     routing::{capacity::Capacity, mask::TokenMask, phase::Phase, plan::DispatchPlan},
     support::error::ConfigError,
 };
@@ -115,6 +116,11 @@ struct HostInput<'a> {
 impl<'a> HostInput<'a> {
     fn new(input: &'a AssignmentInput) -> Self {
         let [num_tokens, num_experts] = input.scores.dims();
+        assert!(
+            ops::can_wait_for(&input.scores.device()),
+            "these slots are assigned on the host, which cannot wait for a browser's GPU: use token choice with at most 16 choices per token, \
+             groups of equal sizes, and another fill order than `BatchPriority`"
+        );
         let scores: Vec<f32> = input.scores.clone().detach().try_into_vec_as().expect("scores are f32");
         let [valid, protected] = [&input.valid, &input.protected].map(|mask| mask.as_ref().map(TokenMask::as_slice));
         let selection_scores = match &input.selection_bias {
@@ -228,8 +234,9 @@ impl AssignmentConfig {
         self
     }
 
-    /// Assigns slots to the tokens of one batch: on a GPU with this crate's kernels if tokens choose, the
-    /// capacity is limited and the fill order is not `BatchPriority` (the host then does not wait), otherwise on the host.
+    /// Assigns slots to the tokens of one batch: on a GPU with this crate's kernels if tokens choose, up to 16 experts each, and the fill order is not
+    /// `BatchPriority` (the host then does not wait, except dropless for the number of rows if there is a mask, and not in a browser), otherwise on
+    /// the host.
     ///
     /// # Panics
     /// When a mask does not have `T` flags, the bias does not have `E` entries, there are fewer than `top_k` experts, samples do not divide

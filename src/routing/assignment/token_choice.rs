@@ -137,7 +137,8 @@ impl TokenChoiceConfig {
         // More slots than tokens are never taken.
         let slots = capacity.slots(group_size, self.top_k, num_experts).map(|slots| slots.min(group_size));
         // Empty slots are computed too: from twice as many slots as choices on, waiting for the host costs less.
-        if slots.is_some_and(|slots| num_experts * slots > 2 * self.top_k * group_size) {
+        let can_wait = ops::can_wait_for(&device);
+        if can_wait && slots.is_some_and(|slots| num_experts * slots > 2 * self.top_k * group_size) {
             return None;
         }
         let token_major = self.fill_order == FillOrder::TokenMajor;
@@ -147,7 +148,7 @@ impl TokenChoiceConfig {
             None => input.selection_scores(),
         };
         let mut assigned = ops::assign_slots(selection_scores, token_states(input), rules);
-        if slots.is_none() && input.valid.is_some() {
+        if can_wait && slots.is_none() && input.valid.is_some() {
             // Padding can be most of a batch: its share of rows is worth waiting for the number of the others.
             assigned.index = assigned.index.without_rows_behind();
         }

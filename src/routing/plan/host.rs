@@ -1,8 +1,6 @@
 //! The assignment as the host reads it.
 
-use burn::tensor::{Int, Tensor};
-
-use crate::ops::{DeviceSlots, NON_FINITE};
+use crate::ops::{DeviceSlots, NON_FINITE, ints};
 
 /// Marks a choice without a row and a slot without a token.
 pub(super) const NONE: i32 = -1;
@@ -70,10 +68,11 @@ impl HostSlots {
 
 /// What became of each choice, and the tokens whose scores are not finite. Slots of an expert count all groups; rows have no gaps, so a
 /// row's position is its rank among those taken.
-pub(super) fn read_slots(slots: &DeviceSlots, num_choices: usize) -> (Vec<ChoiceOutcome>, Vec<usize>) {
-    let read = |x: &Tensor<1, Int>| x.clone().try_into_vec_as::<i32>().expect("indices are integers");
+pub(super) async fn read_slots(slots: &DeviceSlots, num_choices: usize) -> (Vec<ChoiceOutcome>, Vec<usize>) {
     let index = &slots.index;
-    let (chosen, choice_row, row_choice) = (read(&slots.chosen), read(&index.choice_row), read(&index.row_choice));
+    let (chosen, choice_row) = (ints(&slots.chosen).await, ints(&index.choice_row).await);
+    let row_choice = ints(&index.row_choice).await;
+    index.offsets.read_async().await;
     let mut position_of_row = vec![0; row_choice.len()];
     for rows in index.offsets.host().windows(2) {
         let mut taken = 0;

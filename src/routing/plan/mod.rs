@@ -4,7 +4,7 @@ mod host;
 
 use std::sync::{Arc, OnceLock};
 
-use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData};
+use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData, read_sync};
 
 use crate::ops::{DeviceSlots, Offsets, RowIndex, int_tensor};
 pub(crate) use host::ChoiceOutcome;
@@ -18,7 +18,7 @@ use host::{HostSlots, NONE, read_slots};
 /// a gather.
 ///
 /// Positions are data, not parameters: only [`gates`](Self::gates) carries a gradient. If a GPU assigned the slots (token choice), the host reads
-/// them once, at the first call that needs them.
+/// them once, at the first call that needs them; in a browser, which cannot wait, after [`read_async`](Self::read_async).
 #[derive(Debug, Clone)]
 pub struct DispatchPlan {
     num_tokens: usize,
@@ -108,11 +108,24 @@ impl DispatchPlan {
     fn host(&self) -> &HostSlots {
         match &self.slots {
             Slots::Host(host) => host,
-            Slots::Device(device_slots) => device_slots.host.get_or_init(|| {
-                let (outcomes, non_finite_tokens) = read_slots(&device_slots.slots, self.num_choices);
-                HostSlots::new(self.num_experts, self.num_choices, &outcomes, non_finite_tokens)
-            }),
+            Slots::Device(device_slots) => device_slots.host.get_or_init(|| read_sync(self.read(&device_slots.slots))),
         }
+    }
+
+    /// Reads the assignment if a device made it, so that no other function of the plan need wait: for a device that the host cannot wait for, as
+    /// in a browser.
+    pub async fn read_async(&self) {
+        if let Slots::Device(device_slots) = &self.slots
+            && device_slots.host.get().is_none()
+        {
+            // What somebody else has read meanwhile is the same.
+            let _ = device_slots.host.set(self.read(&device_slots.slots).await);
+        }
+    }
+
+    async fn read(&self, slots: &DeviceSlots) -> HostSlots {
+        let (outcomes, non_finite_tokens) = read_slots(slots, self.num_choices).await;
+        HostSlots::new(self.num_experts, self.num_choices, &outcomes, non_finite_tokens)
     }
 
     /// The plan of a batch without a token.

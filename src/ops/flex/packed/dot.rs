@@ -67,6 +67,7 @@ impl Dot {
     /// `out = tile · panel`. The tile holds, for each group of inner indices, the values of its rows one after the other.
     pub(super) fn multiply(self, tile: &[[u8; GROUP]], height: usize, panel: &[Line<[i8; GROUP]>], out: &mut [[i32; PANEL]]) {
         assert!(out.len() == height && tile.len() == panel.len() * height, "a tile of {height} rows, and a panel of its length");
+        #[cfg(target_arch = "x86_64")]
         macro_rules! by_height {
             ($f:ident: $($m:literal)*) => {
                 match height {

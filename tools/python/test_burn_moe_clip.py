@@ -262,6 +262,25 @@ def check_open_clips_habits(folder):
     assert torch.nn.functional.cosine_similarity(half, reference["image_features"]).min() > 0.99
 
 
+def check_tower_of_our_own(folder):
+    """Without a class token, with rotary positions: what open_clip would mistake is refused, and half precision does not round angles."""
+    model = burn_moe_clip.load(folder)
+    reference = load_file(folder / "reference.safetensors")
+    try:
+        model.forward_intermediates(image=reference["images"])
+    except RuntimeError as refused:
+        assert "takes the first token for a class token" in str(refused)
+    else:
+        raise AssertionError("the first patch is no class token")
+    model.set_grad_checkpointing(True)
+    assert gradient_error(model, reference) <= GRADIENT
+    half = model.bfloat16()
+    assert half.visual.transformer.resblocks[0].attn.cos.dtype == torch.float32
+    with torch.inference_mode():
+        half = half.encode_image(reference["images"].bfloat16()).float()
+    assert torch.nn.functional.cosine_similarity(half, reference["image_features"]).min() > 0.99
+
+
 def real_config(folder):
     """B/32 as CLIP-UP makes it sparse."""
     config = json.loads((folder / burn_moe_clip.CONFIG).read_text())
@@ -396,6 +415,7 @@ def main():
                 check_tokens_that_are_not_finite(folder / name)
             check_open_clips_own(folder / "top-2")
             check_open_clips_habits(folder / "shared-expert")
+            check_tower_of_our_own(folder / "moe-vie")
             print(f"\n{len(cases)} checkpoints; {count} damaged ones are refused by name")
         if failed:
             sys.exit(f"{failed} comparisons failed")

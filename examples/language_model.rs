@@ -65,6 +65,11 @@ fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     let device = device_by_name(&args.device)?;
     let checkpoint = MoeCheckpoint::open(&args.folder)?;
+    if let Some(out) = &args.save_mixtral
+        && out.canonicalize().is_ok_and(|out| args.folder.canonicalize().is_ok_and(|folder| folder == out))
+    {
+        return Err(format!("{}: `--save-mixtral` would overwrite the model that is read", out.display()).into());
+    }
     let config = checkpoint.config();
     let (blocks, sparse) = (checkpoint.num_blocks(), checkpoint.moe_blocks());
     println!("{}: {blocks} blocks, {} of them with a MoE layer", checkpoint.family().model_type(), sparse.len());

@@ -1,5 +1,7 @@
 //! What the configuration of each family says of its MoE layers.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Value, json};
 
 use super::settings::{LARGEST, Settings};
@@ -7,6 +9,9 @@ use crate::{
     Activation, BalancingOptions, Capacity, ExpertGroups, ExpertOptions, FeedForwardForm, GateNormalization, MoeFeedForwardConfig,
     RouterOptions, RouterScore, TokenChoiceConfig,
 };
+
+/// More blocks than any model has.
+const MOST_BLOCKS: usize = 4096;
 
 /// The families of language models whose MoE layers are read, by `model_type` of transformers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +66,9 @@ impl Family {
     fn num_experts(self) -> &'static [&'static str] {
         match self {
             Self::DeepseekV3 | Self::Glm4Moe => &["n_routed_experts", "num_local_experts"],
-            Self::Qwen2Moe | Self::Qwen3Moe | Self::Olmoe => &["num_experts", "num_local_experts"],
+            // transformers knows no other name here.
+            Self::Qwen2Moe => &["num_experts"],
+            Self::Qwen3Moe | Self::Olmoe => &["num_experts", "num_local_experts"],
             Self::Mixtral | Self::GptOss | Self::GraniteMoe => &["num_local_experts", "num_experts"],
         }
     }
@@ -78,7 +85,7 @@ impl Family {
     fn known_settings(self) -> &'static [&'static str] {
         match self {
             Self::Mixtral => &["router_jitter_noise"],
-            Self::Qwen2Moe => &["shared_expert_intermediate_size"],
+            Self::Qwen2Moe => &["shared_expert_intermediate_size", "num_local_experts"],
             Self::DeepseekV3 | Self::Glm4Moe => {
                 &["n_shared_experts", "routed_scaling_factor", "topk_group", "topk_method", "scoring_func", "moe_layer_freq"]
             }
@@ -103,11 +110,10 @@ pub(super) fn describe(text: &str) -> Result<Described, String> {
     refuse_unknown(&settings, family)?;
 
     let num_blocks = settings.size(&["num_hidden_layers"])?;
-    let top_k: &[&str] = match family {
-        Family::GptOss => &["num_experts_per_tok", "experts_per_token"],
-        _ => &["num_experts_per_tok"],
-    };
-    let (num_experts, top_k) = (settings.size(family.num_experts())?, settings.size(top_k)?);
+    if num_blocks > MOST_BLOCKS {
+        return Err(format!("`num_hidden_layers` = {num_blocks}: at most {MOST_BLOCKS} is possible"));
+    }
+    let (num_experts, top_k) = (settings.size(family.num_experts())?, settings.size(&["num_experts_per_tok"])?);
     let d_ff = settings.size(&[family.d_ff()])?;
     let base = MoeFeedForwardConfig::new(settings.size(&["hidden_size"])?, d_ff, num_experts);
     let dropless = TokenChoiceConfig::new().with_top_k(top_k).with_training_capacity(Capacity::Dropless);
@@ -138,7 +144,9 @@ pub(super) fn describe(text: &str) -> Result<Described, String> {
             // The published biases, which stay as they are.
             let router = router.with_score(RouterScore::Sigmoid).with_balancing(Some(BalancingOptions::new(0.0)));
             let (scale, groups) = deepseek_choice(&settings, family)?;
-            let choice = normalized(settings.flag("norm_topk_prob", true)?).with_gate_scale(scale).with_expert_groups(groups);
+            // transformers takes `null` for false.
+            let is_normalized = !settings.is_null("norm_topk_prob") && settings.flag("norm_topk_prob", true)?;
+            let choice = normalized(is_normalized).with_gate_scale(scale).with_expert_groups(groups);
             (router, choice, swiglu(&settings)?)
         }
         Family::GptOss => {
@@ -148,7 +156,10 @@ pub(super) fn describe(text: &str) -> Result<Described, String> {
         }
     };
     let (shared_expert, shared_expert_gate) = match family {
-        Family::Qwen2Moe => (Some(settings.size(&["shared_expert_intermediate_size"])?), true),
+        Family::Qwen2Moe => match settings.count("shared_expert_intermediate_size", None)? {
+            0 => (None, false),
+            width => (Some(width), true),
+        },
         Family::DeepseekV3 | Family::Glm4Moe => {
             let count = settings.count("n_shared_experts", Some(1))?;
             let width = count * d_ff;
@@ -188,8 +199,14 @@ fn refuse_unknown(settings: &Settings, family: Family) -> Result<(), String> {
         ));
     }
     // Losses and outputs of training, which a layer has no part in.
-    let harmless =
-        ["router_aux_loss_coef", "output_router_logits", "norm_topk_prob", "num_experts_per_tok", "moe_intermediate_size"];
+    let harmless = [
+        "router_aux_loss_coef",
+        "router_z_loss_coef",
+        "output_router_logits",
+        "norm_topk_prob",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+    ];
     let is_known =
         |name: &str| harmless.contains(&name) || family.num_experts().contains(&name) || family.known_settings().contains(&name);
     let is_about_experts = |name: &str| ["expert", "moe_", "router", "topk"].iter().any(|part| name.contains(part));
@@ -222,7 +239,7 @@ fn moe_blocks(settings: &Settings, family: Family, num_blocks: usize) -> Result<
                 0 => return Err("`decoder_sparse_step` must be at least 1, got 0".into()),
                 step => step,
             };
-            let dense = settings.list("mlp_only_layers")?;
+            let dense: BTreeSet<usize> = settings.list("mlp_only_layers")?.into_iter().collect();
             blocks.filter(|block| (block + 1).is_multiple_of(step) && !dense.contains(block)).collect()
         }
         Family::DeepseekV3 | Family::Glm4Moe => {

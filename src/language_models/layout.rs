@@ -22,8 +22,10 @@ pub(super) struct Parameter {
 
 /// The tensor of an expert.
 pub(super) enum Key {
-    /// One for all: the parameter has no experts, or they are stacked in it.
+    /// One, of a parameter without experts.
     One(String),
+    /// One in which all experts are stacked.
+    Stacked(String),
     /// `{before}{expert}{behind}`.
     Each { before: &'static str, behind: &'static str },
 }
@@ -42,7 +44,7 @@ impl Parameter {
     /// The tensor that has an expert's numbers.
     pub(super) fn key(&self, expert: usize) -> String {
         match &self.key {
-            Key::One(key) => key.clone(),
+            Key::One(key) | Key::Stacked(key) => key.clone(),
             Key::Each { before, behind } => format!("{before}{expert}{behind}"),
         }
     }
@@ -56,22 +58,17 @@ impl Parameter {
     pub(super) fn shape(&self) -> Vec<usize> {
         let one = if self.is_vector { vec![self.stored[1]] } else { self.stored.to_vec() };
         match self.key {
-            Key::One(_) if self.experts > 1 || self.is_stacked() => [vec![self.experts], one].concat(),
-            _ => one,
+            Key::Stacked(_) => [vec![self.experts], one].concat(),
+            Key::One(_) | Key::Each { .. } => one,
         }
     }
 
     /// Which share of a tensor is an expert's.
     pub(super) fn share(&self, expert: usize) -> [usize; 2] {
         match self.key {
-            Key::One(_) => [expert, self.experts],
-            Key::Each { .. } => [0, 1],
+            Key::Stacked(_) => [expert, self.experts],
+            Key::One(_) | Key::Each { .. } => [0, 1],
         }
-    }
-
-    /// One expert is stacked, too.
-    fn is_stacked(&self) -> bool {
-        matches!(self.key, Key::One(_)) && self.path.starts_with("experts.")
     }
 
     /// How many numbers of the parameter are an expert's.
@@ -104,8 +101,12 @@ fn one(key: &str) -> Key {
     Key::One(key.to_string())
 }
 
-fn vector(path: &'static str, key: &str, experts: usize, len: usize) -> Parameter {
-    let (key, stored) = (one(key), [1, len]);
+fn stacked(key: &str) -> Key {
+    Key::Stacked(key.to_string())
+}
+
+fn vector(path: &'static str, key: Key, experts: usize, len: usize) -> Parameter {
+    let stored = [1, len];
     Parameter { path, key, experts, stored, taken: Taken::All, transposed: false, maps: None, is_vector: true }
 }
 
@@ -142,7 +143,7 @@ pub(super) fn parameters(family: Family, config: &MoeFeedForwardConfig) -> Vec<P
         Family::Qwen2Moe | Family::Qwen3Moe | Family::Olmoe | Family::DeepseekV3 | Family::Glm4Moe => {
             let mut parameters = vec![router("gate.weight")];
             if config.router.balancing.is_some() {
-                parameters.push(vector("router.balancing_bias", "gate.e_score_correction_bias", 1, e));
+                parameters.push(vector("router.balancing_bias", one("gate.e_score_correction_bias"), 1, e));
             }
             parameters.extend(each_expert("experts.", PROJECTIONS, [e, d, f]));
             if let Some(width) = config.shared_expert {
@@ -159,38 +160,44 @@ pub(super) fn parameters(family: Family, config: &MoeFeedForwardConfig) -> Vec<P
             let alternate = |path, which, len| Parameter {
                 stored: [1, 2 * len],
                 taken: Taken::Alternate(which),
-                ..vector(path, "experts.gate_up_proj_bias", e, 2 * len)
+                ..vector(path, stacked("experts.gate_up_proj_bias"), e, 2 * len)
             };
             let up = |path, which| Parameter {
                 stored: [d, 2 * f],
                 taken: Taken::Alternate(which),
                 transposed: false,
-                ..map(path, one("experts.gate_up_proj"), [e, d, f])
+                ..map(path, stacked("experts.gate_up_proj"), [e, d, f])
             };
-            let down = Parameter { stored: [f, d], transposed: false, ..map("experts.w_out", one("experts.down_proj"), [e, f, d]) };
+            let down =
+                Parameter { stored: [f, d], transposed: false, ..map("experts.w_out", stacked("experts.down_proj"), [e, f, d]) };
             vec![
                 router("router.weight"),
-                vector("router.bias", "router.bias", 1, e),
+                vector("router.bias", one("router.bias"), 1, e),
                 up("experts.w_gate", 0),
                 alternate("experts.b_gate", 0, f),
                 up("experts.w_in", 1),
                 alternate("experts.b_in", 1, f),
                 down,
-                vector("experts.b_out", "experts.down_proj_bias", e, d),
+                vector("experts.b_out", stacked("experts.down_proj_bias"), e, d),
             ]
         }
         Family::GraniteMoe => {
             let half = |path, half| Parameter {
                 stored: [2 * f, d],
                 taken: Taken::Half(half),
-                ..map(path, one("input_linear.weight"), [e, d, f])
+                ..map(path, stacked("input_linear.weight"), [e, d, f])
             };
             vec![
                 router("router.layer.weight"),
                 half("experts.w_gate", 0),
                 half("experts.w_in", 1),
-                map("experts.w_out", one("output_linear.weight"), [e, f, d]),
+                map("experts.w_out", stacked("output_linear.weight"), [e, f, d]),
             ]
         }
     }
+}
+
+/// Tensors of a layer that change nothing: the gate of a shared expert that is not there.
+pub(super) fn is_idle(family: Family, config: &MoeFeedForwardConfig, key: &str) -> bool {
+    family == Family::Qwen2Moe && config.shared_expert.is_none() && key == "shared_expert_gate.weight"
 }

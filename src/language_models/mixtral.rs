@@ -2,7 +2,10 @@
 
 use std::{borrow::Cow, collections::BTreeMap, fs, path::Path};
 
-use burn::{module::Param, tensor::Tensor};
+use burn::{
+    module::{Module, Param},
+    tensor::Tensor,
+};
 use safetensors::{Dtype, tensor::View};
 use serde_json::json;
 
@@ -20,7 +23,7 @@ use crate::{
 /// # Errors
 /// When there is no layer, layers differ in their sizes, Mixtral's layer has no place for an option (it has SwiGLU experts without biases, a softmax, gates over
 /// their sum, and drops nothing), weights are to be in 8 bits, a value is not finite or beyond the precision, or on a failure of the file system; a file that was
-/// there before is then as it was.
+/// there before is then as it was, but for weights that were written before their configuration could not be.
 pub fn save_mixtral(layers: &[MoeFeedForward], folder: impl AsRef<Path>, precision: Precision) -> Result<(), CheckpointError> {
     let folder = folder.as_ref();
     let no_place = |what| CheckpointError::NoPlace { format: "Mixtral", what };
@@ -34,12 +37,17 @@ pub fn save_mixtral(layers: &[MoeFeedForward], folder: impl AsRef<Path>, precisi
         if layer.experts.dims() != dims || choices_of(layer).map_err(no_place)? != top_k {
             return Err(no_place("layers of different sizes"));
         }
+        if layer.router.jitter != first.router.jitter {
+            return Err(no_place("layers of different jitter"));
+        }
     }
     fs::create_dir_all(folder).map_err(CheckpointError::io(folder))?;
     let mut stored = BTreeMap::new();
     for (block, layer) in layers.iter().enumerate() {
+        // Packed weights are unpacked once, and adapters merged.
+        let layer = layer.clone().materialize();
         let prefix = format!("layers.{block}.block_sparse_moe.");
-        for (name, tensor) in tensors(layer) {
+        for (name, tensor) in tensors(&layer) {
             let key = format!("{prefix}{name}");
             let values = tensor.values();
             let count = precision.overflows(&values);
@@ -95,10 +103,7 @@ fn choices_of(layer: &MoeFeedForward) -> Result<usize, &'static str> {
         (router.bias.is_some(), "a bias of the router"),
         (router.balancing_bias.is_some(), "a balancing bias"),
         (router.logit_normalization.is_some(), "gating logit normalisation"),
-        (
-            !matches!(choice.gate_normalization, GateNormalization::BeforeDrop | GateNormalization::ConstantOne),
-            "gates that are not divided by their sum",
-        ),
+        (choice.gate_normalization == GateNormalization::None, "gates that are not divided by their sum"),
         (choice.gate_scale != 1.0, "a scale of the gates"),
         (choice.expert_groups.is_some(), "groups of experts"),
         (choice.inference_capacity != Capacity::Dropless, "a capacity at inference: set `inference_capacity` to `Dropless`"),

@@ -5,7 +5,7 @@
 //!
 //! | `model_type` | scores | gates of the chosen experts | besides |
 //! | --- | --- | --- | --- |
-//! | `mixtral` | softmax | over their sum | jitter in training |
+//! | `mixtral` | softmax | over their sum | jitter in training, here of the router's input alone |
 //! | `qwen2_moe` | softmax | over their sum if `norm_topk_prob` | a shared expert with a gate |
 //! | `qwen3_moe`, `olmoe` | softmax | over their sum if `norm_topk_prob` | – |
 //! | `deepseek_v3`, `glm4_moe` | sigmoid; a bias in the choice | over their sum if `norm_topk_prob`, times `routed_scaling_factor` | groups of experts; shared experts, as one |

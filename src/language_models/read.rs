@@ -6,7 +6,7 @@ use burn::tensor::Device;
 
 use super::{
     CheckpointError, MoeCheckpoint, WEIGHTS,
-    layout::{Parameter, parameters},
+    layout::{Parameter, is_idle, parameters},
 };
 #[cfg(feature = "flex")]
 use crate::Precision;
@@ -84,7 +84,8 @@ pub(super) fn load(
         }
     };
     let parameters = parameters(checkpoint.family, &checkpoint.config);
-    check(&files, prefix, &parameters)?;
+    let is_idle = |key: &str| is_idle(checkpoint.family, &checkpoint.config, key);
+    check(&files, prefix, &parameters, is_idle)?;
 
     let mut parameters: BTreeMap<&str, Parameter> = parameters.into_iter().map(|parameter| (parameter.path, parameter)).collect();
     let moe = params::replace(checkpoint.config.init(device), |path| {
@@ -108,8 +109,18 @@ fn layer_prefix(name: &str, block: usize) -> Option<&str> {
 }
 
 /// Refuses other tensors and other shapes than the layout says, before any number is read.
-fn check(files: &TensorFiles, prefix: &str, parameters: &[Parameter]) -> Result<(), CheckpointError> {
-    let found: BTreeSet<&str> = files.names().filter(|name| name.starts_with(prefix)).collect();
+fn check(
+    files: &TensorFiles,
+    prefix: &str,
+    parameters: &[Parameter],
+    is_idle: impl Fn(&str) -> bool,
+) -> Result<(), CheckpointError> {
+    // A network of width 0, which transformers writes too, computes nothing.
+    let counts = |name: &&str| {
+        let key = name.strip_prefix(prefix);
+        key.is_some_and(|key| !is_idle(key)) && !files.info(name).shape.contains(&0)
+    };
+    let found: BTreeSet<&str> = files.names().filter(counts).collect();
     let most = parameters.iter().map(Parameter::num_tensors).max().unwrap_or(0);
     // What claims more experts than there are tensors is not worth a list of them.
     let listed = most.min(found.len() + 1);

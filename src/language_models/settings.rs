@@ -66,6 +66,11 @@ impl Settings {
         value.as_str().map(Some).ok_or(format!("`{name}` = {value}: expected text"))
     }
 
+    /// Whether a setting is there and `null`.
+    pub(super) fn is_null(&self, name: &str) -> bool {
+        self.0.get(name).is_some_and(Value::is_null)
+    }
+
     /// A list of whole numbers, empty if it is not there.
     pub(super) fn list(&self, name: &str) -> Result<Vec<usize>, String> {
         let Some(value) = self.value(name) else { return Ok(Vec::new()) };

@@ -9,7 +9,7 @@ use crate::routing::{Routing, router::RouterOutput};
 /// chosen when its noise is drawn anew (`Φ` is the normal distribution function). `θ_t` is the `K`-th largest noisy logit, `σ` the standard deviation of the noise (V-MoE,
 /// [arXiv 2106.05974](https://arxiv.org/abs/2106.05974), appendix A).
 ///
-/// For token choice, where `K` is the plan's choices per token. 0 at perfect balance. Zero, with a zero gradient, when no token is valid.
+/// For token choice among all experts by their scores, where `K` is the plan's choices per token: what a balancing bias and groups of experts change is not in it. 0 at perfect balance. Zero, with a zero gradient, when no token is valid.
 /// Output: `[1]`.
 ///
 /// # Panics

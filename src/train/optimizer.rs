@@ -12,8 +12,11 @@ use std::collections::HashMap;
 use super::WarmupCosine;
 use crate::support::error::ConfigError;
 
+/// Of a layer, beside its router.
+const SHARED_EXPERT_GATE: &str = "shared_expert_gate";
+
 /// Parameters that are not decayed, by parts of their paths.
-const UNDECAYED: [&str; 12] = [
+const UNDECAYED: [&str; 13] = [
     ".bias",
     ".gamma",
     ".beta",
@@ -21,6 +24,7 @@ const UNDECAYED: [&str; 12] = [
     ".b_gate",
     ".b_out",
     ".router.",
+    SHARED_EXPERT_GATE,
     "logit_scale",
     "class_embedding",
     "position_embedding",
@@ -28,7 +32,7 @@ const UNDECAYED: [&str; 12] = [
     "token_embedding",
 ];
 
-/// AdamW and its learning rate. Biases, norms, embeddings, the logit scale and routers are not decayed.
+/// AdamW and its learning rate. Biases, norms, embeddings, the logit scale, routers and the gates of shared experts are not decayed.
 #[derive(Config, Debug, PartialEq)]
 pub struct OptimizerConfig {
     /// The learning rate over the steps.
@@ -118,7 +122,9 @@ impl OptimizerConfig {
         let scheduler = group(scheduler, "text.", text);
         match router {
             None => scheduler,
-            Some(factor) => scheduler.with_group(ParamGroup::from_predicate(".router."), rate * factor),
+            Some(factor) => [".router.", SHARED_EXPERT_GATE]
+                .into_iter()
+                .fold(scheduler, |scheduler, path| scheduler.with_group(ParamGroup::from_predicate(path), rate * factor)),
         }
         .step()
     }

@@ -12,13 +12,15 @@ use crate::{
     },
     routing::{
         MoeInput,
+        assignment::AssignmentConfig,
         router::{Router, RouterScore},
     },
     support::param::with_value,
     transformer::{Encoder, FeedForward, Mlp},
 };
 
-/// How the experts of a layer become fewer.
+/// How the experts of a layer become fewer. Groups of experts ([`ExpertGroups`](crate::ExpertGroups)) are cut anew of those that are left, whose number they
+/// must divide: without the old groups, tokens may choose otherwise.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reduction {
     /// One expert: the mean of all, weighted by the share of rows that each computed.
@@ -113,7 +115,7 @@ impl MoeFeedForward {
         Ok(Reduced { model, report: ReductionReport { made_from, params_before, params_after, relative_deviation } })
     }
 
-    /// The weights of the only expert of a layer, plain or gated.
+    /// The weights of the only expert of a layer, plain or gated, those of its output times the scale of gates.
     ///
     /// # Errors
     /// When there are more experts, or there is a shared one.
@@ -126,13 +128,18 @@ impl MoeFeedForward {
             UpcycleError::settings("form", FeedForwardForm::Gated, experts.form)?;
         }
         let bias = |bias: &Option<Param<Tensor<2>>>| bias.as_ref().map(|bias| bias.val().squeeze_dim(0));
+        // A dense network has no gate that its output could be multiplied by.
+        let scale = match &self.assignment {
+            AssignmentConfig::TokenChoice(choice) => choice.gate_scale,
+            AssignmentConfig::ExpertChoice(_) => 1.0,
+        };
         Ok(DenseWeights {
             w_in: experts.w_in.val().squeeze_dim(0),
             b_in: bias(&experts.b_in),
             w_gate: experts.w_gate.as_ref().map(|weight| weight.val().squeeze_dim(0)),
             b_gate: bias(&experts.b_gate),
-            w_out: experts.w_out.val().squeeze_dim(0),
-            b_out: bias(&experts.b_out),
+            w_out: experts.w_out.val().squeeze_dim(0) * scale,
+            b_out: bias(&experts.b_out).map(|b_out: Tensor<1>| b_out * scale),
             activation: experts.activation,
         })
     }

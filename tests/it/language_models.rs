@@ -142,6 +142,7 @@ fn settings_that_are_not_known_are_refused_by_name() {
         ("mixtral", "num_experts_per_tok", json!(-1), "expected a whole number that is not negative"),
         ("mixtral", "hidden_size", Value::Null, "`hidden_size` is missing"),
         ("mixtral", "hidden_size", json!(1u64 << 40), "at most 1048576 is possible"),
+        ("mixtral", "num_hidden_layers", json!(5000), "at most 4096 is possible"),
         ("qwen2_moe", "decoder_sparse_step", json!(0), "`decoder_sparse_step` must be at least 1, got 0"),
         ("deepseek_v3", "scoring_func", json!("softmax"), "`scoring_func` = \"softmax\" is not supported: expected \"sigmoid\""),
         ("deepseek_v3", "topk_method", json!("greedy"), "`topk_method` = \"greedy\" is not supported"),
@@ -207,6 +208,51 @@ fn the_chosen_groups_and_scale_are_those_of_the_configuration() {
     // Both experts are of one half.
     let experts = plan.row_expert();
     assert!(plan.choice_row().chunks(2).all(|rows| experts[rows[0] as usize] / 4 == experts[rows[1] as usize] / 4));
+}
+
+/// transformers writes the tensors of a network of width 0, too.
+#[test]
+fn a_shared_expert_of_no_width_is_none() {
+    let device = Device::default();
+    let x: Tensor<2> = numbers([20, 32], 5, &device);
+    for (family, setting, shared) in [
+        ("deepseek_v3", "n_shared_experts", "shared_experts"),
+        ("glm4_moe", "n_shared_experts", "shared_experts"),
+        ("qwen2_moe", "shared_expert_intermediate_size", "shared_expert"),
+    ] {
+        let mut with = load_moe_layer(fixture(family), 1, &device).unwrap();
+        (with.shared_expert, with.shared_expert_gate) = (None, None);
+        let mut folder = Folder::of(family);
+        folder.config[setting] = json!(0);
+        for (name, tensor) in &mut folder.tensors {
+            if name.contains(&format!("{shared}.")) {
+                let width = tensor.shape.iter_mut().find(|size| **size != 32).unwrap();
+                *width = 0;
+                tensor.bytes.clear();
+            }
+        }
+        let without = load_moe_layer(folder.write(), 1, &device).unwrap();
+        assert!(without.shared_expert.is_none());
+        assert_eq!(values(&without.forward(x.clone()).output), values(&with.forward(x.clone()).output), "{family}");
+    }
+}
+
+#[test]
+fn settings_that_transformers_reads_otherwise_than_they_look() {
+    let config = |family: &str, changes: &[(&str, Value)]| {
+        let mut folder = Folder::of(family);
+        changes.iter().for_each(|(setting, value)| folder.config[*setting] = value.clone());
+        MoeCheckpoint::open(folder.write()).unwrap().config().clone()
+    };
+    let choice = |config: &MoeFeedForwardConfig| match &config.assignment {
+        AssignmentConfig::TokenChoice(choice) => (choice.top_k, choice.gate_normalization),
+        other => panic!("{other:?}"),
+    };
+    let null = config("deepseek_v3", &[("norm_topk_prob", Value::Null)]);
+    assert_eq!(choice(&null), (3, GateNormalization::None));
+    let idle = config("gpt_oss", &[("experts_per_token", json!(2)), ("router_z_loss_coef", json!(0.1))]);
+    assert_eq!(choice(&idle), (4, GateNormalization::BeforeDrop));
+    assert_eq!(config("qwen2_moe", &[("num_local_experts", json!(3))]).num_experts, 6);
 }
 
 #[cfg(feature = "flex")]

@@ -390,6 +390,20 @@ fn a_layer_of_sigmoid_scores_is_averaged_too() {
 }
 
 #[test]
+fn the_scale_of_gates_is_in_the_dense_network() {
+    let device = Device::default();
+    let choice = TokenChoiceConfig::new().with_gate_scale(2.5).with_inference_capacity(Capacity::Dropless);
+    let dense = MlpConfig::new(6, 24).init(&device);
+    let sparse = MoeFeedForwardConfig::new(6, 24, 4).with_assignment(choice.into()).init(&device);
+    let sparse = sparse.upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap().model;
+    let x = numbers([9, 6], 3, &device);
+    let average = sparse.reduce(&Reduction::Average, &[0.25; 4], Some(x.clone())).unwrap();
+    assert!(average.report.relative_deviation.unwrap() < 1e-6, "{:?}", average.report);
+    let (found, expected) = (average.model.dense().unwrap().forward(x.clone()), dense.forward(x) * 2.5);
+    assert!(largest_difference(&values(&found), &values(&expected)) < 1e-5);
+}
+
+#[test]
 fn different_experts_are_averaged_by_their_load() {
     let device = Device::default();
     let layer = MoeFeedForwardConfig::new(3, 5, 3).init(&device);

@@ -217,7 +217,7 @@ impl AssignmentConfig {
         match self {
             Self::TokenChoice(config) => {
                 let config = config.with_top_k(1).with_gate_normalization(GateNormalization::None);
-                let config = config.with_expert_groups(None).with_gate_scale(1.0);
+                let config = config.with_expert_groups(None);
                 config.with_training_capacity(Capacity::Dropless).with_inference_capacity(Capacity::Dropless).into()
             }
             Self::ExpertChoice(config) => config.with_capacity(Capacity::OfTokens(1.0)).into(),

@@ -181,7 +181,7 @@ async function check(name, flags, query, isExpected) {
         assert(place === 1652 + own && score > 0.9999, `${name}, ${model}: dropped picture ${i} is found as ${place}, ${score}`);
       }
     }
-    await type(page, 'cat');
+    await type(page, 'rotes herz');
     await page.screenshot({ path: path.join(TEST, `${name}.png`) });
     await tabTo(page, 'clear');
     await page.keyboard.press('Enter');

@@ -31,7 +31,11 @@ use burn_moe::{
     transformer::SparseLayer,
 };
 use clap::Parser;
-use image::{DynamicImage, ImageFormat, RgbImage, imageops::FilterType};
+use image::{
+    DynamicImage, ImageFormat, RgbImage,
+    codecs::png::{CompressionType, FilterType as PngFilter, PngEncoder},
+    imageops::FilterType,
+};
 use serde_json::{Value, json};
 use support::{Stored, write_atomic};
 
@@ -151,7 +155,9 @@ fn sheet(set: &ImageTextSet) -> Result<Vec<u8>, Box<dyn Error>> {
         let tile = tile(set, index)?;
         image::imageops::replace(&mut sheet, &tile, (index % COLUMNS * side) as i64, (index / COLUMNS * side) as i64);
     }
-    encoded(&sheet.into(), ImageFormat::Png)
+    let mut file = Vec::new();
+    sheet.write_with_encoder(PngEncoder::new_with_quality(&mut file, CompressionType::Best, PngFilter::Adaptive))?;
+    Ok(file)
 }
 
 fn tile(set: &ImageTextSet, index: usize) -> Result<RgbImage, Box<dyn Error>> {

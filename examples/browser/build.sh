@@ -24,7 +24,7 @@ if [ "$("$tool" --version 2>/dev/null)" != "wasm-bindgen $version" ]; then
   # Not with its own lock, which may name crates that a mirror of the registry does not have yet.
   cargo install wasm-bindgen-cli --version "$version" --root target/browser/tools --target-dir target/browser/cli
 fi
-"$tool" --target web --no-typescript --remove-name-section --out-dir "$page/pkg" target/browser/wasm32-unknown-unknown/release/burn_moe_browser.wasm
+"$tool" --target web --no-typescript --out-dir "$page/pkg" target/browser/wasm32-unknown-unknown/release/burn_moe_browser.wasm
 cp examples/browser/page/* "$page/"
 
 wasm=$page/pkg/burn_moe_browser_bg.wasm

@@ -11,4 +11,4 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 modules=target/browser/node
 [ -d "$modules/node_modules/puppeteer-core" ] || npm install --silent --no-audit --no-fund --prefix "$modules" puppeteer-core@24
-NODE_PATH="$modules/node_modules" node examples/browser/test.js
+NODE_PATH="$modules/node_modules" node examples/browser/test.js "$@"

@@ -15,9 +15,17 @@ use burn_moe::{
 use serde_json::{Value, json};
 use wasm_bindgen::prelude::*;
 
-/// Lets the console show what a panic says.
+#[allow(unsafe_code)] // a declaration: there is no other way to name it
+unsafe extern "C" {
+    /// The linker's: runs what is to run once before everything else, such as CubeCL's registrations.
+    safe fn __wasm_call_ctors();
+}
+
+/// Runs once, when the page loads the module, and lets the console show what a panic says.
 #[wasm_bindgen(start)]
 pub fn start() {
+    // The linker lets every call from JavaScript begin with them, unless the program calls them itself.
+    __wasm_call_ctors();
     console_error_panic_hook::set_once();
 }
 

@@ -81,6 +81,7 @@ pub(super) fn attention_at(weights: &MultiHeadAttention, rows: Tensor<2>, layout
 }
 
 /// One query looks at all tokens of each sample: `[1, D], [B, N, D] -> [B, D]`, with a gradient.
+#[cfg(feature = "clip")]
 pub(crate) fn attention_of_one(weights: &MultiHeadAttention, query: Tensor<2>, tokens: Tensor<3>) -> Tensor<2> {
     let [batch, len, d_model] = tokens.dims();
     let rows = tokens.reshape([batch * len, d_model]);

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fs, path::PathBuf};
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Gradients, Int, Tensor};
 use burn_moe::{
     Activation, BalancingOptions, BalancingRule, FeedForwardForm, GateNormalization, LoraOptions, MoeFeedForward, Precision,
@@ -273,17 +273,24 @@ fn small_clip() -> ClipConfig {
     ClipConfig::new(tower(), TextConfig::new(text).with_vocab_size(50).with_context_length(6).with_norm_final(false), 7)
 }
 
-/// All parameters but biases of maps and scales of norms are away from where they start.
-fn randomized<M: Module>(module: M, device: &Device) -> M {
-    struct Shake<'a>(u64, &'a Device);
-    impl burn::module::ModuleMapper for Shake<'_> {
+/// The module with the same numbers in each run, around one for the scales of norms.
+fn with_numbers<M: Module>(module: M, device: &Device) -> M {
+    struct Put<'a>(u64, Vec<String>, &'a Device);
+    impl ModuleMapper for Put<'_> {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.1.push(name.to_string());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.1.pop();
+        }
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
             self.0 += 1;
-            let noise = numbers(param.shape().dims::<D>(), self.0, self.1) * 0.3;
-            param.map(|value| (value.detach() + noise).detach().require_grad())
+            let middle = if self.1.last().is_some_and(|name| name == "gamma") { 1.0 } else { 0.0 };
+            let numbers = numbers(param.shape().dims::<D>(), self.0, self.2) * 0.5 + middle;
+            param.map(|_| numbers.detach().require_grad())
         }
     }
-    module.map(&mut Shake(0, device))
+    module.map(&mut Put(0, Vec::new(), device))
 }
 
 /// The vision tower in f64, number by number.
@@ -423,7 +430,7 @@ fn gradients_of<M: Module>(module: &M, found: &Gradients) -> BTreeMap<String, Ve
 #[test]
 fn a_tower_and_its_gradients_are_those_of_the_formulas() {
     let device = Device::default().autodiff();
-    let model: VisionTower = randomized(tower().init(7, &device), &device);
+    let model: VisionTower = with_numbers(tower().init(7, &device), &device);
     let by_hand = |model: &VisionTower| {
         ByHand(parameters(model).into_iter().map(|(path, values)| (path, values.into_iter().map(f64::from).collect())).collect())
     };
@@ -450,9 +457,12 @@ fn a_tower_and_its_gradients_are_those_of_the_formulas() {
     }
     let paths: Vec<String> = hand.0.keys().cloned().collect();
     assert_eq!(paths.len(), 2 * 18 + 15 + 4, "{paths:?}");
+    let largest_of = |path: &String| found[0][path].iter().fold(0f32, |max, x| max.max(x.abs()));
+    let most = paths.iter().map(largest_of).fold(0f32, f32::max);
     for path in paths {
         let count = hand.0[&path].len();
-        let largest = found[0][&path].iter().fold(0f32, |max, x| max.max(x.abs()));
+        // A bias of all keys changes no attention: what is found for it is rounding.
+        let largest = largest_of(&path).max(0.01 * most);
         // The first and the last numbers, and some between.
         for place in (0..count).step_by((count / 5).max(1)).chain([count - 1]) {
             let step = 1e-5;
@@ -464,7 +474,7 @@ fn a_tower_and_its_gradients_are_those_of_the_formulas() {
             moved(step);
             let expected = (up - down) / (2.0 * step);
             for found in &found {
-                let error = (f64::from(found[&path][place]) - expected).abs() / f64::from(largest.max(1e-3));
+                let error = (f64::from(found[&path][place]) - expected).abs() / f64::from(largest);
                 assert!(error < 1e-4, "{path}[{place}]: {} instead of {expected}", found[&path][place]);
             }
         }

@@ -12,6 +12,9 @@
 //! | `gpt_oss` | softmax; the router has a bias | over their sum | biases; the clamped gated form |
 //! | `granitemoe` | softmax | over their sum | – |
 //!
+//! Weights may be f32, f16, bf16 or f64. Quantized ones are refused, such as DeepSeek-V3's in FP8 and gpt-oss's in MXFP4, as they were published: save them in
+//! bf16 by transformers first.
+//!
 //! A softmax over the chosen logits, which `gpt_oss` and `granitemoe` compute, is what dividing by the sum of the chosen gives. Routers compute in f32.
 //!
 //! ```no_run

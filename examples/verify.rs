@@ -7,7 +7,7 @@
 //! The files in a directory tell its kind: `case.json` is one layer with losses and gradients, `config.json` a Hugging Face
 //! CLIP or, with `*.input` in `reference.safetensors`, a language model with MoE layers, `open_clip_config.json` an open_clip CLIP, `moevie_config.json` a
 //! MoE-ViE, of which each sparse layer is run from its recorded input, too. Every tensor is printed with its largest error, `max|a − b| / max(1, max|b|)`.
-//! The exit status is 1 when an error is above its tolerance (1e-4, gradients 1e-3; 1e-5 and 1e-4 for layers of language models), or a case needs what is not there yet. On `cuda`
+//! The exit status is 1 when an error is above its tolerance (1e-4, gradients 1e-3; 1e-5 and 1e-4 for MoE-ViE and layers of language models), or a case needs what is not there yet. On `cuda`
 //! tolerances are 40 times as wide, as burn's f32 products are TF32 there where that measures faster.
 
 pub(crate) mod support;
@@ -373,6 +373,7 @@ fn language_model_case(folder: &Path, reference: &Reference, device: &Device, er
 
 fn clip_case(folder: &Path, device: &Device, errors: &mut Errors) -> Result<(), Box<dyn Error>> {
     let reference = Reference::read(&folder.join("reference.safetensors"))?;
+    let tolerance = if folder.join("moevie_config.json").is_file() { FORWARD / 10.0 } else { FORWARD };
     let model = ClipCheckpoint::load(folder, device)?.model.valid();
     let images = reference.tensor("pixel_values", reference.shape::<4>("pixel_values")?, device)?;
     let shape = reference.shape::<2>("input_ids")?;
@@ -380,22 +381,22 @@ fn clip_case(folder: &Path, device: &Device, errors: &mut Errors) -> Result<(), 
     let tokens = Tensor::<2, Int>::from_data(TensorData::new(ids, shape), device);
 
     let output = model.forward(images.clone(), tokens.clone());
-    errors.check_tensor("image_embeds", output.image_embeds, reference.values("image_embeds")?, FORWARD);
-    errors.check_tensor("text_embeds", output.text_embeds, reference.values("text_embeds")?, FORWARD);
-    errors.check_tensor("logits_per_image", output.logits_per_image, reference.values("logits_per_image")?, FORWARD);
+    errors.check_tensor("image_embeds", output.image_embeds, reference.values("image_embeds")?, tolerance);
+    errors.check_tensor("text_embeds", output.text_embeds, reference.values("text_embeds")?, tolerance);
+    errors.check_tensor("logits_per_image", output.logits_per_image, reference.values("logits_per_image")?, tolerance);
     // open_clip has no name for these.
     if reference.0.contains_key("vision_last_hidden") {
         let hidden = model.encode_image(images.clone()).hidden;
-        errors.check_tensor("vision_last_hidden", hidden, reference.values("vision_last_hidden")?, FORWARD);
+        errors.check_tensor("vision_last_hidden", hidden, reference.values("vision_last_hidden")?, tolerance);
     }
     if reference.0.contains_key("text_last_hidden") {
         let hidden = model.encode_text(tokens).hidden;
-        errors.check_tensor("text_last_hidden", hidden, reference.values("text_last_hidden")?, FORWARD);
+        errors.check_tensor("text_last_hidden", hidden, reference.values("text_last_hidden")?, tolerance);
     }
     // Of a MoE-ViE.
     if reference.0.contains_key("image_features") {
         let features = model.encode_image(images).embedding;
-        errors.check_tensor("image_features", features, reference.values("image_features")?, FORWARD);
+        errors.check_tensor("image_features", features, reference.values("image_features")?, tolerance);
     }
     for path in reference.0.keys().filter_map(|name| name.strip_suffix(".mlp.moe.input")) {
         let name = format!("{path}.mlp.moe");
@@ -407,7 +408,7 @@ fn clip_case(folder: &Path, device: &Device, errors: &mut Errors) -> Result<(), 
         };
         let input = format!("{name}.input");
         let output = moe.forward(reference.tensor(&input, reference.shape::<3>(&input)?, device)?).output;
-        errors.check_tensor(&format!("block {index}"), output, reference.values(&format!("{name}.output"))?, FORWARD);
+        errors.check_tensor(&format!("block {index}"), output, reference.values(&format!("{name}.output"))?, tolerance);
     }
     Ok(())
 }

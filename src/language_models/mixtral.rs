@@ -97,7 +97,7 @@ fn choices_of(layer: &MoeFeedForward) -> Result<usize, &'static str> {
     let AssignmentConfig::TokenChoice(choice) = assignment else { return Err("expert choice") };
     let refused = [
         (experts.form != FeedForwardForm::Gated || experts.activation != Activation::Silu, "experts that are not SwiGLU networks"),
-        (experts.b_in.is_some(), "biases of experts"),
+        (experts.b_in.is_some() || experts.b_gate.is_some() || experts.b_out.is_some(), "biases of experts"),
         (shared_expert.is_some(), "a shared expert"),
         (router.score != RouterScore::Softmax, "sigmoid scores"),
         (router.bias.is_some(), "a bias of the router"),

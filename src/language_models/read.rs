@@ -78,7 +78,10 @@ pub(super) fn load(
             let tensor = format!("model.layers.{block}.{}*", LAYERS[0]);
             let reason = match found.len() {
                 0 => format!("no tensor is named `{tensor}` or `model.layers.{block}.{}*`", LAYERS[1]),
-                _ => format!("more than one layer may be that of block {block}: {prefixes:?}"),
+                _ => {
+                    let names: Vec<String> = found.iter().map(|prefix| format!("`{prefix}*`")).collect();
+                    format!("more than one layer may be that of block {block}: {}", names.join(", "))
+                }
             };
             return Err(CheckpointError::ConfigFile { path: files.path.clone(), reason });
         }

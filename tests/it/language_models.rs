@@ -177,6 +177,13 @@ fn tensors_that_do_not_fit_are_named() {
     folder.tensors = folder.tensors.into_iter().map(|(name, tensor)| (name.replace("layers.0", "layers.2"), tensor)).collect();
     assert!(folder.error().contains("no tensor is named `model.layers.0.mlp.*` or `model.layers.0.block_sparse_moe.*`"));
 
+    let mut folder = Folder::of("mixtral");
+    let other = folder.tensors.iter().filter(|(name, _)| name.starts_with(moe));
+    let other: Vec<_> = other.map(|(name, tensor)| (name.replacen("model", "draft", 1), tensor.clone())).collect();
+    folder.tensors.extend(other);
+    let expected = "block 0: `draft.layers.0.block_sparse_moe.*`, `model.layers.0.block_sparse_moe.*`";
+    assert!(folder.error().contains(expected), "{}", folder.error());
+
     let folder = Folder::of("mixtral");
     fs::remove_file(folder.write().join("model.safetensors")).unwrap();
     let error = load_moe_layer(folder.path(), 0, &Device::default()).unwrap_err().to_string();

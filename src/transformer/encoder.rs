@@ -1,13 +1,17 @@
 //! A stack of blocks.
 
 use burn::module::Module;
+use burn::nn::Linear;
 use burn::tensor::{Bool, Int, Tensor, assert_shape};
 
 use super::{
     BlockRouter, FeedForward, Padding, Protection, TokenMarks, TransformerBlock,
     layout::{Layout, Looks},
 };
-use crate::routing::{BatchTotals, Routing};
+use crate::{
+    layer::packed::on_pool,
+    routing::{BatchTotals, Routing},
+};
 
 /// Pre-norm transformer blocks, one after the other.
 #[derive(Module, Debug)]
@@ -97,7 +101,7 @@ impl Encoder {
     /// # Panics
     /// When a shape does not fit, or the encoder has rotary positions and `marks` does not say where the tokens are.
     pub fn forward(&self, x: Tensor<3>, marks: TokenMarks, causal: bool) -> EncoderOutput {
-        self.run(x, marks, causal, None, None)
+        on_pool(self.first_map(), || self.run(x, marks, causal, None, None))
     }
 
     /// The same with a router of your own in place of the layers' routers; arguments as for [`forward`](Self::forward).
@@ -176,7 +180,15 @@ impl Encoder {
     ///
     /// # Panics
     /// When a shape does not fit.
-    pub fn forward_at(&self, x: Tensor<3>, mut marks: TokenMarks, causal: bool, at: Tensor<2, Int>) -> Tensor<2> {
+    pub fn forward_at(&self, x: Tensor<3>, marks: TokenMarks, causal: bool, at: Tensor<2, Int>) -> Tensor<2> {
+        on_pool(self.first_map(), || self.run_at(x, marks, causal, at))
+    }
+
+    fn first_map(&self) -> &Linear {
+        &self.blocks.first().expect("an encoder has blocks").attention.query
+    }
+
+    fn run_at(&self, x: Tensor<3>, mut marks: TokenMarks, causal: bool, at: Tensor<2, Int>) -> Tensor<2> {
         let (is_training, [batch, _, _]) = (x.device().is_autodiff(), x.dims());
         assert_shape!(at, [batch, 1]);
         let layout = self.lay_out(&x, &mut marks, causal, true);

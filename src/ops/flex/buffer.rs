@@ -12,8 +12,8 @@ use std::{
 
 use burn_std::{AccessError, AccessPolicy, AllocationController, AllocationProperty, Bytes};
 
-/// Values of the smallest buffer that is kept, 1 MiB: the allocator keeps smaller ones by itself.
-const MIN_LEN: usize = 1 << 18;
+/// Values of the smallest buffer that is kept, 64 KiB: filling a smaller one with zeros costs no more than finding it here.
+const MIN_LEN: usize = 1 << 14;
 /// A buffer that was of no use to this many requests is given back to the system.
 const MAX_AGE: u64 = 1024;
 

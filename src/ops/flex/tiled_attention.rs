@@ -110,8 +110,8 @@ impl WithSimd for Forward<'_, '_, '_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { inputs: [query, key, value], heads, out, shape, scratch } = self;
-        let (width, head_width, height) = (shape.width, shape.width / shape.heads, tiles::tile_rows(S::F32_LANES));
-        let len = out.len();
+        let (width, head_width, len) = (shape.width, shape.width / shape.heads, out.len());
+        let height = tiles::even_tile_rows(len, tiles::tile_rows(S::F32_LANES));
         let scale = 1.0 / (head_width as f32).sqrt();
         for (place, head) in heads.enumerate() {
             let start = head * head_width;
@@ -126,26 +126,24 @@ impl WithSimd for Forward<'_, '_, '_> {
                 // How many rows the last of the tile looks at.
                 let looks_at = if shape.causal { first + height } else { len };
                 let (panels, padded) = (looks_at.div_ceil(PANEL), looks_at.div_ceil(PANEL) * PANEL);
-                let tile = &mut scratch.tile;
-                tile.clear();
-                tile.resize(head_width.max(padded) * height, 0.0);
+                let tile = tiles::scratch(&mut scratch.tile, head_width.max(padded) * height, 0.0);
                 for row in 0..height {
                     let values = &query[of_head(query, first + row)];
                     for (value, out) in values.iter().zip(tile[row..].iter_mut().step_by(height)) {
                         *out = value * scale;
                     }
                 }
-                scratch.weights.resize(scratch.weights.len().max(height * padded), 0.0);
+                let weights = tiles::scratch(&mut scratch.weights, height * padded, 0.0);
                 for panel in 0..panels {
                     let lines = &scratch.keys[panel * head_width..(panel + 1) * head_width];
                     let mut sums = [[0.0; PANEL]; TILE_ROWS];
                     tiles::multiply(simd, &tile[..head_width * height], height, lines, &mut sums[..height]);
-                    for (sums, row) in sums[..height].iter().zip(scratch.weights.chunks_exact_mut(padded)) {
+                    for (sums, row) in sums[..height].iter().zip(weights.chunks_exact_mut(padded)) {
                         row[panel * PANEL..][..PANEL].copy_from_slice(sums);
                     }
                 }
                 let mut parts = [0.0; TILE_ROWS];
-                for (row, weights) in scratch.weights.chunks_exact_mut(padded).take(height).enumerate() {
+                for (row, weights) in weights.chunks_exact_mut(padded).enumerate() {
                     let count = if shape.causal { first + row + 1 } else { len };
                     parts[row] = softmax(weights, count);
                     for (weight, out) in weights[..looks_at].iter().zip(tile[row..].iter_mut().step_by(height)) {
@@ -173,9 +171,11 @@ impl WithSimd for Forward<'_, '_, '_> {
 #[inline(always)]
 fn transposed_panels(values: &[f32], width: usize, columns: Range<usize>, out: &mut Vec<Line<f32>>) {
     let head_width = columns.len();
-    let panels = (values.len() / width).div_ceil(PANEL);
-    out.clear();
-    out.resize(panels * head_width, Line([0.0; PANEL]));
+    let rows = values.len() / width;
+    let out = tiles::scratch(out, rows.div_ceil(PANEL) * head_width, Line([0.0; PANEL]));
+    if !rows.is_multiple_of(PANEL) {
+        out[rows / PANEL * head_width..].fill(Line([0.0; PANEL]));
+    }
     for (row, values) in values.chunks_exact(width).enumerate() {
         let lines = &mut out[row / PANEL * head_width..][..head_width];
         for (line, value) in lines.iter_mut().zip(&values[columns.clone()]) {
@@ -184,12 +184,11 @@ fn transposed_panels(values: &[f32], width: usize, columns: Range<usize>, out: &
     }
 }
 
-/// Panels of some columns of `values`: a line for each row.
+/// Panels of some columns of `values`: a line for each row, of old values behind the last column.
 #[inline(always)]
 fn row_panels(values: &[f32], width: usize, columns: Range<usize>, out: &mut Vec<Line<f32>>) {
     let len = values.len() / width;
-    out.clear();
-    out.resize(columns.len().div_ceil(PANEL) * len, Line([0.0; PANEL]));
+    let out = tiles::scratch(out, columns.len().div_ceil(PANEL) * len, Line([0.0; PANEL]));
     for (row, values) in values.chunks_exact(width).enumerate() {
         for (panel, values) in values[columns.clone()].chunks(PANEL).enumerate() {
             out[panel * len + row].0[..values.len()].copy_from_slice(values);

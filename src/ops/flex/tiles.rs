@@ -9,6 +9,22 @@ pub(super) const PANEL: usize = 32;
 /// The most rows of a tile.
 pub(super) const TILE_ROWS: usize = 12;
 
+/// `by_height!(rows, M => call::<M>())`: a call for each number of rows that a tile may have.
+macro_rules! by_height {
+    ($height:expr, $m:ident => $call:expr) => {
+        by_height!($height, $m => $call; 1 2 3 4 5 6 7 8 9 10 11 12)
+    };
+    ($height:expr, $m:ident => $call:expr; $($rows:literal)*) => {
+        match $height {
+            $($rows => {
+                const $m: usize = $rows;
+                $call
+            })*
+            height => unreachable!("a tile of {height} rows"),
+        }
+    };
+}
+
 /// One inner index, or one group of them, of a panel; at the start of a cache line.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
@@ -19,17 +35,46 @@ pub(super) const fn tile_rows(lanes: usize) -> usize {
     if lanes >= 16 { TILE_ROWS } else { TILE_ROWS / 2 }
 }
 
-/// Copies rows into tiles: for each inner index, the values of the tile's rows one after the other.
+/// Rows of each tile, at most `largest`, such that the last has nearly as many: a tile of few rows waits for its own sums.
+pub(super) fn even_tile_rows(rows: usize, largest: usize) -> usize {
+    rows.div_ceil(rows.div_ceil(largest).max(1)).max(1)
+}
+
+/// The first `len` values of memory that is used again, which may be old ones.
 #[inline(always)]
-pub(super) fn interleave(rows: &[f32], d_in: usize, tile_rows: usize, out: &mut Vec<f32>) {
-    out.clear();
-    out.resize(rows.len(), 0.0);
+pub(super) fn scratch<T: Copy>(memory: &mut Vec<T>, len: usize, zero: T) -> &mut [T] {
+    if memory.len() < len {
+        memory.resize(len, zero);
+    }
+    &mut memory[..len]
+}
+
+/// Copies rows into tiles, one after the other: for each inner index, the values of the tile's rows.
+#[inline(always)]
+pub(super) fn interleave(rows: &[f32], d_in: usize, tile_rows: usize, out: &mut [f32]) {
     for (tile, out) in rows.chunks(tile_rows * d_in).zip(out.chunks_mut(tile_rows * d_in)) {
-        let height = tile.len() / d_in;
-        for (place, row) in tile.chunks_exact(d_in).enumerate() {
-            for (value, out) in row.iter().zip(out[place..].iter_mut().step_by(height)) {
-                *out = *value;
+        by_height!(tile.len() / d_in, M => interleave_tile::<M>(tile, d_in, out))
+    }
+}
+
+#[inline(always)]
+fn interleave_tile<const M: usize>(tile: &[f32], d_in: usize, out: &mut [f32]) {
+    /// Values of each row that are moved at a time: a cache line.
+    const RUN: usize = 16;
+    let rows: [&[f32]; M] = std::array::from_fn(|row| &tile[row * d_in..(row + 1) * d_in]);
+    let (blocks, rest) = out.as_chunks_mut::<M>().0.as_chunks_mut::<RUN>();
+    for (block, out) in blocks.iter_mut().enumerate() {
+        for (place, row) in rows.iter().enumerate() {
+            let row: &[f32; RUN] = row[block * RUN..].first_chunk().expect("a block is inside of its row");
+            for (out, value) in out.iter_mut().zip(row) {
+                out[place] = *value;
             }
+        }
+    }
+    let first = d_in - rest.len();
+    for (index, out) in rest.iter_mut().enumerate() {
+        for (out, row) in out.iter_mut().zip(rows) {
+            *out = row[first + index];
         }
     }
 }
@@ -37,26 +82,12 @@ pub(super) fn interleave(rows: &[f32], d_in: usize, tile_rows: usize, out: &mut 
 /// `out += tile · panel`: a tile of `height` rows, as [`interleave`] makes them.
 #[inline(always)]
 pub(super) fn multiply<S: Simd>(simd: S, tile: &[f32], height: usize, panel: &[Line<f32>], out: &mut [[f32; PANEL]]) {
-    match height {
-        1 => columns::<S, 1>(simd, tile, panel, out),
-        2 => columns::<S, 2>(simd, tile, panel, out),
-        3 => columns::<S, 3>(simd, tile, panel, out),
-        4 => columns::<S, 4>(simd, tile, panel, out),
-        5 => columns::<S, 5>(simd, tile, panel, out),
-        6 => columns::<S, 6>(simd, tile, panel, out),
-        7 => columns::<S, 7>(simd, tile, panel, out),
-        8 => columns::<S, 8>(simd, tile, panel, out),
-        9 => columns::<S, 9>(simd, tile, panel, out),
-        10 => columns::<S, 10>(simd, tile, panel, out),
-        11 => columns::<S, 11>(simd, tile, panel, out),
-        12 => columns::<S, 12>(simd, tile, panel, out),
-        _ => unreachable!("a tile of {height} rows"),
-    }
+    by_height!(height, M => columns::<M, S>(simd, tile, panel, out))
 }
 
 /// Two vectors of the panel's columns at a time.
 #[inline(always)]
-fn columns<S: Simd, const M: usize>(simd: S, tile: &[f32], panel: &[Line<f32>], out: &mut [[f32; PANEL]]) {
+fn columns<const M: usize, S: Simd>(simd: S, tile: &[f32], panel: &[Line<f32>], out: &mut [[f32; PANEL]]) {
     let pairs = PANEL / S::F32_LANES / 2;
     for pair in 0..pairs {
         let mut sums = [[simd.splat_f32s(0.0); 2]; M];

@@ -2,14 +2,18 @@
 
 use std::ops::Range;
 
-use crate::ops::flex::tiles::PANEL;
+use crate::ops::flex::tiles::{PANEL, TILE_ROWS};
 
 /// Pieces of each thread, so that threads end together where experts have different loads.
 const PIECES_PER_THREAD: usize = 4;
+/// The same of a single map.
+const PIECES_OF_SINGLE_MAP: usize = 2;
 /// Panels below which no piece is cut: it would copy its rows for too few columns.
 const MIN_PANELS: usize = 4;
 /// Rows below which no piece is cut.
 const MIN_ROWS: usize = 24;
+/// Rows of a piece down to which rows are cut and not columns: reading weights again costs less than copying rows again.
+const MANY_ROWS: usize = 36;
 
 /// Some rows of one expert, and some of its panels.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,16 +39,17 @@ pub(super) fn pieces(offsets: &[usize], panels: usize, threads: usize) -> Vec<Pi
         if rows.is_empty() {
             continue;
         }
-        // One thread gains nothing by pieces; a single map is cut into as many as there are threads, as they take equally long.
+        // One thread gains nothing by pieces. Those of a single map take equally long, but threads do not have equal speed.
         let wanted = match threads {
             1 => 1,
-            _ if rows.len() == num_rows => threads,
+            _ if rows.len() == num_rows => threads * PIECES_OF_SINGLE_MAP,
             _ => (rows.len() * panels).div_ceil(share),
         };
-        let by_columns = wanted.min(panels.div_ceil(MIN_PANELS)).max(1);
+        let by_rows = wanted.min(rows.len() / MANY_ROWS).max(1);
+        let by_columns = wanted.div_ceil(by_rows).min(panels.div_ceil(MIN_PANELS)).max(1);
         let by_rows = wanted.div_ceil(by_columns).min(rows.len().div_ceil(MIN_ROWS)).max(1);
-        for rows in parts(&rows, by_rows) {
-            for panels in parts(&(0..panels), by_columns) {
+        for rows in parts(&rows, by_rows, TILE_ROWS) {
+            for panels in parts(&(0..panels), by_columns, 1) {
                 pieces.push(Piece { expert, rows: rows.clone(), panels });
             }
         }
@@ -52,11 +57,12 @@ pub(super) fn pieces(offsets: &[usize], panels: usize, threads: usize) -> Vec<Pi
     pieces
 }
 
-/// A range in `count` parts of nearly the same length.
-fn parts(range: &Range<usize>, count: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+/// A range in at most `count` parts of nearly the same length, a multiple of `unit` in all but the last.
+fn parts(range: &Range<usize>, count: usize, unit: usize) -> impl Iterator<Item = Range<usize>> + use<> {
     let Range { start, end } = *range;
-    let at = move |part: usize| start + (end - start) * part / count;
-    (0..count).map(move |part| at(part)..at(part + 1))
+    let units = (end - start).div_ceil(unit);
+    let at = move |part: usize| (start + units * part / count * unit).min(end);
+    (0..count).map(move |part| at(part)..at(part + 1)).filter(|part| !part.is_empty())
 }
 
 /// The rows that each piece writes, of its columns alone; `out` has `d_out` values in each row.

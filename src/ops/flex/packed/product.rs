@@ -22,8 +22,8 @@ use crate::ops::{
     },
 };
 
-/// Rows that are multiplied by one panel before the next: few enough to stay in a cache beside it.
-const BLOCK_ROWS: usize = 192;
+/// The most rows that are multiplied by one panel before the next: few enough to stay in a cache beside it.
+const BLOCK_ROWS: usize = 216;
 /// Inner indices that are added up in one go: a panel of so many stays in the second-level cache.
 const BLOCK_INNER: usize = 4096;
 
@@ -79,6 +79,11 @@ fn compute(x: &[f32], maps: &PackedMaps, epilogue: &Epilogue, piece: &Piece, out
     });
 }
 
+/// Rows of each block, in whole tiles but for the last block, which has nearly as many: it reads as many weights as the others.
+fn block_rows(rows: usize) -> usize {
+    rows.div_ceil(rows.div_ceil(BLOCK_ROWS).max(1)).next_multiple_of(TILE_ROWS).max(TILE_ROWS)
+}
+
 /// One piece of the work.
 struct Part<'a> {
     x: &'a [f32],
@@ -95,9 +100,11 @@ impl WithSimd for Part<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { x, maps, epilogue, piece, mut out, scratch } = self;
-        let (d_in, height) = (maps.d_in, tiles::tile_rows(S::F32_LANES));
-        for (x, out) in x.chunks((BLOCK_ROWS * d_in).max(1)).zip(out.chunks_mut(BLOCK_ROWS)) {
-            tiles::interleave(x, d_in, height, &mut scratch.rows);
+        let (d_in, block) = (maps.d_in, block_rows(out.len()));
+        for (x, out) in x.chunks(block * d_in).zip(out.chunks_mut(block)) {
+            let height = tiles::even_tile_rows(out.len(), tiles::tile_rows(S::F32_LANES));
+            let rows = tiles::scratch(&mut scratch.rows, x.len(), 0.0);
+            tiles::interleave(x, d_in, height, rows);
             for (place, panel) in piece.panels.clone().enumerate() {
                 let at = piece.expert * maps.panels_of_one() + panel;
                 let lines = match &maps.panels {
@@ -106,7 +113,7 @@ impl WithSimd for Part<'_> {
                     Panels::BF16(lines) => sixteen::unpacked(of_panel(lines, at, d_in), sixteen::of_bf16, &mut scratch.lines),
                     Panels::Int8 { .. } => unreachable!("bytes have a product of their own"),
                 };
-                for (tile, out) in scratch.rows.chunks((height * d_in).max(1)).zip(out.chunks_mut(height)) {
+                for (tile, out) in rows.chunks(height * d_in).zip(out.chunks_mut(height)) {
                     let height = out.len();
                     let mut sums = [[0.0; PANEL]; TILE_ROWS];
                     for (tile, lines) in tile.chunks(BLOCK_INNER * height).zip(lines.chunks(BLOCK_INNER)) {
@@ -126,17 +133,18 @@ impl Part<'_> {
         let Panels::Int8 { lines, scales, sums: byte_sums } = &maps.panels else { unreachable!("weights are bytes") };
         let (d_in, len) = (maps.d_in, maps.d_in.div_ceil(GROUP));
         let (mut sums, mut values) = ([[0; PANEL]; TILE_ROWS], [[0.0; PANEL]; TILE_ROWS]);
-        for (x, out) in x.chunks((BLOCK_ROWS * d_in).max(1)).zip(out.chunks_mut(BLOCK_ROWS)) {
-            let bytes = &mut scratch.bytes;
-            Arch::new().dispatch(Quantize { rows: x, d_in, largest: dot.largest(), out: bytes });
+        let block = block_rows(out.len());
+        for (x, out) in x.chunks(block * d_in).zip(out.chunks_mut(block)) {
+            let (bytes, tile_rows) = (&mut scratch.bytes, tiles::even_tile_rows(out.len(), TILE_ROWS));
+            Arch::new().dispatch(Quantize { rows: x, d_in, tile_rows, largest: dot.largest(), out: bytes });
             for (place, panel) in piece.panels.clone().enumerate() {
                 let lines = of_panel(lines, piece.expert * maps.panels_of_one() + panel, len);
                 let columns = maps.columns(piece.expert, panel);
                 let of_columns = (&scales[columns.clone()], &byte_sums[columns]);
-                let tiles = bytes.tiles.chunks((TILE_ROWS * len).max(1)).zip(bytes.scales.chunks(TILE_ROWS));
-                for ((tile, rows), out) in tiles.zip(out.chunks_mut(TILE_ROWS)) {
+                let tiles = bytes.tiles.chunks(tile_rows * len).zip(bytes.scales.chunks(tile_rows));
+                for ((tile, rows), out) in tiles.zip(out.chunks_mut(tile_rows)) {
                     let height = out.len();
-                    dot.multiply(tile, height, lines, &mut sums[..height]);
+                    dot.multiply(&tile[..height * len], height, lines, &mut sums[..height]);
                     let (sums, values) = (&sums[..height], &mut values);
                     Arch::new().dispatch(Finish { sums, rows, of_columns, values, epilogue, maps, expert: piece.expert, panel });
                     write(values, out, place);

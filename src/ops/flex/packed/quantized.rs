@@ -3,7 +3,7 @@
 use pulp::{Simd, WithSimd};
 
 use super::dot::GROUP;
-use crate::ops::flex::tiles::{PANEL, TILE_ROWS};
+use crate::ops::flex::tiles::{self, PANEL};
 
 /// `x ≈ scale · (byte − zero)`.
 #[derive(Clone, Copy, Default)]
@@ -16,6 +16,7 @@ pub(super) struct RowScale {
 /// Rows in tiles of bytes: for each group of inner indices, those of the tile's rows one after the other.
 #[derive(Default)]
 pub(super) struct QuantizedRows {
+    /// With old values behind them.
     pub tiles: Vec<[u8; GROUP]>,
     pub scales: Vec<RowScale>,
 }
@@ -24,6 +25,8 @@ pub(super) struct QuantizedRows {
 pub(super) struct Quantize<'a> {
     pub rows: &'a [f32],
     pub d_in: usize,
+    /// Rows of each tile but the last.
+    pub tile_rows: usize,
     pub largest: u8,
     pub out: &'a mut QuantizedRows,
 }
@@ -33,18 +36,18 @@ impl WithSimd for Quantize<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        let Self { rows, d_in, largest, out } = self;
+        let Self { rows, d_in, tile_rows, largest, out } = self;
         let len = d_in.div_ceil(GROUP);
-        out.tiles.clear();
-        out.tiles.resize(rows.len() / d_in * len, [0; GROUP]);
-        out.scales.clear();
+        let QuantizedRows { tiles, scales } = out;
+        let tiles = tiles::scratch(tiles, rows.len() / d_in * len, [0; GROUP]);
+        scales.clear();
         let mut bytes = vec![[0; GROUP]; len];
-        for (tile, tile_out) in rows.chunks(TILE_ROWS * d_in).zip(out.tiles.chunks_mut(TILE_ROWS * len)) {
+        for (tile, tile_out) in rows.chunks(tile_rows * d_in).zip(tiles.chunks_mut(tile_rows * len)) {
             let height = tile.len() / d_in;
             for (place, row) in tile.chunks_exact(d_in).enumerate() {
                 let scale = scale_of(row, largest);
                 to_bytes(row, scale, largest, &mut bytes.as_flattened_mut()[..d_in]);
-                out.scales.push(scale);
+                scales.push(scale);
                 for (out, bytes) in tile_out[place..].iter_mut().step_by(height).zip(&bytes) {
                     *out = *bytes;
                 }
@@ -114,11 +117,12 @@ pub(super) fn dequantize(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::flex::tiles::TILE_ROWS;
     use pulp::Arch;
 
     fn quantized(rows: &[f32], d_in: usize) -> QuantizedRows {
         let mut out = QuantizedRows::default();
-        Arch::new().dispatch(Quantize { rows, d_in, largest: 255, out: &mut out });
+        Arch::new().dispatch(Quantize { rows, d_in, tile_rows: TILE_ROWS, largest: 255, out: &mut out });
         out
     }
 

@@ -1,17 +1,17 @@
 //! Weights in 16 bits.
 
-use crate::ops::flex::tiles::{Line, PANEL};
+use crate::ops::flex::tiles::{Line, PANEL, scratch};
 
 /// A panel of 16-bit numbers in 32.
 #[inline(always)]
 pub(super) fn unpacked<'a>(panel: &[Line<u16>], f: impl Fn(u16) -> f32, out: &'a mut Vec<Line<f32>>) -> &'a [Line<f32>] {
-    out.resize(panel.len().max(out.len()), Line([0.0; PANEL]));
+    let out = scratch(out, panel.len(), Line([0.0; PANEL]));
     for (out, line) in out.iter_mut().zip(panel) {
         for (out, value) in out.0.iter_mut().zip(&line.0) {
             *out = f(*value);
         }
     }
-    &out[..panel.len()]
+    out
 }
 
 /// A finite f16 from its bits: shifted, its exponent is 112 too small.

@@ -6,6 +6,7 @@ mod gemm;
 mod grouped;
 mod packed;
 mod pointwise;
+mod prefetch;
 mod rows;
 mod tiled_attention;
 mod tiles;

@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use super::{
     buffer::Buffer,
     pointwise::exp,
+    prefetch::Ahead,
     tiles::{self, Line, PANEL, TILE_ROWS},
 };
 use crate::ops::AttentionShape;
@@ -137,7 +138,7 @@ impl WithSimd for Forward<'_, '_, '_> {
                 for panel in 0..panels {
                     let lines = &scratch.keys[panel * head_width..(panel + 1) * head_width];
                     let mut sums = [[0.0; PANEL]; TILE_ROWS];
-                    tiles::multiply(simd, &tile[..head_width * height], height, lines, &mut sums[..height]);
+                    tiles::multiply(simd, &tile[..head_width * height], height, lines, Ahead::NONE, &mut sums[..height]);
                     for (sums, row) in sums[..height].iter().zip(weights.chunks_exact_mut(padded)) {
                         row[panel * PANEL..][..PANEL].copy_from_slice(sums);
                     }
@@ -153,7 +154,7 @@ impl WithSimd for Forward<'_, '_, '_> {
                 for panel in 0..head_width.div_ceil(PANEL) {
                     let lines = &scratch.values[panel * len..panel * len + looks_at];
                     let mut sums = [[0.0; PANEL]; TILE_ROWS];
-                    tiles::multiply(simd, &tile[..looks_at * height], height, lines, &mut sums[..height]);
+                    tiles::multiply(simd, &tile[..looks_at * height], height, lines, Ahead::NONE, &mut sums[..height]);
                     let columns = PANEL.min(head_width - panel * PANEL);
                     for ((sums, part), out) in sums[..height].iter().zip(parts).zip(&mut out[first..]) {
                         let out = &mut out[place * head_width + panel * PANEL..][..columns];

@@ -4,6 +4,8 @@
 
 use pulp::Simd;
 
+use super::prefetch::Ahead;
+
 /// Columns of a panel.
 pub(super) const PANEL: usize = 32;
 /// The most rows of a tile.
@@ -79,19 +81,20 @@ fn interleave_tile<const M: usize>(tile: &[f32], d_in: usize, out: &mut [f32]) {
     }
 }
 
-/// `out += tile · panel`: a tile of `height` rows, as [`interleave`] makes them.
+/// `out += tile · panel`: a tile of `height` rows, as [`interleave`] makes them. What is `ahead` is asked for, a step for each inner index.
 #[inline(always)]
-pub(super) fn multiply<S: Simd>(simd: S, tile: &[f32], height: usize, panel: &[Line<f32>], out: &mut [[f32; PANEL]]) {
-    by_height!(height, M => columns::<M, S>(simd, tile, panel, out))
+pub(super) fn multiply<S: Simd>(simd: S, tile: &[f32], height: usize, panel: &[Line<f32>], ahead: Ahead, out: &mut [[f32; PANEL]]) {
+    by_height!(height, M => columns::<M, S>(simd, tile, panel, ahead, out))
 }
 
 /// Two vectors of the panel's columns at a time.
 #[inline(always)]
-fn columns<const M: usize, S: Simd>(simd: S, tile: &[f32], panel: &[Line<f32>], out: &mut [[f32; PANEL]]) {
+fn columns<const M: usize, S: Simd>(simd: S, tile: &[f32], panel: &[Line<f32>], ahead: Ahead, out: &mut [[f32; PANEL]]) {
     let pairs = PANEL / S::F32_LANES / 2;
     for pair in 0..pairs {
-        let mut sums = [[simd.splat_f32s(0.0); 2]; M];
+        let (mut sums, mut ahead) = ([[simd.splat_f32s(0.0); 2]; M], ahead);
         for (line, values) in panel.iter().zip(tile.as_chunks::<M>().0) {
+            ahead.step();
             let line = S::as_simd_f32s(&line.0).0;
             let (left, right) = (line[2 * pair], line[2 * pair + 1]);
             for (sums, value) in sums.iter_mut().zip(values) {

@@ -10,7 +10,10 @@ use std::sync::LazyLock;
 
 use pulp::{Arch, Simd, WithSimd};
 
-use crate::ops::flex::tiles::{self, Line, PANEL, TILE_ROWS};
+use crate::ops::flex::{
+    prefetch::Ahead,
+    tiles::{self, Line, PANEL, TILE_ROWS},
+};
 
 /// Inner indices that one instruction adds up.
 pub(super) const GROUP: usize = 4;
@@ -64,14 +67,21 @@ impl Dot {
         }
     }
 
-    /// `out = tile · panel`. The tile holds, for each group of inner indices, the values of its rows one after the other.
-    pub(super) fn multiply(self, tile: &[[u8; GROUP]], height: usize, panel: &[Line<[i8; GROUP]>], out: &mut [[i32; PANEL]]) {
+    /// `out = tile · panel`; what is `ahead` is asked for meanwhile, where the processor has instructions for bytes. The tile holds, for each group of inner indices, the values of its rows one after the other.
+    pub(super) fn multiply(
+        self,
+        tile: &[[u8; GROUP]],
+        height: usize,
+        panel: &[Line<[i8; GROUP]>],
+        ahead: Ahead,
+        out: &mut [[i32; PANEL]],
+    ) {
         assert!(out.len() == height && tile.len() == panel.len() * height, "a tile of {height} rows, and a panel of its length");
         #[cfg(target_arch = "x86_64")]
         macro_rules! by_height {
             ($f:ident: $($m:literal)*) => {
                 match height {
-                    $($m => $f::<$m>(tile, panel, out),)*
+                    $($m => $f::<$m>(tile, panel, ahead, out),)*
                     _ => unreachable!("a tile of {height} rows"),
                 }
             };
@@ -90,9 +100,10 @@ impl Dot {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn vnni<const M: usize>(tile: &[[u8; GROUP]], panel: &[Line<[i8; GROUP]>], out: &mut [[i32; PANEL]]) {
+fn vnni<const M: usize>(tile: &[[u8; GROUP]], panel: &[Line<[i8; GROUP]>], mut ahead: Ahead, out: &mut [[i32; PANEL]]) {
     let mut sums = [[_mm512_setzero_si512(); 2]; M];
     for (line, values) in panel.iter().zip(tile.as_chunks::<M>().0) {
+        ahead.step();
         // SAFETY: a line is 128 bytes, at a multiple of 64.
         let (left, right) = unsafe {
             let start = line.0.as_ptr().cast::<__m512i>();
@@ -117,13 +128,14 @@ fn vnni<const M: usize>(tile: &[[u8; GROUP]], panel: &[Line<[i8; GROUP]>], out: 
 /// In halves of two vectors and tiles of four rows: sums, factors and what is in between fill the sixteen registers.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn avx2<const M: usize>(tile: &[[u8; GROUP]], panel: &[Line<[i8; GROUP]>], out: &mut [[i32; PANEL]]) {
+fn avx2<const M: usize>(tile: &[[u8; GROUP]], panel: &[Line<[i8; GROUP]>], ahead: Ahead, out: &mut [[i32; PANEL]]) {
     let ones = _mm256_set1_epi16(1);
     for rows in (0..M).step_by(4) {
         let height = (M - rows).min(4);
         for half in 0..2 {
-            let mut sums = [[_mm256_setzero_si256(); 2]; 4];
+            let (mut sums, mut ahead) = ([[_mm256_setzero_si256(); 2]; 4], ahead);
             for (line, values) in panel.iter().zip(tile.as_chunks::<M>().0) {
+                ahead.step();
                 // SAFETY: a line is four vectors of 32 bytes, at a multiple of 64.
                 let (left, right) = unsafe {
                     let start = line.0.as_ptr().cast::<__m256i>().add(2 * half);
@@ -189,7 +201,7 @@ impl WithSimd for Portable<'_> {
                 }
             }
             let mut sums = [[0.0; PANEL]; TILE_ROWS];
-            tiles::multiply(simd, rows, height, lines, &mut sums[..height]);
+            tiles::multiply(simd, rows, height, lines, Ahead::NONE, &mut sums[..height]);
             for (out, sums) in out.iter_mut().zip(&sums) {
                 for (out, sum) in out.iter_mut().zip(sums) {
                     *out += *sum as i32;
@@ -226,7 +238,7 @@ mod tests {
                     .map(|g| Line(std::array::from_fn(|c| std::array::from_fn(|j| weight((g * PANEL + c) * GROUP + j) as i8))))
                     .collect();
                 let mut out = vec![[-1; PANEL]; height];
-                dot.multiply(&tile, height, &panel, &mut out);
+                dot.multiply(&tile, height, &panel, Ahead::NONE, &mut out);
                 for (row, out) in out.iter().enumerate() {
                     for (column, out) in out.iter().enumerate() {
                         let product = |i: usize| {

@@ -1,6 +1,6 @@
 //! `act(x · weight + bias)` with packed weights.
 
-use std::cell::RefCell;
+use std::{cell::RefCell, ops::RangeInclusive};
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -18,12 +18,16 @@ use crate::ops::{
     flex::{
         buffer::Buffer,
         pointwise,
+        prefetch::Ahead,
         tiles::{self, Line, PANEL, TILE_ROWS},
     },
 };
 
 /// The most rows that are multiplied by one panel before the next: few enough to stay in a cache beside it.
 const BLOCK_ROWS: usize = 216;
+/// Tiles of a block for which the next panel is asked for: with fewer, memory is the limit in any case and the processor itself asks for what follows;
+/// with more, arithmetic is.
+const ASKED_FOR: RangeInclusive<usize> = 3..=16;
 /// Inner indices that are added up in one go: a panel of so many stays in the second-level cache.
 const BLOCK_INNER: usize = 4096;
 
@@ -107,17 +111,20 @@ impl WithSimd for Part<'_> {
             tiles::interleave(x, d_in, height, rows);
             for (place, panel) in piece.panels.clone().enumerate() {
                 let at = piece.expert * maps.panels_of_one() + panel;
+                let ahead = maps.ahead(panel, piece, out.len().div_ceil(height));
                 let lines = match &maps.panels {
                     Panels::F32(lines) => of_panel(lines, at, d_in),
                     Panels::F16(lines) => sixteen::unpacked(of_panel(lines, at, d_in), sixteen::of_f16, &mut scratch.lines),
                     Panels::BF16(lines) => sixteen::unpacked(of_panel(lines, at, d_in), sixteen::of_bf16, &mut scratch.lines),
                     Panels::Int8 { .. } => unreachable!("bytes have a product of their own"),
                 };
-                for (tile, out) in rows.chunks(height * d_in).zip(out.chunks_mut(height)) {
+                for (place_of_tile, (tile, out)) in rows.chunks(height * d_in).zip(out.chunks_mut(height)).enumerate() {
                     let height = out.len();
                     let mut sums = [[0.0; PANEL]; TILE_ROWS];
-                    for (tile, lines) in tile.chunks(BLOCK_INNER * height).zip(lines.chunks(BLOCK_INNER)) {
-                        tiles::multiply(simd, tile, height, lines, &mut sums[..height]);
+                    let blocks = tile.chunks(BLOCK_INNER * height).zip(lines.chunks(BLOCK_INNER));
+                    for (block, (tile, lines)) in blocks.enumerate() {
+                        let ahead = ahead.from(place_of_tile * d_in + block * BLOCK_INNER);
+                        tiles::multiply(simd, tile, height, lines, ahead, &mut sums[..height]);
                     }
                     epilogue.apply(simd, &mut sums, maps, piece.expert, panel);
                     write(&sums, out, place);
@@ -138,13 +145,15 @@ impl Part<'_> {
             let (bytes, tile_rows) = (&mut scratch.bytes, tiles::even_tile_rows(out.len(), TILE_ROWS));
             Arch::new().dispatch(Quantize { rows: x, d_in, tile_rows, largest: dot.largest(), out: bytes });
             for (place, panel) in piece.panels.clone().enumerate() {
-                let lines = of_panel(lines, piece.expert * maps.panels_of_one() + panel, len);
+                let at = piece.expert * maps.panels_of_one() + panel;
+                let ahead = maps.ahead(panel, piece, out.len().div_ceil(tile_rows));
+                let lines = of_panel(lines, at, len);
                 let columns = maps.columns(piece.expert, panel);
                 let of_columns = (&scales[columns.clone()], &byte_sums[columns]);
                 let tiles = bytes.tiles.chunks(tile_rows * len).zip(bytes.scales.chunks(tile_rows));
-                for ((tile, rows), out) in tiles.zip(out.chunks_mut(tile_rows)) {
+                for (place_of_tile, ((tile, rows), out)) in tiles.zip(out.chunks_mut(tile_rows)).enumerate() {
                     let height = out.len();
-                    dot.multiply(&tile[..height * len], height, lines, &mut sums[..height]);
+                    dot.multiply(&tile[..height * len], height, lines, ahead.from(place_of_tile * len), &mut sums[..height]);
                     let (sums, values) = (&sums[..height], &mut values);
                     Arch::new().dispatch(Finish { sums, rows, of_columns, values, epilogue, maps, expert: piece.expert, panel });
                     write(values, out, place);
@@ -155,6 +164,20 @@ impl Part<'_> {
 }
 
 impl PackedMaps {
+    /// What to ask for while `tiles` tiles are multiplied by a panel: the panel behind it, if the piece has one.
+    fn ahead(&self, panel: usize, piece: &Piece, tiles: usize) -> Ahead {
+        if panel + 1 == piece.panels.end || !ASKED_FOR.contains(&tiles) {
+            return Ahead::NONE;
+        }
+        let next = piece.expert * self.panels_of_one() + panel + 1;
+        let (d_in, groups) = (self.d_in, self.d_in.div_ceil(GROUP));
+        match &self.panels {
+            Panels::F32(lines) => Ahead::new(of_panel(lines, next, d_in), tiles, d_in),
+            Panels::F16(lines) | Panels::BF16(lines) => Ahead::new(of_panel(lines, next, d_in), tiles, d_in),
+            Panels::Int8 { lines, .. } => Ahead::new(of_panel(lines, next, groups), tiles, groups),
+        }
+    }
+
     /// The columns of a panel among those of all experts.
     fn columns(&self, expert: usize, panel: usize) -> std::ops::Range<usize> {
         let (start, end) = (panel * PANEL, ((panel + 1) * PANEL).min(self.d_out));

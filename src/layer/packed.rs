@@ -165,7 +165,7 @@ impl ModuleMapper for Pack {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         if !self.is_packed(D) {
-            // Drawn now if it is a random one, so that no pass waits for another's to be drawn; see `on_pool`.
+            // Drawn now if it is a random one, so that no pass waits while another draws it; see `run_pass`.
             let _ = param.val();
             return param;
         }
@@ -215,19 +215,17 @@ pub(crate) fn packed_product<const D: usize>(
     None
 }
 
-/// Calls `f` on one of rayon's threads if the map is packed. A caller outside of the pool would sleep through every product, and be woken after it,
-/// which takes a tenth of the time that one short text takes. Nothing in a packed model waits for a lock while a product is made, so that it does not
-/// matter what else such a thread takes up meanwhile.
-#[cfg(feature = "flex")]
-pub(crate) fn on_pool<T: Send>(linear: &Linear, f: impl FnOnce() -> T + Send) -> T {
-    match linear.weight.reparameterization::<PackedWeight>() {
-        Some(_) if rayon::current_num_threads() > 1 => rayon::join(f, || ()).0,
-        _ => f(),
+/// Calls `f`, a pass through a model, on one of rayon's threads if this map of it is packed: a caller outside of the pool would sleep through every
+/// product, and be woken up after it, a tenth of the time that a short text takes.
+///
+/// Such a thread may take up other work while it waits for the last piece of a product, another pass for example, so nothing in `f` may hold a lock
+/// while a product is made.
+pub(crate) fn run_pass<T: Send>(linear: &Linear, f: impl FnOnce() -> T + Send) -> T {
+    #[cfg(feature = "flex")]
+    if linear.weight.reparameterization::<PackedWeight>().is_some() && rayon::current_num_threads() > 1 {
+        return rayon::join(f, || ()).0;
     }
-}
-
-#[cfg(not(feature = "flex"))]
-pub(crate) fn on_pool<T: Send>(_: &Linear, f: impl FnOnce() -> T + Send) -> T {
+    let _ = linear;
     f()
 }
 

@@ -9,7 +9,7 @@ use super::{
     layout::{Layout, Looks},
 };
 use crate::{
-    layer::packed::on_pool,
+    layer::packed::run_pass,
     routing::{BatchTotals, Routing},
 };
 
@@ -101,7 +101,7 @@ impl Encoder {
     /// # Panics
     /// When a shape does not fit, or the encoder has rotary positions and `marks` does not say where the tokens are.
     pub fn forward(&self, x: Tensor<3>, marks: TokenMarks, causal: bool) -> EncoderOutput {
-        on_pool(self.first_map(), || self.run(x, marks, causal, None, None))
+        run_pass(self.first_map(), || self.run(x, marks, causal, None, None))
     }
 
     /// The same with a router of your own in place of the layers' routers; arguments as for [`forward`](Self::forward).
@@ -181,7 +181,7 @@ impl Encoder {
     /// # Panics
     /// When a shape does not fit.
     pub fn forward_at(&self, x: Tensor<3>, marks: TokenMarks, causal: bool, at: Tensor<2, Int>) -> Tensor<2> {
-        on_pool(self.first_map(), || self.run_at(x, marks, causal, at))
+        run_pass(self.first_map(), || self.run_at(x, marks, causal, at))
     }
 
     fn first_map(&self) -> &Linear {

@@ -10,7 +10,7 @@ const PIECES_PER_THREAD: usize = 4;
 const PIECES_OF_SINGLE_MAP: usize = 2;
 /// Panels below which no piece is cut: it would copy its rows for too few columns.
 const MIN_PANELS: usize = 4;
-/// Rows below which no piece is cut.
+/// Rows below which no piece is cut where there are no more columns to cut.
 const MIN_ROWS: usize = 24;
 /// Rows of a piece down to which rows are cut and not columns: reading weights again costs less than copying rows again.
 const MANY_ROWS: usize = 36;
@@ -29,7 +29,7 @@ impl Piece {
     }
 }
 
-/// All of the work: by columns first, so that threads read each weight once; by rows too where columns are few.
+/// All of the work: by rows while pieces have many; by columns, where each piece copies the same rows, for what is wanted beyond that.
 pub(super) fn pieces(offsets: &[usize], panels: usize, threads: usize) -> Vec<Piece> {
     let num_rows = offsets[offsets.len() - 1];
     let share = (num_rows * panels).div_ceil(threads * PIECES_PER_THREAD).max(1);

@@ -236,3 +236,32 @@ fn write(values: &[[f32; PANEL]], out: &mut [&mut [f32]], panel: usize) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::precision::Precision;
+
+    #[test]
+    fn a_row_has_the_same_bits_alone_and_among_any_number_of_rows() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        // More inner indices than are added up in one go, once; rows that fill tiles and blocks, and rows that do not.
+        for (d_in, d_out, counts) in [(37, 200, &[2, 13, 50, 77, 216, 217, 400][..]), (BLOCK_INNER + 5, 33, &[26, 50])] {
+            let weights: Vec<f32> = (0..d_in * d_out).map(|i| ((i * 37) % 101) as f32 * 0.01 - 0.5).collect();
+            for precision in [Precision::F32, Precision::BF16, Precision::Int8] {
+                let maps = PackedMaps::new(&weights, [1, d_in, d_out], precision);
+                for count in counts {
+                    let x: Vec<f32> = (0..count * d_in).map(|i| ((i * 7919) % 1013) as f32 * 0.002 - 1.0).collect();
+                    let of = |x: &[f32]| linear(x, &maps, None, &[0, x.len() / d_in], Some(Activation::Gelu));
+                    let all = pool.install(|| of(&x));
+                    for row in [0, 1, 11, 12, count / 2, count - 1] {
+                        let row = row.min(count - 1);
+                        let alone = of(&x[row * d_in..(row + 1) * d_in]);
+                        assert!(alone[..] == all[row * d_out..(row + 1) * d_out], "{precision:?}, row {row} of {count}");
+                        assert!(alone.iter().all(|value| value.is_finite()));
+                    }
+                }
+            }
+        }
+    }
+}

@@ -86,6 +86,9 @@ impl Dot {
                 }
             };
         }
+        // Plain code asks for nothing.
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = ahead;
         match self.0 {
             // SAFETY: only `all` makes this kind, where the processor has the instructions.
             #[cfg(target_arch = "x86_64")]

@@ -12,8 +12,8 @@ const CACHE_LINE: usize = 64;
 pub(super) struct Ahead {
     start: *const u8,
     /// The next cache line, times 2¹⁶.
-    at: usize,
-    step: usize,
+    at: u64,
+    step: u64,
 }
 
 impl Ahead {
@@ -22,19 +22,20 @@ impl Ahead {
 
     /// All of `next`, in `turns` turns of `steps` steps each.
     pub(super) fn new<T>(next: &[T], turns: usize, steps: usize) -> Self {
-        let step = (size_of_val(next) / CACHE_LINE << 16) / (turns * steps).max(1);
+        let step = ((size_of_val(next) / CACHE_LINE) as u64) << 16;
+        let step = step / (turns * steps).max(1) as u64;
         Self { start: next.as_ptr().cast(), at: 0, step }
     }
 
     /// From the given step of a turn.
     pub(super) fn from(self, step: usize) -> Self {
-        Self { at: step * self.step, ..self }
+        Self { at: step as u64 * self.step, ..self }
     }
 
     /// Asks for the next part.
     #[inline(always)]
     pub(super) fn step(&mut self) {
-        let address = self.start.wrapping_add((self.at >> 16) * CACHE_LINE);
+        let address = self.start.wrapping_add((self.at >> 16) as usize * CACHE_LINE);
         self.at += self.step;
         // SAFETY: the instruction is a hint, which reads nothing that a program sees, at any address. All x86-64 processors have it.
         #[cfg(target_arch = "x86_64")]

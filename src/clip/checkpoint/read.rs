@@ -18,7 +18,7 @@ use super::{
     table::{Constant, Entry},
     tensors::{self, StoredInfo, TensorFiles},
 };
-use crate::{Precision, clip::ClipConfig};
+use crate::clip::ClipConfig;
 
 /// The parameter that depends on the size of the images.
 const POSITIONS: &str = "vision.position_embedding";
@@ -33,7 +33,7 @@ pub struct LoadOptions {
     /// Packs the weights as they are read, so that at most one of them is in memory in 32 bits: see [`pack_weights`](crate::pack_weights), on burn's CPU
     /// backend only. Default: plain weights.
     #[cfg(feature = "flex")]
-    pub packed: Option<Precision>,
+    pub packed: Option<crate::Precision>,
 }
 
 impl LoadOptions {
@@ -50,7 +50,7 @@ impl LoadOptions {
 
     /// With [`packed`](Self::packed) weights.
     #[cfg(feature = "flex")]
-    pub fn with_packed(mut self, packed: Option<Precision>) -> Self {
+    pub fn with_packed(mut self, packed: Option<crate::Precision>) -> Self {
         self.packed = packed;
         self
     }

@@ -218,12 +218,14 @@ pub(crate) fn packed_product<const D: usize>(
 /// Calls `f`, a pass through a model, on one of rayon's threads if this map of it is packed: a caller outside of the pool would sleep through every
 /// product, and be woken up after it, a tenth of the time that a short text takes.
 ///
-/// Such a thread may take up other work while it waits for the last piece of a product, another pass for example, so nothing in `f` may hold a lock
-/// while a product is made.
-pub(crate) fn run_pass<T: Send>(linear: &Linear, f: impl FnOnce() -> T + Send) -> T {
+/// Such a thread may take up other work while it waits for the last piece of a product, another pass for example. So nothing in `f` may hold a lock
+/// while a product is made, and what the calling thread chose goes with it.
+pub(crate) fn run_pass<T: Send>(linear: Option<&Linear>, f: impl FnOnce() -> T + Send) -> T {
     #[cfg(feature = "flex")]
-    if linear.weight.reparameterization::<PackedWeight>().is_some() && rayon::current_num_threads() > 1 {
-        return rayon::join(f, || ()).0;
+    if linear.is_some_and(|linear| linear.weight.reparameterization::<PackedWeight>().is_some()) && rayon::current_num_threads() > 1
+    {
+        let kernels = ops::chosen_kernels();
+        return rayon::join(|| ops::with_kernels(kernels, f), || ()).0;
     }
     let _ = linear;
     f()

@@ -184,8 +184,8 @@ impl Encoder {
         run_pass(self.first_map(), || self.run_at(x, marks, causal, at))
     }
 
-    fn first_map(&self) -> &Linear {
-        &self.blocks.first().expect("an encoder has blocks").attention.query
+    fn first_map(&self) -> Option<&Linear> {
+        self.blocks.first().map(|block| &block.attention.query)
     }
 
     fn run_at(&self, x: Tensor<3>, mut marks: TokenMarks, causal: bool, at: Tensor<2, Int>) -> Tensor<2> {

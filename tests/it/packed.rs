@@ -110,6 +110,13 @@ fn a_packed_clip_embeds_as_the_plain_one_and_each_sample_by_itself() {
     let expected = embeddings(&model, 3).map(|x| values(&x));
     for (precision, bound) in ALL.into_iter().zip([1e-6, 2e-3, 1e-2, 3e-2]) {
         let packed = pack_weights(model.clone(), precision);
+        // The choice of kernels holds for all of a tower, on whichever thread it is computed.
+        let unpacked = embeddings(&packed.clone().materialize(), 3);
+        let reference = with_kernels(Kernels::Reference, || embeddings(&packed, 3));
+        for (reference, unpacked) in reference.iter().zip(&unpacked) {
+            let difference = error(&values(reference), &values(unpacked));
+            assert!(difference < 2e-6, "{precision:?}, reference: {difference}");
+        }
         for ((found, alone), expected) in embeddings(&packed, 3).iter().zip(embeddings(&packed, 1)).zip(&expected) {
             let found = values(found);
             assert!(error(&found, expected) < bound, "{precision:?}: {}", error(&found, expected));

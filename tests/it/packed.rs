@@ -1,6 +1,6 @@
 //! Weights packed for inference compute what the plain ones do.
 
-use std::fs;
+use std::{env, fs};
 
 use burn::module::{Module, ModuleVisitor, Param, Quantizer};
 use burn::nn::attention::MultiHeadAttentionConfig;
@@ -360,7 +360,9 @@ fn a_trained_model_finds_as_much_with_weights_in_8_bits() {
     let tokenizer = ClipTokenizer::for_model(&model.text).unwrap();
     let texts: Vec<&String> = set.queries().map(|(_, caption)| &caption.text).collect();
     let tokens = tokenizer.tokenize(&texts[..200], config.text.context_length).tensor(&device);
-    for model in [model, sparse] {
+    // One that the main job has trained, if its folder is named.
+    let trained = env::var_os("BURN_MOE_SPARSE").map(|folder| ClipCheckpoint::load(folder, &device).unwrap().model);
+    for model in [model, sparse].into_iter().chain(trained) {
         let packed = pack_weights(model.clone(), Precision::Int8);
         let embeddings = |model: &Clip| [model.vision.embedding(set.images(0..100, &device)), model.text.embedding(tokens.clone())];
         for (found, expected) in embeddings(&packed).into_iter().zip(embeddings(&model)) {

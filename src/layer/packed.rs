@@ -29,6 +29,8 @@ use crate::ops::{PackedMaps, Precision};
 /// (to 7 on processors with AVX2 and without AVX-512 VNNI), with a scale of its own, and products are of integers. In every precision, the result of a row does not depend on
 /// the rows beside it.
 ///
+/// An [`Encoder`](crate::transformer::Encoder) with packed weights computes its pass on one of rayon's threads, not on the calling one.
+///
 /// ```
 /// use burn::tensor::{Device, Distribution, Tensor};
 /// use burn_moe::{MoeFeedForwardConfig, Precision, pack_weights};

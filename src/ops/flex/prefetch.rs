@@ -17,8 +17,11 @@ pub(super) struct Ahead {
 }
 
 impl Ahead {
-    /// Nothing.
-    pub(super) const NONE: Self = Self { start: std::ptr::null(), at: 0, step: 0 };
+    /// Nothing: always the same byte. An address that is not mapped would be looked up anew at every step.
+    pub(super) const NONE: Self = {
+        static BYTE: u8 = 0;
+        Self { start: &raw const BYTE, at: 0, step: 0 }
+    };
 
     /// All of `next`, in `turns` turns of `steps` steps each.
     pub(super) fn new<T>(next: &[T], turns: usize, steps: usize) -> Self {
@@ -27,8 +30,8 @@ impl Ahead {
         Self { start: next.as_ptr().cast(), at: 0, step }
     }
 
-    /// From the given step of a turn.
-    pub(super) fn from(self, step: usize) -> Self {
+    /// What follows the given number of steps.
+    pub(super) fn after(self, step: usize) -> Self {
         Self { at: step as u64 * self.step, ..self }
     }
 

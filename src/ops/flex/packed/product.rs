@@ -123,7 +123,7 @@ impl WithSimd for Part<'_> {
                     let mut sums = [[0.0; PANEL]; TILE_ROWS];
                     let blocks = tile.chunks(BLOCK_INNER * height).zip(lines.chunks(BLOCK_INNER));
                     for (block, (tile, lines)) in blocks.enumerate() {
-                        let ahead = ahead.from(place_of_tile * d_in + block * BLOCK_INNER);
+                        let ahead = ahead.after(place_of_tile * d_in + block * BLOCK_INNER);
                         tiles::multiply(simd, tile, height, lines, ahead, &mut sums[..height]);
                     }
                     epilogue.apply(simd, &mut sums, maps, piece.expert, panel);
@@ -153,7 +153,7 @@ impl Part<'_> {
                 let tiles = bytes.tiles.chunks(tile_rows * len).zip(bytes.scales.chunks(tile_rows));
                 for (place_of_tile, ((tile, rows), out)) in tiles.zip(out.chunks_mut(tile_rows)).enumerate() {
                     let height = out.len();
-                    dot.multiply(&tile[..height * len], height, lines, ahead.from(place_of_tile * len), &mut sums[..height]);
+                    dot.multiply(&tile[..height * len], height, lines, ahead.after(place_of_tile * len), &mut sums[..height]);
                     let (sums, values) = (&sums[..height], &mut values);
                     Arch::new().dispatch(Finish { sums, rows, of_columns, values, epilogue, maps, expert: piece.expert, panel });
                     write(values, out, place);

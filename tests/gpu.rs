@@ -319,8 +319,15 @@ impl ModuleMapper for Cast {
 /// rounding of what passes from kernel to kernel.
 fn in_16_bits(dtype: DType, tolerance: f32) {
     let cpu = Device::flex().autodiff();
-    // Widths that are whole vectors and whole tiles, and widths that are neither; experts with several tiles of rows, and one without rows.
-    let sizes = [(90, 40, 72, 4, false), (700, 128, 256, 3, true), (700, 136, 264, 3, false), (90, 41, 77, 4, true)];
+    // Widths that are whole vectors and whole tiles, and widths that are neither; experts with several tiles of rows, and one without rows; more
+    // tiles than a card has processors.
+    let sizes = [
+        (90, 40, 72, 4, false),
+        (700, 128, 256, 3, true),
+        (700, 136, 264, 3, false),
+        (90, 41, 77, 4, true),
+        (1300, 264, 2056, 8, false),
+    ];
     for (t, d, f, e, skewed) in sizes {
         for experts in [ExpertOptions::new(), ExpertOptions::swiglu()] {
             let layer = init(&MoeFeedForwardConfig::new(d, f, e).with_experts(experts), &cpu);

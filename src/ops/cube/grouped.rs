@@ -267,16 +267,16 @@ pub(super) struct Launch {
 }
 
 impl Launch {
-    /// With a cube for each tile of the output, `tile` by `tile`.
-    pub(super) fn new(x: &CubeTensor, maps: &Maps, tile: usize) -> Self {
+    /// With a cube for each tile of the output, of so many rows and columns.
+    pub(super) fn new(x: &CubeTensor, maps: &Maps, [rows, columns]: [usize; 2]) -> Self {
         let [num_rows, _] = x.meta.shape().dims();
         let [num_experts, _, _] = maps.weight.meta.shape().dims();
         let shape = [num_rows, maps.columns()];
         let (out, pre) = (empty(x, shape), maps.keep_pre.then(|| empty(x, shape)));
         // Every expert may leave one tile unfilled.
-        let row_tiles = num_rows / tile + num_experts;
+        let row_tiles = num_rows / rows + num_experts;
         Self {
-            grid: CubeCount::Static(maps.columns().div_ceil(tile) as u32, row_tiles as u32, 1),
+            grid: CubeCount::Static(maps.columns().div_ceil(columns) as u32, row_tiles as u32, 1),
             num_experts,
             epilogue: Epilogue { bias: maps.bias.is_some(), activation: maps.activation, keep_pre: maps.keep_pre },
             bias: maps.bias.clone().unwrap_or_else(|| x.clone()),
@@ -289,7 +289,7 @@ impl Launch {
 /// `[R, K] -> [R, N]` by each row's expert.
 pub(super) fn linear(x: CubeTensor, maps: Maps, offsets: CubeTensor) -> Linear {
     let [_, inner] = x.meta.shape().dims();
-    let Launch { grid, num_experts, epilogue, bias, pre, output } = Launch::new(&x, &maps, TILE);
+    let Launch { grid, num_experts, epilogue, bias, pre, output } = Launch::new(&x, &maps, [TILE; 2]);
     let (columns, dtypes) = (maps.columns(), elem_pair(&x, &offsets));
     linear_kernel::launch(
         &output.out.client,

@@ -1,7 +1,7 @@
 //! One tile of a product, computed by a cube.
 //!
-//! Each plane computes a quarter of it in fragments of 16 x 8, with sums in f32. Factors pass through shared memory in pieces; while one piece is
-//! multiplied, the next is on its way in registers.
+//! Each plane computes a part of it in fragments of 16 x 8, with sums in f32. Factors pass through shared memory in pieces. Where the device copies
+//! to shared memory by itself, several pieces are on their way while one is multiplied; elsewhere the next one is, in registers.
 //!
 //! Fragments are loaded by `ldmatrix`: CubeCL's fragments that hide their layout are read value by value on Hopper, which was measured to be
 //! several times slower.
@@ -11,96 +11,18 @@ use cubecl::{
     prelude::*,
 };
 
+use super::{
+    plan::{COLUMNS, FRAGMENT, FRAGMENTS, LANES, PART, PLANE_UNITS, Plan, SUMS},
+    share::{Piece, Share, copy, end_of_group, fetch, put, wait_for_groups},
+};
 use crate::ops::cube::{grouped::Epilogue, pointwise::finish};
 
-/// Rows and depth of a fragment of the left factor, and columns of two fragments of the right one, which are loaded together.
-pub(super) const FRAGMENT: usize = 16;
-/// Columns of a fragment of the right factor and of the sums.
-pub(super) const COLUMNS: usize = 8;
-/// Side of an output tile.
-pub(super) const TILE: usize = 128;
-/// Length of the pieces in which factors pass through shared memory.
-pub(super) const DEPTH: usize = 32;
-/// Planes along each side of a tile.
-const PLANES: usize = 2;
-pub(super) const PLANE_UNITS: usize = 32;
-pub(super) const UNITS: usize = PLANES * PLANES * PLANE_UNITS;
-/// Side of a plane's part of the tile, and how many times a fragment fits.
-const PART: usize = TILE / PLANES;
-const FRAGMENTS: usize = PART / FRAGMENT;
-/// Values that a unit moves at once.
-pub(super) const LANES: usize = 8;
-/// Vectors that a unit moves of each piece.
-const STEPS: usize = TILE * DEPTH / LANES / UNITS;
-/// Vectors from one line of a piece to the next in shared memory, padded by one against bank conflicts: of pieces whose lines go along the sum,
-/// and of those whose lines go across.
-const ALONG: usize = DEPTH / LANES + 1;
-const ACROSS: usize = TILE / LANES + 1;
-/// The larger of the two sizes of a piece, in vectors.
-const PIECE: usize = TILE * ALONG;
-/// From a line of a plane's sums to the next, in vectors.
-const SUMS: usize = PART / LANES + 1;
 /// Values of a register of a factor, or of two of the sums.
 type Pair = Const<2>;
-/// A vector in registers, as words of 32 bits: with values of 16 bits, the compiler repacks each vector as soon as it is loaded, and so waits
-/// for it.
-type Words = Vector<u32, Const<4>>;
-
-/// Part of a matrix: its first vector, the vectors from one line to the next, and the lines and vectors that the matrix has from there on.
-#[derive(CubeType)]
-pub(super) struct Piece {
-    pub(super) first: usize,
-    pub(super) pitch: usize,
-    pub(super) lines: usize,
-    pub(super) vectors: usize,
-}
-
-/// Whether the matrix has this vector of the piece.
-#[cube]
-fn has(piece: &Piece, line: usize, vector: usize) -> bool {
-    line < piece.lines && vector < piece.vectors
-}
-
-/// Each unit's share of a piece. Positions beyond the matrix load its first vector; [`put`] replaces them by zeros, so that no load is waited
-/// for here.
-#[cube]
-fn fetch<F: Float, N: Size>(source: &Tensor<Vector<F, N>>, piece: &Piece, #[comptime] along: bool) -> Array<Words> {
-    let width = comptime!(if along { DEPTH / LANES } else { TILE / LANES });
-    let mut share = Array::<Words>::new(STEPS);
-    #[unroll]
-    for step in 0..STEPS {
-        let place = UNIT_POS as usize + step * UNITS;
-        let line = place / width;
-        let vector = place % width;
-        let at = select(has(piece, line, vector), piece.first + line * piece.pitch + vector, 0usize);
-        share[step] = Words::reinterpret(source[at]);
-    }
-    share
-}
-
-/// Stores a unit's share of a piece in shared memory, with zeros beyond the matrix.
-#[cube]
-fn put<F: Float, N: Size>(
-    share: &Array<Words>,
-    memory: &mut Shared<[Vector<F, N>]>,
-    start: usize,
-    piece: &Piece,
-    #[comptime] along: bool,
-) {
-    let width = comptime!(if along { DEPTH / LANES } else { TILE / LANES });
-    let pitch = comptime!(if along { ALONG } else { ACROSS });
-    #[unroll]
-    for step in 0..STEPS {
-        let place = UNIT_POS as usize + step * UNITS;
-        let at = start + place / width * pitch + place % width;
-        let value = select(has(piece, place / width, place % width), share[step], Words::new(0u32));
-        memory[at] = Vector::reinterpret(value);
-    }
-}
-
 /// Four registers of the fragment `index` of a plane's part, at `depth` within the piece: 16 lines along the sum by 16 across it. Of the left
 /// factor, the second register is eight rows further down; of the right one, it is further along the sum.
 #[cube]
+#[allow(clippy::too_many_arguments)]
 fn fragment<F: Float, N: Size>(
     definition: &MmaDefinition<F, F, f32>,
     memory: &Shared<[Vector<F, N>]>,
@@ -109,6 +31,7 @@ fn fragment<F: Float, N: Size>(
     #[comptime] index: usize,
     #[comptime] depth: usize,
     #[comptime] ident: MatrixIdent,
+    #[comptime] pitch: usize,
     #[comptime] along: bool,
 ) -> Array<Vector<F, Pair>> {
     let unit = UNIT_POS as usize % PLANE_UNITS;
@@ -118,20 +41,83 @@ fn fragment<F: Float, N: Size>(
     let outer = part * PART + comptime!(index * FRAGMENT) + outer * 8;
     let inner = comptime!(depth) + inner * 8;
     let line = unit % 8;
-    let first =
-        if along { start + (outer + line) * ALONG + inner / LANES } else { start + (inner + line) * ACROSS + outer / LANES };
+    let first = if along { start + (outer + line) * pitch + inner / LANES } else { start + (inner + line) * pitch + outer / LANES };
     definition.load_matrix::<Vector<F, N>, Pair>(&memory[first..first + 1], ident, 4usize, comptime!(!along))
 }
 
-/// What is left of a matrix after `index` pieces.
+/// What a plane multiplies at a time, 16 along the sum: registers of its rows of the left factor and of its columns of the right one, which come
+/// as two fragments at once.
+#[derive(CubeType)]
+struct Fragments {
+    rows: Array<u32>,
+    columns: Array<u32>,
+}
+
 #[cube]
-fn piece_at(all: &Piece, index: usize, #[comptime] along: bool) -> Piece {
-    if along {
-        let vectors = index * (DEPTH / LANES);
-        Piece { first: all.first + vectors, pitch: all.pitch, lines: all.lines, vectors: all.vectors - vectors }
-    } else {
-        let lines = index * DEPTH;
-        Piece { first: all.first + lines * all.pitch, pitch: all.pitch, lines: all.lines - lines, vectors: all.vectors }
+impl Fragments {
+    fn new() -> Fragments {
+        Fragments { rows: Array::<u32>::new(4 * FRAGMENTS), columns: Array::<u32>::new(4 * FRAGMENTS) }
+    }
+}
+
+/// Loads what is multiplied at `step` of the piece in `stage`.
+#[cube]
+#[allow(clippy::too_many_arguments)]
+fn load<F: Float, N: Size>(
+    fragments: &mut Fragments,
+    definition: &MmaDefinition<F, F, f32>,
+    left_memory: &Shared<[Vector<F, N>]>,
+    right_memory: &Shared<[Vector<F, N>]>,
+    stage: usize,
+    #[comptime] step: usize,
+    #[comptime] plan: Plan,
+    #[comptime] left_along: bool,
+    #[comptime] right_along: bool,
+) {
+    let plane = UNIT_POS as usize / PLANE_UNITS;
+    let planes = comptime!(plan.columns / PART);
+    let depth = comptime!(step * FRAGMENT);
+    let start = stage * comptime!(plan.piece(plan.columns, right_along));
+    #[unroll]
+    for j in 0..FRAGMENTS {
+        let pitch = comptime!(plan.width(plan.columns, right_along) + 1);
+        let ident = comptime!(MatrixIdent::B);
+        let loaded = fragment::<F, N>(definition, right_memory, start, plane % planes, j, depth, ident, pitch, right_along);
+        #[unroll]
+        for register in 0..4usize {
+            fragments.columns[comptime!(4 * j + register)] = u32::reinterpret(loaded[register]);
+        }
+    }
+    let start = stage * comptime!(plan.piece(plan.rows, left_along));
+    #[unroll]
+    for i in 0..FRAGMENTS {
+        let pitch = comptime!(plan.width(plan.rows, left_along) + 1);
+        let ident = comptime!(MatrixIdent::A);
+        let loaded = fragment::<F, N>(definition, left_memory, start, plane / planes, i, depth, ident, pitch, left_along);
+        #[unroll]
+        for register in 0..4usize {
+            fragments.rows[comptime!(4 * i + register)] = u32::reinterpret(loaded[register]);
+        }
+    }
+}
+
+/// Adds the products of fragments to a plane's sums.
+#[cube]
+fn multiply<F: Float>(fragments: &Fragments, definition: &MmaDefinition<F, F, f32>, sums: &mut Sequence<Array<Vector<f32, Pair>>>) {
+    #[unroll]
+    for i in 0..FRAGMENTS {
+        let mut row = Array::<Vector<F, Pair>>::new(4usize);
+        #[unroll]
+        for register in 0..4usize {
+            row[register] = Vector::reinterpret(fragments.rows[comptime!(4 * i + register)]);
+        }
+        #[unroll]
+        for j in 0..2 * FRAGMENTS {
+            let mut column = Array::<Vector<F, Pair>>::new(2usize);
+            column[0] = Vector::reinterpret(fragments.columns[comptime!(2 * j)]);
+            column[1] = Vector::reinterpret(fragments.columns[comptime!(2 * j + 1)]);
+            definition.execute_inplace(&row, &column, sums.index_mut(comptime!(2 * i * FRAGMENTS + j)));
+        }
     }
 }
 
@@ -144,13 +130,14 @@ pub(super) fn product<F: Float, N: Size>(
     left_piece: &Piece,
     right_piece: &Piece,
     pieces: usize,
+    #[comptime] plan: Plan,
     #[comptime] left_along: bool,
     #[comptime] right_along: bool,
 ) -> Sequence<Array<Vector<f32, Pair>>> {
-    // Two of each: one is read while the other is written.
-    let mut left_memory = Shared::<[Vector<F, N>]>::new_aligned_slice(2 * PIECE, 128usize);
-    let mut right_memory = Shared::<[Vector<F, N>]>::new_aligned_slice(2 * PIECE, 128usize);
-    let plane = UNIT_POS as usize / PLANE_UNITS;
+    let (rows, columns, stages) = comptime!((plan.rows, plan.columns, plan.stages));
+    let (left_size, right_size) = comptime!((plan.piece(rows, left_along), plan.piece(columns, right_along)));
+    let mut left_memory = Shared::<[Vector<F, N>]>::new_aligned_slice(comptime!(stages * left_size), 128usize);
+    let mut right_memory = Shared::<[Vector<F, N>]>::new_aligned_slice(comptime!(stages * right_size), 128usize);
     let definition = MmaDefinition::<F, F, f32>::new(FRAGMENT, COLUMNS, FRAGMENT);
     let mut sums = Sequence::<Array<Vector<f32, Pair>>>::new();
     #[unroll]
@@ -160,67 +147,82 @@ pub(super) fn product<F: Float, N: Size>(
         sum[1] = Vector::new(0.0f32);
         sums.push(sum);
     }
-    let first_left = piece_at(left_piece, 0usize, left_along);
-    let first_right = piece_at(right_piece, 0usize, right_along);
-    let mut left_share = fetch::<F, N>(left, &first_left, left_along);
-    let mut right_share = fetch::<F, N>(right, &first_right, right_along);
-    put::<F, N>(&left_share, &mut left_memory, 0usize, &first_left, left_along);
-    put::<F, N>(&right_share, &mut right_memory, 0usize, &first_right, right_along);
-    sync_cube();
-    for index in 0..pieces {
-        let more = index + 1 < pieces;
-        if more {
-            left_share = fetch::<F, N>(left, &piece_at(left_piece, index + 1, left_along), left_along);
-            right_share = fetch::<F, N>(right, &piece_at(right_piece, index + 1, right_along), right_along);
-        }
-        let start = index % 2 * PIECE;
+    let left_share = Share::new(left_piece, plan, rows, left_along);
+    let right_share = Share::new(right_piece, plan, columns, right_along);
+    let mut even = Fragments::new();
+    if comptime!(plan.asynchronous) {
+        let mut odd = Fragments::new();
+        // Behind the last piece there are only zeros, which are copied too: so a group ends with each piece.
         #[unroll]
-        for step in 0..DEPTH / FRAGMENT {
-            let mut rights = Sequence::<Array<Vector<F, Pair>>>::new();
-            #[unroll]
-            for j in 0..FRAGMENTS {
-                let pair = fragment::<F, N>(
-                    &definition,
-                    &right_memory,
-                    start,
-                    plane % PLANES,
-                    j,
-                    comptime!(step * FRAGMENT),
-                    MatrixIdent::B,
-                    right_along,
-                );
-                #[unroll]
-                for half in 0..2usize {
-                    let mut right = Array::<Vector<F, Pair>>::new(2usize);
-                    right[0] = pair[comptime!(2 * half)];
-                    right[1] = pair[comptime!(2 * half + 1)];
-                    rights.push(right);
-                }
-            }
-            #[unroll]
-            for i in 0..FRAGMENTS {
-                let row = fragment::<F, N>(
-                    &definition,
-                    &left_memory,
-                    start,
-                    plane / PLANES,
-                    i,
-                    comptime!(step * FRAGMENT),
-                    MatrixIdent::A,
-                    left_along,
-                );
-                #[unroll]
-                for j in 0..2 * FRAGMENTS {
-                    definition.execute_inplace(&row, rights.index(j), sums.index_mut(comptime!(2 * i * FRAGMENTS + j)));
-                }
-            }
+        for index in 0..comptime!(stages - 1) {
+            copy::<F, N>(left, &mut left_memory, comptime!(index * left_size), &left_share, index, plan, rows, left_along);
+            copy::<F, N>(right, &mut right_memory, comptime!(index * right_size), &right_share, index, plan, columns, right_along);
+            end_of_group();
         }
-        if more {
-            let start = (index + 1) % 2 * PIECE;
-            put::<F, N>(&left_share, &mut left_memory, start, &piece_at(left_piece, index + 1, left_along), left_along);
-            put::<F, N>(&right_share, &mut right_memory, start, &piece_at(right_piece, index + 1, right_along), right_along);
-        }
+        wait_for_groups(comptime!(stages - 2));
         sync_cube();
+        load(&mut even, &definition, &left_memory, &right_memory, 0usize, 0usize, plan, left_along, right_along);
+        let steps = comptime!(plan.depth / FRAGMENT);
+        let mut free = comptime!(stages - 1).runtime();
+        let mut stage = 0usize;
+        for index in 0..pieces {
+            let next = select(stage == comptime!(stages - 1), 0usize, stage + 1);
+            #[unroll]
+            for step in 0..steps {
+                // Fragments of the next step are loaded while those of this one are multiplied.
+                let after = comptime!((step + 1) % steps);
+                if comptime!(after == 0) {
+                    wait_for_groups(comptime!(stages - 2));
+                    // Everyone's part of the next piece is there, and nobody reads this one any more.
+                    sync_cube();
+                }
+                let stage_after = if comptime!(after == 0) { next } else { stage };
+                if comptime!(step % 2 == 0) {
+                    load(&mut odd, &definition, &left_memory, &right_memory, stage_after, after, plan, left_along, right_along);
+                } else {
+                    load(&mut even, &definition, &left_memory, &right_memory, stage_after, after, plan, left_along, right_along);
+                }
+                if comptime!(step == 0) {
+                    let ahead = index + comptime!(stages - 1);
+                    copy::<F, N>(left, &mut left_memory, free * left_size, &left_share, ahead, plan, rows, left_along);
+                    copy::<F, N>(right, &mut right_memory, free * right_size, &right_share, ahead, plan, columns, right_along);
+                    end_of_group();
+                }
+                if comptime!(step % 2 == 0) {
+                    multiply(&even, &definition, &mut sums);
+                } else {
+                    multiply(&odd, &definition, &mut sums);
+                }
+            }
+            free = stage;
+            stage = next;
+        }
+        wait_for_groups(0usize);
+    } else {
+        let mut left_words = fetch::<F, N>(left, &left_share, 0usize, plan, rows, left_along);
+        let mut right_words = fetch::<F, N>(right, &right_share, 0usize, plan, columns, right_along);
+        put::<F, N>(&left_words, &mut left_memory, 0usize, &left_share, 0usize, plan, rows, left_along);
+        put::<F, N>(&right_words, &mut right_memory, 0usize, &right_share, 0usize, plan, columns, right_along);
+        sync_cube();
+        for index in 0..pieces {
+            let next = index + 1;
+            let more = next < pieces;
+            if more {
+                left_words = fetch::<F, N>(left, &left_share, next, plan, rows, left_along);
+                right_words = fetch::<F, N>(right, &right_share, next, plan, columns, right_along);
+            }
+            #[unroll]
+            for step in 0..comptime!(plan.depth / FRAGMENT) {
+                load(&mut even, &definition, &left_memory, &right_memory, index % stages, step, plan, left_along, right_along);
+                multiply(&even, &definition, &mut sums);
+            }
+            if more {
+                let stage = next % stages;
+                put::<F, N>(&left_words, &mut left_memory, stage * left_size, &left_share, next, plan, rows, left_along);
+                put::<F, N>(&right_words, &mut right_memory, stage * right_size, &right_share, next, plan, columns, right_along);
+            }
+            sync_cube();
+        }
     }
     sums
 }
@@ -235,10 +237,13 @@ pub(super) fn write<F: Float, N: Size>(
     pre: &mut Tensor<Vector<F, N>>,
     target: &Piece,
     first_bias: usize,
+    #[comptime] plan: Plan,
     #[comptime] epilogue: Epilogue,
 ) {
-    let mut memory = Shared::<[Vector<f32, Pair>]>::new_aligned_slice(PLANES * PLANES * FRAGMENT * SUMS * LANES / 2, 128usize);
+    let size = comptime!(plan.written_at_once() / 2);
+    let mut memory = Shared::<[Vector<f32, Pair>]>::new_aligned_slice(size, 128usize);
     let plane = UNIT_POS as usize / PLANE_UNITS;
+    let planes = comptime!(plan.columns / PART);
     let unit = UNIT_POS as usize % PLANE_UNITS;
     let start = plane * (FRAGMENT * SUMS);
     let width = comptime!(PART / LANES);
@@ -255,8 +260,8 @@ pub(super) fn write<F: Float, N: Size>(
         #[unroll]
         for step in 0..FRAGMENT * PART / LANES / PLANE_UNITS {
             let place = unit + step * PLANE_UNITS;
-            let line = plane / PLANES * PART + i * FRAGMENT + place / width;
-            let vector = plane % PLANES * width + place % width;
+            let line = plane / planes * PART + i * FRAGMENT + place / width;
+            let vector = plane % planes * width + place % width;
             if line < target.lines && vector < target.vectors {
                 let mut value = memory.with_vector_size::<N>()[start + place / width * SUMS + place % width];
                 if epilogue.bias {

@@ -7,6 +7,7 @@ use burn::tensor::{Device, Int, Tensor};
 
 use super::{AttentionPooling, ImagePreprocessing, Pooling};
 use crate::{
+    layer::packed::linear,
     routing::Routing,
     support::{
         cost::Cost,
@@ -211,7 +212,7 @@ impl VisionTower {
 
     /// Sizes of one image, `[channels, image_size, image_size]`.
     pub(crate) fn image_dims(&self) -> [usize; 3] {
-        let [patch_pixels, _] = self.patch_embedding.weight.shape().dims();
+        let [patch_pixels, _] = self.patch_embedding.weight.lazy_shape().dims();
         [patch_pixels / self.patch_size.pow(2), self.image_size, self.image_size]
     }
 
@@ -272,8 +273,10 @@ impl VisionTower {
                 chosen.reshape([batch, count, pixels])
             }
         };
-        let mut tokens = self.patch_embedding.forward(patches);
-        let [_, _, d_model] = tokens.dims();
+        let [_, num_patches, _] = patches.dims();
+        let tokens = linear(patches.flatten::<2>(0, 1), &self.patch_embedding, None);
+        let [_, d_model] = tokens.dims();
+        let mut tokens = tokens.reshape([batch, num_patches, d_model]);
         if let Some(class) = &self.class_embedding {
             let class = class.val().reshape([1, 1, d_model]).expand([batch, 1, d_model]);
             tokens = Tensor::cat(vec![class, tokens], 1);

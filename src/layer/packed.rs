@@ -15,8 +15,8 @@ use crate::ops::{self, Activation, Offsets};
 #[cfg(feature = "flex")]
 use crate::ops::{PackedMaps, Precision};
 
-/// The module with the weights of experts, of [`Mlp`](crate::transformer::Mlp) and of a [`TransformerBlock`](crate::transformer::TransformerBlock)'s attention
-/// (and an image pooling's) packed for inference on burn's CPU backend: in the order in which products read them, in `precision`. Other parameters, routers among them, stay as they
+/// The module with the weights of experts, of [`Mlp`](crate::transformer::Mlp), of a [`TransformerBlock`](crate::transformer::TransformerBlock)'s attention
+/// (and an image pooling's) and of the embedding of patches packed for inference on burn's CPU backend: in the order in which products read them, in `precision`. Other parameters, routers among them, stay as they
 /// are.
 ///
 /// Products are then faster, most of all where experts have few rows, and with less than 32 bits the weights need less memory. The plain weights are not kept:
@@ -25,7 +25,7 @@ use crate::ops::{PackedMaps, Precision};
 /// what rounding has done to them: call it before burn's `apply_lora` or `quantize_weights`, of which the first would have no effect on them. Adapters are merged
 /// first.
 ///
-/// `F32` computes the same to rounding; `F16` and `BF16` round the weights and compute in f32. With `Int8`, each row of activations is rounded to 8 bits as well
+/// `F32` computes the same to rounding; `F16` and `BF16` round the weights and compute in f32. With `Int8`, the embedding of patches stays in 32 bits, and each row of activations is rounded to 8 bits as well
 /// (to 7 on processors with AVX2 and without AVX-512 VNNI), with a scale of its own, and products are of integers. In every precision, the result of a row does not depend on
 /// the rows beside it.
 ///
@@ -139,18 +139,24 @@ struct Pack {
     inside: Vec<(String, String)>,
 }
 
+/// What the embedding of patches is packed in: not in 8 bits, which files do not store it in either.
+#[cfg(feature = "flex")]
+pub(crate) fn precision_of_patches(precision: Precision) -> Precision {
+    if precision == Precision::Int8 { Precision::F32 } else { precision }
+}
+
 #[cfg(feature = "flex")]
 impl Pack {
-    fn is_packed(&self, rank: usize) -> bool {
+    /// In which precision a parameter is packed, if it is.
+    fn packed_in(&self, rank: usize) -> Option<Precision> {
         let is_in = |name: &str| self.inside.iter().any(|(_, module)| module.strip_prefix("Struct:") == Some(name));
-        match (rank, self.inside.last()) {
-            (3, Some((field, _))) => is_in("ExpertMlp") && ["w_in", "w_gate", "w_out"].contains(&&**field),
-            (2, Some((field, module))) => {
-                field == "weight"
-                    && module == "Struct:Linear"
-                    && ["Mlp", "TransformerBlock", "AttentionPooling"].into_iter().any(is_in)
-            }
-            _ => false,
+        let (field, module) = self.inside.last()?;
+        match rank {
+            3 => (is_in("ExpertMlp") && ["w_in", "w_gate", "w_out"].contains(&&**field)).then_some(self.precision),
+            2 if field != "weight" || module != "Struct:Linear" => None,
+            2 if self.inside.iter().any(|(field, _)| field == "patch_embedding") => Some(precision_of_patches(self.precision)),
+            2 => ["Mlp", "TransformerBlock", "AttentionPooling"].into_iter().any(is_in).then_some(self.precision),
+            _ => None,
         }
     }
 }
@@ -166,11 +172,11 @@ impl ModuleMapper for Pack {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        if !self.is_packed(D) {
+        let Some(precision) = self.packed_in(D) else {
             // Drawn now if it is a random one, so that no pass waits while another draws it; see `run_pass`.
             let _ = param.val();
             return param;
-        }
+        };
         let shape = param.lazy_shape();
         let dims = match D {
             2 => [1, shape[0], shape[1]],
@@ -178,15 +184,15 @@ impl ModuleMapper for Pack {
         };
         let name = || self.inside.iter().map(|(field, _)| &**field).collect::<Vec<_>>().join(".");
         let values: Vec<f32> = param.val().detach().dequantize().try_into_vec_as().expect("weights are floats");
-        let bad = values.iter().filter(|value| !self.precision.holds(**value)).count();
+        let bad = values.iter().filter(|value| !precision.holds(**value)).count();
         assert!(
             bad == 0,
             "{bad} of {} values of the weight `{}` are not finite, or too large for {:?}",
             values.len(),
             name(),
-            self.precision
+            precision
         );
-        with_packed(param, &values, dims, self.precision)
+        with_packed(param, &values, dims, precision)
     }
 }
 
@@ -245,4 +251,17 @@ pub(crate) fn linear(x: Tensor<2>, linear: &Linear, activation: Option<Activatio
         }
     }
     ops::linear(x, linear.weight.val(), bias, activation)
+}
+
+/// Maps of the same rows, `[R, D] -> [R, F]` each; packed ones side by side, so that threads wait for each other once and not after each.
+pub(crate) fn linear_each(x: &Tensor<2>, maps: [&Linear; 3]) -> [Tensor<2>; 3] {
+    #[cfg(feature = "flex")]
+    if maps[0].weight.reparameterization::<PackedWeight>().is_some() && rayon::current_num_threads() > 1 {
+        let kernels = ops::chosen_kernels();
+        let map = |map| ops::with_kernels(kernels, || linear(x.clone(), map, None));
+        let [first, second, third] = maps;
+        let (first, (second, third)) = rayon::join(|| map(first), || rayon::join(|| map(second), || map(third)));
+        return [first, second, third];
+    }
+    maps.map(|map| linear(x.clone(), map, None))
 }

@@ -5,7 +5,7 @@ use burn::tensor::{Bool, IndexingUpdateOp, Int, Tensor, activation::softmax, mod
 
 use super::layout::{Layout, Looks};
 use crate::{
-    layer::packed::linear,
+    layer::packed::{linear, linear_each},
     ops::{self, AttentionShape},
 };
 
@@ -21,7 +21,7 @@ const WIDE: usize = 32;
 pub(super) fn self_attention(weights: &MultiHeadAttention, rows: Tensor<2>, layout: &Layout) -> Tensor<2> {
     let device = rows.device();
     let project = |rows: &Tensor<2>| {
-        let projected = [&weights.query, &weights.key, &weights.value].map(|projection| linear(rows.clone(), projection, None));
+        let projected = linear_each(rows, [&weights.query, &weights.key, &weights.value]);
         match (&layout.rotation, projected) {
             (None, projected) => projected,
             (Some(rotation), [query, key, value]) => {

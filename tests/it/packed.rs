@@ -3,7 +3,7 @@
 use std::{env, fs};
 
 use burn::module::{Module, ModuleVisitor, Param, Quantizer};
-use burn::nn::attention::MultiHeadAttentionConfig;
+use burn::nn::{Linear, attention::MultiHeadAttentionConfig};
 use burn::tensor::{
     Device, Int, Tensor,
     quantization::{Calibration, QuantScheme},
@@ -152,15 +152,16 @@ impl ModuleVisitor for Packed {
 }
 
 #[test]
-fn experts_feed_forward_networks_and_attention_are_packed_and_nothing_else() {
+fn experts_feed_forward_networks_attention_and_patches_are_packed_and_nothing_else() {
     let model = pack_weights(clip().init(&Device::flex()), Precision::Int8);
     let of_tower = |packed: &[String], tower: &str| packed.iter().filter(|path| path.starts_with(tower)).count();
     let mut found = Packed::default();
     model.visit(&mut found);
-    // Two blocks of attention with four maps, a dense network and experts of two each.
-    assert_eq!((of_tower(&found.packed, "vision."), of_tower(&found.packed, "text.")), (12, 12), "{:?}", found.packed);
-    let weight = &model.vision.encoder.blocks[0].attention.query.weight;
-    assert_eq!(weight.reparameterization::<PackedWeight>().map(PackedWeight::precision), Some(Precision::Int8));
+    // Two blocks of attention with four maps, a dense network and experts of two each; and patches.
+    assert_eq!((of_tower(&found.packed, "vision."), of_tower(&found.packed, "text.")), (13, 12), "{:?}", found.packed);
+    let precision = |linear: &Linear| linear.weight.reparameterization::<PackedWeight>().map(PackedWeight::precision);
+    assert_eq!(precision(&model.vision.encoder.blocks[0].attention.query), Some(Precision::Int8));
+    assert_eq!(precision(&model.vision.patch_embedding), Some(Precision::F32));
     // burn's own attention elsewhere has no use for it.
     let own = pack_weights(MultiHeadAttentionConfig::new(8, 2).init(&Device::flex()), Precision::F32);
     assert!(own.query.weight.reparameterization::<PackedWeight>().is_none());

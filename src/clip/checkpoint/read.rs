@@ -57,7 +57,7 @@ impl LoadOptions {
 
     fn loaded(&self, entry: &Entry, values: Vec<f32>) -> Result<Loaded, CheckpointError> {
         #[cfg(feature = "flex")]
-        if let (Some(precision), Some(dims)) = (self.packed, entry.maps()) {
+        if let Some((dims, precision)) = self.packed.and_then(|precision| entry.packed_in(precision)) {
             return match values.iter().filter(|value| !precision.holds(**value)).count() {
                 0 => Ok(Loaded::Packed(values, dims, precision)),
                 count => Err(CheckpointError::Packed { tensor: entry.key.clone(), count, precision }),

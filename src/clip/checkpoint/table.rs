@@ -75,6 +75,18 @@ impl Entry {
         }
     }
 
+    /// Sizes `[E, D, F]` of what is packed, and in which precision: [`maps`](Self::maps), and the embedding of patches.
+    #[cfg(feature = "flex")]
+    pub(super) fn packed_in(&self, precision: crate::Precision) -> Option<([usize; 3], crate::Precision)> {
+        match self.stored_shape[..] {
+            [d_out, channels, height, width] if self.path.ends_with("patch_embedding.weight") => {
+                let precision = crate::layer::packed::precision_of_patches(precision);
+                Some(([1, channels * height * width, d_out], precision))
+            }
+            _ => self.maps().map(|dims| (dims, precision)),
+        }
+    }
+
     /// The name of the scales of a weight in 8 bits, and their shape: one for each output column.
     pub(super) fn scales(&self) -> (String, Vec<usize>) {
         let shape = match (self.form, &self.stored_shape[..]) {

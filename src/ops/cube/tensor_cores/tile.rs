@@ -46,7 +46,8 @@ fn fragment<F: Float, N: Size>(
 }
 
 /// What a plane multiplies at a time, 16 along the sum: registers of its rows of the left factor and of its columns of the right one, which come
-/// as two fragments at once.
+/// as two fragments at once. They are words of 32 bits: what is kept from one step to the next in pairs of 16 bits, CUDA's compiler takes apart and
+/// puts together again.
 #[derive(CubeType)]
 struct Fragments {
     rows: Array<u32>,

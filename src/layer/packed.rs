@@ -25,8 +25,8 @@ use crate::ops::{PackedMaps, Precision};
 /// what rounding has done to them: call it before burn's `apply_lora` or `quantize_weights`, of which the first would have no effect on them. Adapters are merged
 /// first.
 ///
-/// `F32` computes the same to rounding; `F16` and `BF16` round the weights and compute in f32. With `Int8`, the embedding of patches stays in 32 bits, and each row of activations is rounded to 8 bits as well
-/// (to 7 on processors with AVX2 and without AVX-512 VNNI), with a scale of its own, and products are of integers. In every precision, the result of a row does not depend on
+/// `F32` computes the same to rounding; `F16` and `BF16` round the weights and compute in f32. With `Int8`, each row of activations is rounded to 8 bits as well
+/// (to 7 on processors with AVX2 and without AVX-512 VNNI), with a scale of its own, and products are of integers; patches and their embedding stay in 32 bits then. In every precision, the result of a row does not depend on
 /// the rows beside it.
 ///
 /// An [`Encoder`](crate::transformer::Encoder) with packed weights computes its pass on one of rayon's threads, not on the calling one.
@@ -154,8 +154,12 @@ impl Pack {
         match rank {
             3 => (is_in("ExpertMlp") && ["w_in", "w_gate", "w_out"].contains(&&**field)).then_some(self.precision),
             2 if field != "weight" || module != "Struct:Linear" => None,
-            2 if self.inside.iter().any(|(field, _)| field == "patch_embedding") => Some(precision_of_patches(self.precision)),
-            2 => ["Mlp", "TransformerBlock", "AttentionPooling"].into_iter().any(is_in).then_some(self.precision),
+            2 if ["Mlp", "TransformerBlock", "AttentionPooling"].into_iter().any(is_in) => Some(self.precision),
+            2 => {
+                let embeds_patches =
+                    self.inside.iter().any(|(field, module)| field == "patch_embedding" && module == "Struct:VisionTower");
+                embeds_patches.then(|| precision_of_patches(self.precision))
+            }
             _ => None,
         }
     }
@@ -253,10 +257,14 @@ pub(crate) fn linear(x: Tensor<2>, linear: &Linear, activation: Option<Activatio
     ops::linear(x, linear.weight.val(), bias, activation)
 }
 
-/// Maps of the same rows, `[R, D] -> [R, F]` each; packed ones side by side, so that threads wait for each other once and not after each.
+/// Maps of the same rows, `[R, D] -> [R, F]` each; packed ones side by side, so that threads wait for each other once and not after each. Not with autodiff,
+/// whose graph, and so the order in which gradients are added, would depend on the threads.
 pub(crate) fn linear_each(x: &Tensor<2>, maps: [&Linear; 3]) -> [Tensor<2>; 3] {
     #[cfg(feature = "flex")]
-    if maps[0].weight.reparameterization::<PackedWeight>().is_some() && rayon::current_num_threads() > 1 {
+    if maps[0].weight.reparameterization::<PackedWeight>().is_some()
+        && !x.device().is_autodiff()
+        && rayon::current_num_threads() > 1
+    {
         let kernels = ops::chosen_kernels();
         let map = |map| ops::with_kernels(kernels, || linear(x.clone(), map, None));
         let [first, second, third] = maps;

@@ -3,7 +3,7 @@
 use std::{env, fs};
 
 use burn::module::{Module, ModuleVisitor, Param, Quantizer};
-use burn::nn::{Linear, attention::MultiHeadAttentionConfig};
+use burn::nn::{Linear, LinearConfig, attention::MultiHeadAttentionConfig};
 use burn::tensor::{
     Device, Int, Tensor,
     quantization::{Calibration, QuantScheme},
@@ -162,7 +162,13 @@ fn experts_feed_forward_networks_attention_and_patches_are_packed_and_nothing_el
     let precision = |linear: &Linear| linear.weight.reparameterization::<PackedWeight>().map(PackedWeight::precision);
     assert_eq!(precision(&model.vision.encoder.blocks[0].attention.query), Some(Precision::Int8));
     assert_eq!(precision(&model.vision.patch_embedding), Some(Precision::F32));
-    // burn's own attention elsewhere has no use for it.
+    // A field of that name elsewhere, and burn's own attention, have no use for it.
+    #[derive(Module, Debug)]
+    struct Other {
+        patch_embedding: Linear,
+    }
+    let other = Other { patch_embedding: LinearConfig::new(8, 8).init(&Device::flex()) };
+    assert_eq!(precision(&pack_weights(other, Precision::F32).patch_embedding), None);
     let own = pack_weights(MultiHeadAttentionConfig::new(8, 2).init(&Device::flex()), Precision::F32);
     assert!(own.query.weight.reparameterization::<PackedWeight>().is_none());
 }

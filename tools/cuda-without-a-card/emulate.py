@@ -1,8 +1,11 @@
 """Computes what the kernels on tensor cores compute, from their PTX, on a machine without a card, and compares it with numpy.
 
+    EXTRA_FEATURES=cubecl/cuda-cpp,cubecl/persistence tools/gpu-report.sh build cuda
     mkdir ptx
     PTX_DIR=$PWD/ptx BURN_MOE_DTYPE=bf16 BURN_MOE_BATCH=64 tools/cuda-without-a-card/compile.sh kernels target/gpu-report-cuda/kernels --bench experts
     python3 tools/cuda-without-a-card/emulate.py $(grep -lE 'entry (linear|weight_gradient)_kernel.*bf16' ptx/*.ptx)
+
+A small BURN_MOE_BATCH gives narrow tiles. For the way through registers, set `asynchronous` to false in `plan` (src/ops/cube/tensor_cores/mod.rs).
 
 Each warp of a block runs alone until it waits for the others, the first one first,
 and, in a second run, the last one first, so that a missing barrier shows. In the first run, copies to shared memory are done when they are waited

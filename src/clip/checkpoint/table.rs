@@ -58,7 +58,7 @@ impl Entry {
         self.maps().is_some() && !matches!(self.form, Form::Experts { .. })
     }
 
-    /// Sizes `[E, D, F]` of the weights of experts, feed-forward networks and attention (`E` 1 but for experts): what may be stored in 8 bits, and packed.
+    /// Sizes `[E, D, F]` of the weights of experts, feed-forward networks and attention (`E` 1 but for experts): what may be stored in 8 bits.
     pub(super) fn maps(&self) -> Option<[usize; 3]> {
         let (module, name) = self.path.rsplit_once('.')?;
         let is_linear = name == "weight"

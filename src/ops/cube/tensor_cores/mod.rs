@@ -148,7 +148,7 @@ const ROWS: usize = 128;
 /// How tiles are computed on this device, of which an output of so many columns has `row_tiles` above each other.
 ///
 /// Wide tiles read least, and what limits these products on an H200 is its second-level cache. But if there were fewer of them than the device has
-/// processors, more of half the width are faster.
+/// processors, more of half the width are faster; and not every card has the shared memory (198 KiB for a block).
 fn plan(like: &CubeTensor, row_tiles: usize, columns: usize) -> Plan {
     let properties = like.client.properties();
     let (hardware, asynchronous) = (&properties.hardware, properties.features.copy_async);

@@ -172,7 +172,7 @@ pub enum CheckpointError {
         count: usize,
     },
     /// Weights do not fit the precision that they should be packed in.
-    #[error("`{tensor}` holds {count} values that are too large for weights packed as {precision:?}: choose another precision")]
+    #[error("`{tensor}` holds {count} values that are too large for weights packed as {precision}: choose another precision")]
     Packed {
         /// Its name in the file.
         tensor: String,

@@ -191,7 +191,7 @@ impl ModuleMapper for Pack {
         let bad = values.iter().filter(|value| !precision.holds(**value)).count();
         assert!(
             bad == 0,
-            "{bad} of {} values of the weight `{}` are not finite, or too large for {:?}",
+            "{bad} of {} values of the weight `{}` are not finite, or too large for {}",
             values.len(),
             name(),
             precision

@@ -14,6 +14,17 @@ pub enum Precision {
     Int8,
 }
 
+impl std::fmt::Display for Precision {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+            Self::Int8 => "int8",
+        })
+    }
+}
+
 #[cfg(any(feature = "flex", feature = "store"))]
 impl Precision {
     /// Whether a value is stored as a finite number.

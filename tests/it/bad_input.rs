@@ -183,7 +183,7 @@ fn a_number_that_is_none_stops_a_run_and_is_named() {
 
     let mut fixed = clip(&device);
     fixed.text.end_of_text = EndOfText::Id(7);
-    assert_eq!(run(arm(fixed)).to_string(), "mine: `end of text` should be HighestId or Id(49407), but is Id(7)");
+    assert_eq!(run(arm(fixed)).to_string(), "mine: `end of text` should be the highest id or id 49407, but is id 7");
     let encoder = || EncoderConfig::new(8, 2, 1, 16);
     let text = TextConfig::new(encoder()).with_context_length(8).with_vocab_size(100);
     let foreign = ClipConfig::new(VisionConfig::new(encoder(), 8, 4), text, 8).init(&device);

@@ -258,7 +258,7 @@ fn weights_that_cannot_be_stored_are_refused() {
     let message = panic_of(|| {
         pack_weights(mlp, Precision::F16);
     });
-    assert!(message.contains("1 of 6 values of the weight `linear_in.weight` are not finite, or too large for F16"), "{message}");
+    assert!(message.contains("1 of 6 values of the weight `linear_in.weight` are not finite, or too large for f16"), "{message}");
     let config = clip();
     let mut model = config.init(&Device::flex());
     let query = &mut model.text.encoder.blocks[0].attention.query.weight;
@@ -268,7 +268,7 @@ fn weights_that_cannot_be_stored_are_refused() {
     let options = LoadOptions::new().with_packed(Some(Precision::F16));
     let error = ClipCheckpoint::load_with(folder.path(), &options, &Device::flex()).unwrap_err().to_string();
     assert!(
-        error.contains("`transformer.resblocks.0.attn.in_proj_weight` holds 2 values that are too large for weights packed as F16"),
+        error.contains("`transformer.resblocks.0.attn.in_proj_weight` holds 2 values that are too large for weights packed as f16"),
         "{error}"
     );
 }

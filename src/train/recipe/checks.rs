@@ -85,6 +85,10 @@ pub(super) fn check_model(arm: &Arm, data: &TrainData) -> Result<(), TrainError>
     let needed = data.context_length();
     let ids = data.vocab_size();
     let end = EndOfText::Id(ids as i64 - 1);
+    let mark = |end| match end {
+        EndOfText::HighestId => "the highest id".to_string(),
+        EndOfText::Id(id) => format!("id {id}"),
+    };
     let checks = [
         ("vocabulary", vocabulary == ids, ids.to_string(), vocabulary.to_string()),
         ("tokenizer", text.tokenizer == TokenizerKind::ClipBpe, "CLIP's".to_string(), "another".to_string()),
@@ -98,8 +102,8 @@ pub(super) fn check_model(arm: &Arm, data: &TrainData) -> Result<(), TrainError>
         (
             "end of text",
             [EndOfText::HighestId, end].contains(&text.end_of_text),
-            format!("{:?} or {end:?}", EndOfText::HighestId),
-            format!("{:?}", text.end_of_text),
+            format!("{} or {}", mark(EndOfText::HighestId), mark(end)),
+            mark(text.end_of_text),
         ),
     ];
     match checks.into_iter().find(|(_, good, ..)| !good) {

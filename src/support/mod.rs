@@ -8,3 +8,5 @@ pub mod finite;
 #[cfg(feature = "train")]
 pub(crate) mod hash;
 pub(crate) mod param;
+#[cfg(feature = "preprocess")]
+pub(crate) mod text;

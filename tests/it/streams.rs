@@ -144,20 +144,28 @@ fn what_cannot_be_used_is_left_out_and_named() {
         ("e.png".to_string(), png(9)),
         ("e.json".to_string(), b"{\"url\": 1}".to_vec()),
         ("f.png".to_string(), png(9)),
-        ("f.txt".to_string(), vec![0xff, 0xfe, 0xfd]),
+        ("f.txt".to_string(), b"caf\xe9".to_vec()),
+        // Another sample than one that is named up to its first dot.
+        ("g.v2-1.png".to_string(), png(9)),
+        ("g.v2-1.txt".to_string(), b"dotted".to_vec()),
+        ("h.jpe".to_string(), png(3)),
+        ("h.json".to_string(), b"\xef\xbb\xbf{\"caption\": \"number3\"}".to_vec()),
+        ("h.mask.png".to_string(), png(9)),
+        ("i.png".to_string(), png(4)),
+        ("i.txt".to_string(), b"\xef\xbb\xbfnumber4".to_vec()),
         // What does not belong to a sample.
         (".hidden.png".to_string(), vec![1]),
         ("README".to_string(), vec![1]),
     ]);
     let path = folder.path().join("some.tar");
     fs::write(&path, tar(&members)).unwrap();
-    let stream = stream(Arc::new(TarShards::open(vec![path.clone()]).unwrap()), config(9));
+    let stream = stream(Arc::new(TarShards::open(vec![path.clone()]).unwrap()), config(12));
     let mut batches = stream.batches(Part::WHOLE, 4, 2, 0).unwrap();
     let good: BTreeSet<String> =
         (0..batches.pieces()).flat_map(|_| pairs(&batches.next_piece().unwrap())).map(|(_, caption)| caption).collect();
-    assert_eq!(good.into_iter().collect::<Vec<_>>(), ["number0", "number1", "number2"]);
+    assert_eq!(good.into_iter().collect::<Vec<_>>(), ["number0", "number1", "number2", "number3", "number4"]);
     let skipped = batches.skipped();
-    assert_eq!(skipped.count, 6);
+    assert_eq!(skipped.count, 7);
     let reasons: BTreeMap<&str, &str> = skipped
         .first
         .iter()
@@ -168,7 +176,8 @@ fn what_cannot_be_used_is_left_out_and_named() {
     assert_eq!(reasons["c"], "its caption is empty");
     assert_eq!(reasons["d"], "it has no image");
     assert_eq!(reasons["e"], "its .json has none of `caption`, `captions` and `text`");
-    assert_eq!(reasons["f"], "its caption is no UTF-8");
+    assert_eq!(reasons["f"], "its caption cannot be read: line 1 is no UTF-8: save the file in this encoding");
+    assert_eq!(reasons["g"], "it has no image, but files with a dot in their names: a sample is named up to the first dot");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Samples that are files of their own.
 
 use std::{
+    collections::HashMap,
     fs,
     hash::{Hash, Hasher},
     path::PathBuf,
@@ -16,6 +17,8 @@ pub struct ListedImages {
     list: CaptionedImages,
     /// Where the captions of each image begin, and where the last ones end.
     captions: Vec<usize>,
+    /// Why the captions of an image cannot be read.
+    unreadable: HashMap<usize, String>,
 }
 
 impl ListedImages {
@@ -25,7 +28,12 @@ impl ListedImages {
         list.captions.sort_by_key(|(_, image)| *image);
         let count = list.images.len();
         let captions = (0..=count).map(|image| list.captions.partition_point(|(_, of)| *of < image)).collect();
-        Self { folder: folder.into(), list, captions }
+        Self { folder: folder.into(), list, captions, unreadable: HashMap::new() }
+    }
+
+    /// The same with images whose captions cannot be read, each with the reason.
+    pub(super) fn with_unreadable(self, unreadable: HashMap<usize, String>) -> Self {
+        Self { unreadable, ..self }
     }
 }
 
@@ -42,7 +50,8 @@ impl Samples for ListedImages {
     fn read(&self, id: SampleId) -> Result<Sample, SampleError> {
         let path = self.folder.join(&self.list.images[id.shard]);
         if self.captions[id.shard] == self.captions[id.shard + 1] {
-            return Err(SampleError { sample: path.display().to_string(), reason: "it has no caption".into() });
+            let reason = self.unreadable.get(&id.shard).cloned().unwrap_or("it has no caption".into());
+            return Err(SampleError { sample: path.display().to_string(), reason });
         }
         let image =
             fs::read(&path).map_err(|error| SampleError { sample: path.display().to_string(), reason: error.to_string() })?;

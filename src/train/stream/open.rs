@@ -1,6 +1,7 @@
 //! Sources by their names.
 
 use std::{
+    collections::HashMap,
     fs,
     path::{Path, PathBuf},
     sync::Arc,
@@ -9,6 +10,7 @@ use std::{
 use super::{ListedImages, Samples, TarShards, TarStream, expand_braces};
 use crate::{
     clip::lists::{CaptionedImages, ImageFolder, ListOptions},
+    support::text::decode,
     train::data::DataError,
 };
 
@@ -55,17 +57,30 @@ fn of_folder(folder: &Path) -> Result<Arc<dyn Samples>, DataError> {
     if !shards.is_empty() {
         return Ok(Arc::new(TarShards::open(shards)?));
     }
-    let mut list = CaptionedImages::default();
+    let (mut list, mut unreadable) = (CaptionedImages::default(), HashMap::new());
     for path in ImageFolder::read(folder, true)?.images {
+        let image = list.images.len();
         // Without a caption that can be read, it is a sample that cannot be used, and is named when its turn comes.
-        if let Ok(caption) = fs::read_to_string(path.with_extension("txt")) {
-            list.captions.push((caption, list.images.len()));
+        match caption_beside(&path) {
+            Some(Ok(caption)) => list.captions.push((caption, image)),
+            Some(Err(reason)) => drop(unreadable.insert(image, reason)),
+            None => {}
         }
         list.images.push(path);
     }
     if list.captions.is_empty() {
-        let reason = format!("{} holds neither tar files nor images with a .txt of the same name", folder.display());
+        let reason = match unreadable.into_values().next() {
+            Some(first) => format!("{} holds no caption that can be read; {first}", folder.display()),
+            None => format!("{} holds neither tar files nor images with a .txt of the same name", folder.display()),
+        };
         return Err(DataError::Name { reason });
     }
-    Ok(Arc::new(ListedImages::new(list, "")))
+    Ok(Arc::new(ListedImages::new(list, "").with_unreadable(unreadable)))
+}
+
+/// The caption in the `.txt` or `.TXT` beside an image, if there is one.
+fn caption_beside(image: &Path) -> Option<Result<String, String>> {
+    let path = ["txt", "TXT"].map(|ending| image.with_extension(ending)).into_iter().find(|path| path.is_file())?;
+    let text = fs::read(&path).map_err(|error| error.to_string()).and_then(decode);
+    Some(text.map_err(|reason| format!("{}: {reason}", path.display())))
 }

@@ -11,10 +11,13 @@ use std::{
 };
 
 use super::{Sample, SampleError, SampleId, Samples};
-use crate::{support::hash::StableHasher, train::data::DataError};
+use crate::{
+    support::{hash::StableHasher, text::decode},
+    train::data::DataError,
+};
 
 /// Endings of images.
-const IMAGES: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"];
+const IMAGES: [&str; 10] = ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"];
 /// Samples whose places in their shards are kept in memory.
 const KEPT_PLACES: usize = 1 << 19;
 /// Samples of a stream that are read ahead.
@@ -47,6 +50,8 @@ enum Kind {
     Image,
     Text,
     Json,
+    /// An image or a caption by its last ending, with another dot before that one.
+    Dotted,
 }
 
 /// The members of a sample: where they are, or what they hold.
@@ -58,6 +63,8 @@ struct Members<M> {
     json: Option<M>,
     /// Why there is nothing to read: a shard that is damaged from here on.
     damaged: Option<String>,
+    /// Whether there are members that were passed over for a dot in their names.
+    has_dotted: bool,
 }
 
 /// First byte and length of a member.
@@ -86,16 +93,16 @@ struct StreamState {
 
 impl<M> Members<M> {
     fn new(key: String) -> Self {
-        Self { key, image: None, text: None, json: None, damaged: None }
+        Self { key, image: None, text: None, json: None, damaged: None, has_dotted: false }
     }
 
     fn put(&mut self, kind: Kind, member: M) {
-        let place = match kind {
-            Kind::Image => &mut self.image,
-            Kind::Text => &mut self.text,
-            Kind::Json => &mut self.json,
-        };
-        *place = Some(member);
+        match kind {
+            Kind::Image => self.image = Some(member),
+            Kind::Text => self.text = Some(member),
+            Kind::Json => self.json = Some(member),
+            Kind::Dotted => self.has_dotted = true,
+        }
     }
 
     /// The sample, whose members `read` turns into bytes.
@@ -103,10 +110,15 @@ impl<M> Members<M> {
         if let Some(reason) = self.damaged {
             return Err(reason);
         }
-        let image = self.image.ok_or("it has no image")?;
+        let dotted = match self.has_dotted {
+            true => ", but files with a dot in their names: a sample is named up to the first dot",
+            false => "",
+        };
+        let image = self.image.ok_or(format!("it has no image{dotted}"))?;
+        let text_of = |bytes| decode(bytes).map_err(|reason| format!("its caption cannot be read: {reason}"));
         let mut captions = match (self.text, self.json) {
-            (Some(text), _) => vec![String::from_utf8(read(text)?).map_err(|_| "its caption is no UTF-8")?],
-            (None, Some(json)) => captions_in(&read(json)?)?,
+            (Some(text), _) => vec![text_of(read(text)?)?],
+            (None, Some(json)) => captions_in(&text_of(read(json)?)?)?,
             (None, None) => return Err("it has no caption: neither .txt nor .json".into()),
         };
         captions.retain(|caption| !caption.trim().is_empty());
@@ -118,14 +130,14 @@ impl<M> Members<M> {
 }
 
 /// The captions in a JSON object: one, as img2dataset writes it, or several.
-fn captions_in(json: &[u8]) -> Result<Vec<String>, String> {
+fn captions_in(json: &str) -> Result<Vec<String>, String> {
     #[derive(serde::Deserialize)]
     #[serde(untagged)]
     enum Texts {
         One(String),
         Several(Vec<String>),
     }
-    let object: serde_json::Value = serde_json::from_slice(json).map_err(|error| format!("its .json cannot be read: {error}"))?;
+    let object: serde_json::Value = serde_json::from_str(json).map_err(|error| format!("its .json cannot be read: {error}"))?;
     let texts = |field: &&str| serde_json::from_value(object.get(field)?.clone()).ok();
     match ["caption", "captions", "text"].iter().find_map(texts) {
         Some(Texts::One(caption)) => Ok(vec![caption]),
@@ -143,7 +155,10 @@ fn member_of(path: &Path) -> Option<(String, Kind)> {
         "txt" => Kind::Text,
         "json" => Kind::Json,
         image if IMAGES.contains(&image) => Kind::Image,
-        _ => return None,
+        dotted => match dotted.rsplit_once('.') {
+            Some((_, last)) if IMAGES.contains(&last) || ["txt", "json"].contains(&last) => Kind::Dotted,
+            _ => return None,
+        },
     };
     // Also what a file manager leaves behind.
     let is_hidden = stem.is_empty();

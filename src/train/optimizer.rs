@@ -3,10 +3,10 @@
 use burn::config::Config;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamGroup, ParamId};
 use burn::optim::{
-    AdamWConfig, ModuleOptimizer,
+    AdamW, AdamWConfig, DynOptimizer, DynState, LearningRate, ModuleOptimizer, StateSink, StateSource,
     lr_scheduler::module_lr_scheduler::{ModuleLearningRate, ModuleLrScheduler},
 };
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor, kind::BridgeTensor};
 use std::collections::HashMap;
 
 use super::WarmupCosine;
@@ -55,8 +55,8 @@ pub struct OptimizerConfig {
     /// Learning rates of parts of the model, over that of the schedule. Default: all the same
     #[config(default = "RateFactors::new()")]
     pub rates: RateFactors,
-    /// How much of the averaged weights stays at each step, where an average is kept (Polyak): evaluations are then of the average. Default: none
-    /// is kept
+    /// How much of the averaged weights stays at each step, where an average is kept (Polyak): evaluations are then of the average. In the first steps,
+    /// from 0 on, it is `(1 + step) / (10 + step)` where that is less. Default: none is kept
     #[config(default = "None")]
     pub average: Option<f64>,
 }
@@ -89,25 +89,39 @@ impl OptimizerConfig {
             let reason = "must be finite and not negative";
             if value.is_finite() && value >= 0.0 { Ok(()) } else { Err(ConfigError::OutOfRange { field, value, reason }) }
         };
+        let share = |field, value: f64| {
+            let reason = "must be at least 0 and below 1";
+            if (0.0..1.0).contains(&value) { Ok(()) } else { Err(ConfigError::OutOfRange { field, value, reason }) }
+        };
+        factor("schedule.peak", self.schedule.peak)?;
+        factor("schedule.final_fraction", self.schedule.final_fraction)?;
+        factor("weight_decay", self.weight_decay.into())?;
+        share("beta_1", self.beta_1.into())?;
+        share("beta_2", self.beta_2.into())?;
+        positive("epsilon", self.epsilon.into())?;
         self.clip_norm.map_or(Ok(()), |norm| positive("clip_norm", norm))?;
         factor("rates.vision", self.rates.vision)?;
         factor("rates.text", self.rates.text)?;
         self.rates.router.map_or(Ok(()), |rate| factor("rates.router", rate))?;
-        match self.average {
-            Some(value) if !(0.0..1.0).contains(&value) => {
-                Err(ConfigError::OutOfRange { field: "average", value, reason: "must be at least 0 and below 1" })
-            }
-            _ => Ok(()),
-        }
+        self.average.map_or(Ok(()), |decay| share("average", decay))
     }
 
-    pub(super) fn init(&self) -> ModuleOptimizer {
+    /// An optimiser whose state is read onto `device`.
+    pub(super) fn init(&self, device: &Device) -> ModuleOptimizer {
         let adamw = AdamWConfig::new().with_beta_1(self.beta_1).with_beta_2(self.beta_2).with_epsilon(self.epsilon);
-        adamw.clone().with_weight_decay(self.weight_decay).init().with_group(
+        let on_device = |decay| OnDevice { adamw: adamw.clone().with_weight_decay(decay).build(), device: device.clone().inner() };
+        // The last group that a parameter matches counts.
+        adamw.init().with_group(ParamGroup::all(), on_device(self.weight_decay), None).with_group(
             ParamGroup::from_any_predicates(UNDECAYED.to_vec()),
-            adamw.with_weight_decay(0.0).build(),
+            on_device(0.0),
             None,
         )
+    }
+
+    /// How much of the average stays at step `step` (from 0): less in the first steps, `(1 + step) / (10 + step)`, so that where the run started is
+    /// forgotten in short runs too.
+    pub(super) fn average_at(&self, step: usize) -> Option<f64> {
+        self.average.map(|decay| decay.min((1.0 + step as f64) / (10.0 + step as f64)))
     }
 
     /// The learning rates of step `step` (from 0) of `total`.
@@ -127,6 +141,38 @@ impl OptimizerConfig {
                 .fold(scheduler, |scheduler, path| scheduler.with_group(ParamGroup::from_predicate(path), rate * factor)),
         }
         .step()
+    }
+}
+
+/// burn reads an optimiser's state onto the default device, which need not be the one that is trained on, nor be there at all: a program that was
+/// built for a GPU has that one as its default. This reads it onto its own device.
+struct OnDevice {
+    adamw: AdamW,
+    device: Device,
+}
+
+impl DynOptimizer for OnDevice {
+    fn step_dyn(
+        &self,
+        rank: usize,
+        rate: LearningRate,
+        tensor: BridgeTensor,
+        gradient: BridgeTensor,
+        state: Option<DynState>,
+    ) -> (BridgeTensor, Option<DynState>) {
+        self.adamw.step_dyn(rank, rate, tensor, gradient, state)
+    }
+
+    fn to_device_dyn(&self, state: DynState, device: &Device) -> DynState {
+        self.adamw.to_device_dyn(state, device)
+    }
+
+    fn state_flatten(&self, prefix: &str, state: &DynState, out: &mut StateSink) {
+        self.adamw.state_flatten(prefix, state, out);
+    }
+
+    fn state_unflatten(&self, rank: usize, prefix: &str, source: &mut StateSource, _: &Device) -> Option<DynState> {
+        self.adamw.state_unflatten(rank, prefix, source, &self.device)
     }
 }
 
@@ -210,6 +256,13 @@ mod tests {
     }
 
     #[test]
+    fn an_average_forgets_where_a_short_run_started() {
+        let config = OptimizerConfig::new(WarmupCosine::new(1.0)).with_average(Some(0.9));
+        assert_eq!([0, 10, 1000].map(|step| config.average_at(step)), [Some(0.1), Some(0.55), Some(0.9)]);
+        assert_eq!(config.with_average(None).average_at(3), None);
+    }
+
+    #[test]
     fn steps_limits_and_averages_are_those_of_pytorch() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/training/reference.json");
         let Reference { optimizer: case } = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
@@ -222,7 +275,7 @@ mod tests {
         let mut layers = vec![layer].train();
         let mut kept = layers.valid();
         let config = OptimizerConfig::new(WarmupCosine::new(1.0)).with_weight_decay(0.2);
-        let mut adamw = config.init();
+        let mut adamw = config.init(&device);
         for Step { gradient, rate, norm, after, average: expected } in case.steps {
             let (of_weight, of_bias) = gradient.tensors(&device);
             let mut gradients = GradientsParams::new();

@@ -3,6 +3,7 @@
 use burn::optim::{ModuleOptimizer, OptimizerRecord};
 use burn::tensor::Bytes;
 
+use super::{OptimizerConfig, WarmupCosine};
 use crate::{
     clip::Clip,
     upcycle::{UpcycleError, upcycle_optimizer},
@@ -27,7 +28,8 @@ impl OptimizerState {
     /// # Errors
     /// When experts are not as wide as the dense network.
     pub fn upcycle(&self, dense: &Clip, sparse: &Clip) -> Result<Self, UpcycleError> {
-        let trained = self.load(burn::optim::AdamWConfig::new().init());
+        let device = dense.logit_scale.device();
+        let trained = self.load(OptimizerConfig::new(WarmupCosine::new(0.0)).init(&device));
         let record = upcycle_optimizer(&trained, dense, sparse)?;
         let bytes = record.into_bytes().expect("a state in memory can be written");
         Ok(Self { bytes: bytes.to_vec(), vocabulary: self.vocabulary })

@@ -20,7 +20,7 @@ use std::{
 
 use burn::config::Config;
 use burn::tensor::Device;
-use checkpointing::{fingerprint, fingerprint_of, resume, save};
+use checkpointing::{Identity, fingerprint, identity_of, resume, save};
 use checks::{check_losses, check_micro_batches, check_model, check_preprocessing};
 use data::Pieces;
 use run::Run;
@@ -66,6 +66,23 @@ pub struct TrainConfig {
     /// [`TrainPrecision::F32`]
     #[config(default = "TrainPrecision::F32")]
     pub precision: TrainPrecision,
+}
+
+impl TrainConfig {
+    /// Refuses numbers that no run can have.
+    ///
+    /// # Errors
+    /// The first one, with its value.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        ConfigError::non_zero("steps", self.steps)?;
+        ConfigError::non_zero("eval_every", self.eval_every)?;
+        self.micro_batch.map_or(Ok(()), |size| ConfigError::non_zero("micro_batch", size))?;
+        if !(0.0..1.0).contains(&self.patch_dropout) {
+            let reason = "must be at least 0 and below 1";
+            return Err(ConfigError::OutOfRange { field: "patch_dropout", value: self.patch_dropout, reason });
+        }
+        Ok(())
+    }
 }
 
 /// Numbers of the forward and backward passes.
@@ -236,31 +253,26 @@ impl<O: Observer + ?Sized> Observer for &mut O {
 ///
 /// Every number that is drawn depends on the seed and the step, but for router noise and jitter where several arms are trained, which draw from
 /// the device's one generator. With `checkpointing` the run leaves a checkpoint now and then, and goes on from the last one when it is started again
-/// with the same configuration, of which only the number of steps may differ: a run that has ended goes on for longer. On the CPU, it ends with
-/// the same bits as one that was never stopped.
+/// with the same configuration. What may differ is the number of steps, so that a run that has ended goes on for longer, how often it is evaluated, and
+/// what saves memory: micro-batches, and computing blocks again. On the CPU, it ends with the same bits as one that was never stopped, if nothing differs.
+/// When data cannot be read any more, a run without other ranks leaves a checkpoint before it ends.
 ///
 /// # Errors
-/// When the data does not fit, a loss or a parameter is not finite, another rank is gone, or a checkpoint cannot be read or written.
+/// When the data does not fit or ends, a loss or a parameter is not finite, another rank is gone, a checkpoint cannot be read or written, or another
+/// process keeps its run in the same folder.
 pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
     let TrainInput { arms, data, test, config, checkpointing, ranks, device, observer } = input;
-    let every = checkpointing.map_or(1, |checkpointing| checkpointing.every);
-    let keep = checkpointing.map_or(1, |checkpointing| checkpointing.keep);
-    let sizes = [
-        ("steps", config.steps),
-        ("eval_every", config.eval_every),
-        ("arms", arms.len()),
-        ("checkpointing.every", every),
-        ("checkpointing.keep", keep),
-    ];
+    config.validate()?;
+    let (every, keep) = checkpointing.map_or((1, 1), |checkpointing| (checkpointing.every, checkpointing.keep));
+    let sizes = [("arms", arms.len()), ("checkpointing.every", every), ("checkpointing.keep", keep)];
     sizes.into_iter().try_for_each(|(field, value)| ConfigError::non_zero(field, value))?;
     let part = ranks.part();
-    if !(0.0..1.0).contains(&config.patch_dropout) {
-        let reason = "must be at least 0 and below 1";
-        return Err(ConfigError::OutOfRange { field: "patch_dropout", value: config.patch_dropout, reason }.into());
-    }
     check_micro_batches(&arms, config, ranks)?;
     data.validate()?;
-    let identity = fingerprint_of(&data, &arms);
+    let evaluates = part.rank == 0;
+    // Until the run ends.
+    let _lock = checkpointing.filter(|_| evaluates).map(Checkpointing::lock).transpose()?;
+    let identity = identity_of(&data, &arms);
     let tokenizer = ClipTokenizer::with_vocab_size(data.vocab_size());
     let vocabulary = data.vocabulary(test, &tokenizer, part);
     let setting = Setting { test, config, context_length: data.context_length(), tokenizer, vocabulary, ranks, device };
@@ -274,14 +286,13 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
         check_losses(&arm)?;
         runs.push(Run::new(arm, &setting)?);
     }
-    check_same_options(&runs, &identity, config, ranks)?;
+    check_same_options(&runs, &identity, config, every, ranks)?;
     let resumed = match checkpointing {
         Some(checkpointing) => resume(checkpointing, &setting, &identity, &mut runs)?,
         None => None,
     };
     let first_step = resumed.map_or(0, |kept| kept.step);
     check_ranks(&runs, ranks, first_step)?;
-    let evaluates = part.rank == 0;
     match resumed {
         Some(kept) => observer.on_resume(kept),
         None => {
@@ -295,7 +306,17 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
     let mut pieces = Pieces::new(&data, part, config, first_step)?;
     let mut skipped = Skipped { count: runs[0].progress.skipped, first: Vec::new() };
     for step in first_step..config.steps {
-        let (batch, truncated) = pieces.next_batch(&setting.vocabulary)?;
+        let (batch, truncated) = match pieces.next_batch(&setting.vocabulary) {
+            Ok(next) => next,
+            Err(error) => {
+                // The steps that were done are not lost with the data. Other ranks may have their data still.
+                if let Some(checkpointing) = checkpointing.filter(|_| step > first_step && !ranks.has_others()) {
+                    save(checkpointing, &setting, &identity, &runs, step)?;
+                    observer.on_checkpoint(step);
+                }
+                return Err(error.into());
+            }
+        };
         runs.iter_mut().for_each(|run| run.progress.truncated += truncated);
         let reports: Vec<Result<StepReport, TrainError>> = thread::scope(|scope| {
             let (batch, setting) = (&batch, &setting);
@@ -334,12 +355,19 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
 }
 
 /// Refuses ranks that were started in different ways: they would train different models, or wait for each other for ever.
-fn check_same_options(runs: &[Run], identity: &str, config: &TrainConfig, ranks: &dyn Ranks) -> Result<(), TrainError> {
+fn check_same_options(
+    runs: &[Run],
+    identity: &Identity,
+    config: &TrainConfig,
+    checkpoint_every: usize,
+    ranks: &dyn Ranks,
+) -> Result<(), TrainError> {
     if !ranks.has_others() {
         return Ok(());
     }
     let mut hasher = StableHasher::default();
-    (fingerprint(config, identity, runs), config.steps).hash(&mut hasher);
+    let TrainConfig { steps, micro_batch, recompute_blocks, .. } = config;
+    (fingerprint(config, identity, runs), steps, micro_batch, recompute_blocks, checkpoint_every).hash(&mut hasher);
     let found = ranks.gather_counts((hasher.finish() >> 32) as usize)?;
     match found.iter().position(|other| *other != found[0]) {
         None => Ok(()),

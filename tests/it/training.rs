@@ -10,17 +10,17 @@ use std::{
 
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_moe::{
-    BalancingOptions, BalancingRule, Capacity, RouterOptions, TokenChoiceConfig,
+    BalancingOptions, BalancingRule, Capacity, LoraOptions, RouterOptions, TokenChoiceConfig,
     clip::{
         Clip, SparseClipConfig,
         checkpoint::ClipCheckpoint,
         preprocess::{ImagePreprocessor, RandomCropConfig},
     },
     train::{
-        Arm, Checkpointing, JsonLog, KeptRun, Observer, OptimizerConfig, RateFactors, StepReport, TrainConfig, TrainData,
+        Arm, Checkpointing, JsonLog, KeptRun, Observer, OptimizerConfig, RateFactors, StepReport, Tower, TrainConfig, TrainData,
         TrainError, TrainInput, TrainPrecision, TrainedArm, WarmupCosine,
         ranks::{Ranks, Solo, Threads},
-        stream::{Stream, StreamConfig, TarShards, load_samples},
+        stream::{Stream, StreamConfig, TarShards, TarStream, load_samples},
         train,
     },
     transformer::{RoutedLayerConfig, SparseEncoderConfig},
@@ -319,6 +319,7 @@ fn a_run_that_was_stopped_within_an_epoch_ends_with_the_same_bits() {
     let names = || {
         let entries = fs::read_dir(folder.path().join("run")).unwrap();
         let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.retain(|name| name != ".lock");
         names.sort();
         names
     };
@@ -350,12 +351,103 @@ fn a_run_that_was_stopped_within_an_epoch_ends_with_the_same_bits() {
     // A checkpoint of another version is refused with the reason, and so is one that is damaged.
     let state = folder.path().join("run/step-00000011/state.json");
     let text = fs::read_to_string(&state).unwrap();
-    fs::write(&state, text.replacen("\"format\":1", "\"format\":7", 1)).unwrap();
+    fs::write(&state, text.replacen("\"format\":2", "\"format\":7", 1)).unwrap();
     let error = run("x.jsonl", Some(&checkpointing), &mut ()).unwrap_err().to_string();
-    assert!(error.contains("it has form 7, of another version of burn-moe; this one reads form 1"), "{error}");
+    assert!(error.contains("it has form 7, of another version of burn-moe; this one reads form 2"), "{error}");
     fs::write(&state, &text[..20]).unwrap();
     let error = run("x.jsonl", Some(&checkpointing), &mut ()).unwrap_err().to_string();
     assert!(error.contains("state.json: "), "{error}");
+}
+
+#[test]
+fn a_run_that_goes_on_may_save_memory_in_another_way_and_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let stream = stream(folder.path(), 12);
+    let mut setup = setup(&stream, 2);
+    let checkpointing = Checkpointing::new(folder.path().join("run"), 2);
+    setup.run(&Solo, Some(&checkpointing), &mut ()).unwrap();
+    setup.config = TrainConfig::new(3).with_micro_batch(Some(3)).with_recompute_blocks(true).with_eval_every(7);
+    let mut reports = Reports::default();
+    setup.run(&Solo, Some(&checkpointing), &mut reports).unwrap();
+    assert_eq!(reports.1, [KeptRun { step: 2, steps: 2 }]);
+
+    let start = setup.arm.clone();
+    let config = setup.config.clone();
+    let mut refused = |arm: Arm, config: TrainConfig, difference: &str| {
+        (setup.arm, setup.config) = (arm, config);
+        let error = setup.run(&Solo, Some(&checkpointing), &mut ()).unwrap_err().to_string();
+        let start = format!("{}: the run in this folder has another configuration: {difference}", checkpointing.folder.display());
+        assert!(error.starts_with(&start), "{error}");
+    };
+    refused(start.clone(), config.clone().with_seed(5), "`train.seed` was 0 and is 5 now");
+    let decayed = Arm { optimizer: start.optimizer.clone().with_weight_decay(0.5), ..start.clone() };
+    refused(decayed, config.clone(), "`arms.0.optimizer.weight_decay` was 0.1");
+    let other = Arm { model: model(&Device::default(), BalancingOptions::new(0.01)), ..start };
+    refused(other, config, "it started from another model");
+}
+
+#[test]
+fn one_process_at_a_time_keeps_a_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let stream = stream(folder.path(), 12);
+    let setup = setup(&stream, 2);
+    let checkpointing = Checkpointing::new(folder.path().join("run"), 1);
+    struct Again<'a>(&'a Setup<'a>, &'a Checkpointing, Vec<String>);
+    impl Observer for Again<'_> {
+        fn on_step(&mut self, _: usize, _: usize, _: &StepReport) {
+            self.2.extend(self.0.run(&Solo, Some(self.1), &mut ()).err().map(|error| error.to_string()));
+        }
+    }
+    let mut again = Again(&setup, &checkpointing, Vec::new());
+    setup.run(&Solo, Some(&checkpointing), &mut again).unwrap();
+    assert!(again.2.len() == 2 && again.2[0].contains("another process keeps its run in this folder"), "{:?}", again.2);
+    setup.run(&Solo, Some(&checkpointing), &mut ()).unwrap();
+}
+
+#[test]
+fn data_that_ends_leaves_the_steps_that_were_done() {
+    let folder = tempfile::tempdir().unwrap();
+    let archive = fs::read(&shards(folder.path())[0]).unwrap();
+    let pipe = || {
+        let samples = Arc::new(TarStream::new("pipe", Cursor::new(archive.clone())));
+        let config = StreamConfig::new(6).with_shuffle(4).with_context_length(12);
+        Stream::new(samples, ImagePreprocessor::new(8), config).unwrap()
+    };
+    let checkpointing = Checkpointing::new(folder.path().join("run"), 100);
+    let first = pipe();
+    let mut setup = setup(&first, 8);
+    let error = setup.run(&Solo, Some(&checkpointing), &mut ()).unwrap_err().to_string();
+    assert!(error.starts_with("pipe ended after 19 samples"), "{error}");
+    assert_eq!(checkpointing.kept_run().unwrap(), Some(KeptRun { step: 3, steps: 8 }));
+    // And may end there.
+    let again = pipe();
+    setup.stream = &again;
+    setup.config.steps = 3;
+    setup.run(&Solo, Some(&checkpointing), &mut ()).unwrap();
+}
+
+#[test]
+fn what_is_frozen_keeps_its_balancing_biases() {
+    let folder = tempfile::tempdir().unwrap();
+    let stream = stream(folder.path(), 12);
+    let mut setup = setup(&stream, 3);
+    let biases = |model: &Clip| {
+        [&model.vision.encoder, &model.text.encoder].map(|encoder| match &encoder.blocks[1].feed_forward {
+            burn_moe::transformer::FeedForward::Moe(moe) => values(&moe.router.balancing_bias.as_ref().unwrap().val()),
+            _ => panic!("the block is sparse"),
+        })
+    };
+    let start = setup.arm.model.clone();
+    let trained = setup.run(&Solo, None, &mut ()).unwrap().model;
+    assert!(biases(&start).iter().zip(biases(&trained)).all(|(before, after)| *before != after));
+    setup.arm.frozen = Some(Tower::Vision);
+    let trained = setup.run(&Solo, None, &mut ()).unwrap().model;
+    assert_eq!(biases(&start)[0], biases(&trained)[0]);
+    assert_ne!(biases(&start)[1], biases(&trained)[1]);
+    setup.arm.frozen = None;
+    setup.arm.model = start.clone().with_lora(&LoraOptions::new().with_rank(2));
+    let trained = setup.run(&Solo, None, &mut ()).unwrap().model;
+    assert_eq!(biases(&start), biases(&trained));
 }
 
 #[test]
@@ -402,6 +494,11 @@ fn rates_limits_and_samples_do_what_they_say() {
     setup.run(&Solo, None, &mut limited).unwrap();
     assert!(limited.0.iter().all(|report| report.gradient_norm > 1e-2));
     for (config, name) in [
+        (OptimizerConfig::new(WarmupCosine::new(-0.5)), "`schedule.peak` is -0.5"),
+        (OptimizerConfig::new(WarmupCosine::new(f64::NAN)), "`schedule.peak` is NaN"),
+        (optimizer().with_weight_decay(f32::INFINITY), "`weight_decay` is inf"),
+        (optimizer().with_beta_2(1.0), "`beta_2` is 1"),
+        (optimizer().with_epsilon(0.0), "`epsilon` is 0"),
         (optimizer().with_clip_norm(Some(0.0)), "`clip_norm` is 0"),
         (optimizer().with_average(Some(1.0)), "`average` is 1"),
         (optimizer().with_rates(RateFactors::new().with_text(-1.0)), "`rates.text` is -1"),

@@ -1,7 +1,7 @@
 //! Keeping a run, so that it can go on after it was stopped.
 
 use std::{
-    fs,
+    fs::{self, File, TryLockError},
     hash::{Hash, Hasher},
     io,
     path::{Path, PathBuf},
@@ -10,6 +10,7 @@ use std::{
 use burn::module::Module;
 use burn::store::RecordError;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
 
 use super::{Arm, Run, Setting, TrainConfig, TrainData, TrainError, run::trainable};
 use crate::{
@@ -21,7 +22,7 @@ use crate::{
 };
 
 /// The form of a checkpoint. A number that is not this one is another version's.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// What a checkpoint's folder begins with, and what one that is being written does.
 const NAME: &str = "step-";
 const UNFINISHED: &str = ".step-";
@@ -61,6 +62,23 @@ impl Checkpointing {
     /// When it cannot be read.
     pub fn kept_run(&self) -> Result<Option<KeptRun>, TrainError> {
         Ok(self.latest()?.map(|(_, state)| KeptRun { step: state.step, steps: state.steps }))
+    }
+
+    /// Keeps other processes out of the folder until the file is dropped.
+    pub(super) fn lock(&self) -> Result<File, TrainError> {
+        let open = || {
+            fs::create_dir_all(&self.folder)?;
+            File::options().create(true).truncate(false).write(true).open(self.folder.join(".lock"))
+        };
+        let file = open().map_err(|error| bad(&self.folder, error.to_string()))?;
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => Err(bad(
+                &self.folder,
+                "another process keeps its run in this folder: wait until it has ended, or take another folder".into(),
+            )),
+            // Not every file system has locks.
+            Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+        }
     }
 
     /// The checkpoint with the most steps.
@@ -154,11 +172,47 @@ struct State {
     progress: Vec<Progress>,
 }
 
-/// Of all but the number of steps, which may grow.
-pub(super) fn fingerprint(config: &TrainConfig, identity: &str, runs: &[Run]) -> String {
-    let config = TrainConfig { steps: 0, ..config.clone() };
-    let arms: Vec<_> = runs.iter().map(|run| (&run.name, &run.config, &run.auxiliary, run.frozen, &run.routing)).collect();
-    serde_json::to_string(&(config, identity, arms)).expect("configurations are JSON")
+/// What a run is trained on, and where it starts.
+#[derive(Serialize)]
+pub(super) struct Identity {
+    data: Value,
+    start: String,
+}
+
+/// Of all that makes a run this one, as JSON. How long it is, how often it is evaluated and how it saves memory may change.
+pub(super) fn fingerprint(config: &TrainConfig, identity: &Identity, runs: &[Run]) -> String {
+    let config = TrainConfig { steps: 0, eval_every: 0, micro_batch: None, recompute_blocks: false, ..config.clone() };
+    let arm = |run: &Run| {
+        let Run { name, config, auxiliary, frozen, routing, .. } = run;
+        json!({ "name": name, "optimizer": config, "auxiliary": auxiliary, "frozen": frozen, "routing": routing })
+    };
+    let arms: Vec<Value> = runs.iter().map(arm).collect();
+    json!({ "train": config, "data": identity.data, "start": identity.start, "arms": arms }).to_string()
+}
+
+/// The first setting that differs between two fingerprints, in words.
+fn difference(then: &str, now: &str) -> String {
+    fn first(path: String, then: &Value, now: &Value) -> Option<(String, Value, Value)> {
+        let inner = |key: &dyn std::fmt::Display| if path.is_empty() { key.to_string() } else { format!("{path}.{key}") };
+        match (then, now) {
+            (Value::Object(then), Value::Object(now)) => {
+                let value = |of: &Map<String, Value>, key: &str| of.get(key).cloned().unwrap_or_default();
+                let keys = then.keys().chain(now.keys().filter(|key| !then.contains_key(*key)));
+                keys.into_iter().find_map(|key| first(inner(key), &value(then, key), &value(now, key)))
+            }
+            (Value::Array(then), Value::Array(now)) if then.len() == now.len() => {
+                then.iter().zip(now).enumerate().find_map(|(index, (then, now))| first(inner(&index), then, now))
+            }
+            (then, now) => (then != now).then(|| (path, then.clone(), now.clone())),
+        }
+    }
+    let parsed = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
+    match first(String::new(), &parsed(then), &parsed(now)) {
+        Some((path, ..)) if path == "start" => "it started from another model".into(),
+        Some((path, ..)) if path == "data.images" => "it has other images or captions".into(),
+        Some((path, then, now)) => format!("`{path}` was {then} and is {now} now"),
+        None => "it was kept by another version".into(),
+    }
 }
 
 /// How a model routes, in words: settings that no parameter shows.
@@ -185,7 +239,7 @@ fn record_path(folder: &Path, arm: usize, part: &str) -> PathBuf {
 pub(super) fn save(
     checkpointing: &Checkpointing,
     setting: &Setting,
-    identity: &str,
+    identity: &Identity,
     runs: &[Run],
     step: usize,
 ) -> Result<(), TrainError> {
@@ -237,35 +291,37 @@ pub(super) fn save(
 pub(super) fn resume(
     checkpointing: &Checkpointing,
     setting: &Setting,
-    identity: &str,
+    identity: &Identity,
     runs: &mut [Run],
 ) -> Result<Option<KeptRun>, TrainError> {
     let Some((folder, state)) = checkpointing.latest()? else { return Ok(None) };
     let config = setting.config;
-    let bad = |reason: String| bad(&folder, reason);
-    if state.fingerprint != fingerprint(config, identity, runs) {
-        return Err(bad(
-            "the run in this folder has another configuration, other data or another start; take another folder or remove this one"
-                .into(),
-        ));
+    let other_run = |reason: String| bad(&checkpointing.folder, reason);
+    let now = fingerprint(config, identity, runs);
+    if state.fingerprint != now {
+        let difference = difference(&state.fingerprint, &now);
+        return Err(other_run(format!(
+            "the run in this folder has another configuration: {difference}. Go on with what it was started with, or take another folder"
+        )));
     }
     // Of several ranks, one evaluates.
     if let (Some(then), Some(now)) = (&state.test, setting.test.map(fingerprint_of_set))
         && *then != now
     {
-        return Err(bad("the run in this folder was evaluated on another set; take another folder or remove this one".into()));
+        return Err(other_run("the run in this folder was evaluated on another set: name that one, or take another folder".into()));
     }
     if state.step > config.steps {
         let (done, steps) = (state.step, config.steps);
-        return Err(bad(format!("the run in this folder has done {done} steps already, and {steps} are asked for")));
+        return Err(other_run(format!("the run in this folder has done {done} steps already, and {steps} are asked for")));
     }
+    let bad = |reason: String| bad(&folder, reason);
     for (index, (run, progress)) in runs.iter_mut().zip(state.progress).enumerate() {
         let path = |part: &str| record_path(&folder, index, part);
         let load = |model: Clip, part: &str| model.try_load_file(path(part)).map_err(|error| bad(error.to_string()));
         let loaded = load(run.model().valid(), "model")?;
         run.replace_model(trainable(loaded, run.frozen, setting.device));
         run.average = run.average.take().map(|average| load(average, "average")).transpose()?;
-        run.optimizer = run.config.init().load(path("optimizer")).map_err(|error| bad(error.to_string()))?;
+        run.optimizer = run.config.init(setting.device).load(path("optimizer")).map_err(|error| bad(error.to_string()))?;
         run.history = progress
             .evaluations
             .iter()
@@ -277,18 +333,16 @@ pub(super) fn resume(
 }
 
 /// Stands for the data and for where the arms start, so that a run is not resumed as another one.
-pub(super) fn fingerprint_of(data: &TrainData, arms: &[Arm]) -> String {
-    let mut hasher = StableHasher::default();
+pub(super) fn identity_of(data: &TrainData, arms: &[Arm]) -> Identity {
     let data = match data {
-        TrainData::Set { set, batch } => {
-            set.hash(&mut hasher);
-            serde_json::to_string(batch).expect("a configuration is JSON")
-        }
-        TrainData::Stream { stream, .. } => {
-            let config = serde_json::to_string(stream.config()).expect("a configuration is JSON");
-            format!("{} {config} {:?}", stream.fingerprint(), stream.preprocessor())
-        }
+        TrainData::Set { set, batch } => json!({ "images": fingerprint_of_set(set), "batch": batch }),
+        TrainData::Stream { stream, .. } => json!({
+            "samples": stream.fingerprint(),
+            "stream": stream.config(),
+            "preprocessor": format!("{:?}", stream.preprocessor()),
+        }),
     };
+    let mut hasher = StableHasher::default();
     for arm in arms {
         // One weight of each tower tells two models apart.
         for weight in [arm.model.vision.patch_embedding.weight.val(), arm.model.text.projection.weight.val()] {
@@ -297,10 +351,10 @@ pub(super) fn fingerprint_of(data: &TrainData, arms: &[Arm]) -> String {
         }
         arm.state.hash(&mut hasher);
     }
-    format!("{data} {:016x}", hasher.finish())
+    Identity { data, start: format!("{:016x}", hasher.finish()) }
 }
 
-/// Stands for what a run is evaluated on.
+/// Stands for images with their captions.
 fn fingerprint_of_set(set: &ImageTextSet) -> String {
     let mut hasher = StableHasher::default();
     set.hash(&mut hasher);

@@ -4,7 +4,6 @@ use super::{Arm, TrainConfig, TrainData, TrainError, step::is_noisy};
 use crate::{
     clip::{EndOfText, ImagePreprocessing, TokenizerKind},
     routing::router::RouterScore,
-    support::error::ConfigError,
     train::ranks::Ranks,
     transformer::FeedForward,
 };
@@ -23,7 +22,6 @@ pub(super) fn check_micro_batches(arms: &[Arm], config: &TrainConfig, ranks: &dy
     if config.micro_batch.is_none() && alone && !config.recompute_blocks {
         return Ok(());
     }
-    config.micro_batch.map_or(Ok(()), |size| ConfigError::non_zero("micro_batch", size))?;
     for arm in arms {
         arm.auxiliary.validate_micro_batches()?;
         let share_numbers = arms.len() > 1 || (!alone && ranks.are_threads());

@@ -23,6 +23,7 @@ use crate::{
         param::with_leaves_on,
     },
     train::{Evaluation, OptimizerConfig, OptimizerState, data::Batch, evaluate, optimizer::average},
+    transformer::{Encoder, FeedForward},
 };
 
 /// An arm and where it is. What it started from is not kept, so that it does not take the memory of another model.
@@ -56,7 +57,7 @@ impl Run {
             false => (setting.vocabulary.compact(model.clone()), Some(model)),
         };
         let model = trainable(model.valid(), frozen, setting.device);
-        let mut optimizer = config.init();
+        let mut optimizer = config.init(setting.device);
         if let Some(state) = &state {
             let [ids, _] = model.text.token_embedding.weight.dims();
             if state.vocabulary() != ids {
@@ -131,9 +132,13 @@ impl Run {
         let learning_rate = rates.base();
         // Given away, so that each weight is freed when the next one is there.
         let model = self.model.take().expect("no other step is going on");
-        let model = self.optimizer.step(rates, model, gradients).clamp_logit_scale();
-        let model = model.update_balancing_bias_by(totals.each_ref());
-        if let (Some(kept), Some(decay)) = (self.average.take(), self.config.average) {
+        let mut model = self.optimizer.step(rates, model, gradients).clamp_logit_scale();
+        for (encoder, totals) in [&mut model.vision.encoder, &mut model.text.encoder].into_iter().zip(&totals) {
+            if trains_routers(encoder) {
+                *encoder = encoder.clone().update_balancing_bias_by(totals);
+            }
+        }
+        if let (Some(kept), Some(decay)) = (self.average.take(), self.config.average_at(step)) {
             self.average = Some(average(kept, &model, decay));
         }
         self.model = Some(model);
@@ -152,7 +157,7 @@ impl Run {
         let model = self.model();
         let towers = [("vision", &model.vision.encoder), ("text", &model.text.encoder)];
         let of_tower = |((tower, encoder), (totals, kept)): (_, (&crate::routing::BatchTotals, &Vec<usize>))| {
-            let encoder: &crate::transformer::Encoder = encoder;
+            let encoder: &Encoder = encoder;
             let blocks = encoder.routed_blocks().zip(&totals.requested).zip(kept);
             let load = |((block, requested), kept): ((usize, &Vec<usize>), &usize)| {
                 let all = requested.iter().sum::<usize>().max(1) as f64;
@@ -220,6 +225,15 @@ impl Run {
             timed_steps: self.timed_steps,
         })
     }
+}
+
+/// Whether routers are trained; those that are frozen keep their balancing biases, too.
+fn trains_routers(encoder: &Encoder) -> bool {
+    let is_trained = |feed_forward: &FeedForward| match feed_forward {
+        FeedForward::Moe(moe) => moe.router.weight.val().is_require_grad(),
+        FeedForward::Dense(_) | FeedForward::SoftMoe(_) => false,
+    };
+    encoder.blocks.iter().any(|block| is_trained(&block.feed_forward))
 }
 
 /// The model with leaves on `device`, which may be one that checkpoints gradients.

@@ -208,6 +208,13 @@ fn a_pipe_gives_what_a_file_gives_once() {
     // A resumed run passes over what was used.
     assert_eq!(batches(&pipe(bytes.clone()), Part::WHOLE, [3, 2, 1], 2), expected[1..]);
 
+    // Joined by `cat`, archives are one.
+    let joined = batches(&pipe(bytes.repeat(2)), Part::WHOLE, [3, 2, 0], 7);
+    assert_eq!(joined.iter().flatten().map(|(_, caption)| caption).collect::<BTreeSet<_>>().len(), 11);
+    let path = folder.path().join("joined.tar");
+    fs::write(&path, bytes.repeat(2)).unwrap();
+    assert_eq!(batches(&stream(Arc::new(TarShards::open(vec![path]).unwrap()), config(3)), Part::WHOLE, [3, 2, 0], 7), joined);
+
     let mut over = pipe(bytes.clone()).batches(Part::WHOLE, 3, 2, 3).unwrap();
     let error = over.next_piece().unwrap_err().to_string();
     assert!(error.starts_with("standard input ended after 11 samples, and more are needed"), "{error}");

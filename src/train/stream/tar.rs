@@ -221,6 +221,13 @@ impl TarShards {
     }
 }
 
+/// An archive that goes on behind its end, as several do that were joined by `cat`.
+fn joined<R: Read>(file: R) -> tar::Archive<R> {
+    let mut archive = tar::Archive::new(file);
+    archive.set_ignore_zeros(true);
+    archive
+}
+
 /// Reads the headers of a tar file. Where it is damaged, the samples before stay, and what follows counts as one that cannot be used.
 fn scan(path: &Path, size: u64) -> io::Result<Vec<Members<Extent>>> {
     let file = io::BufReader::with_capacity(1 << 13, File::open(path)?);
@@ -233,7 +240,7 @@ fn scan(path: &Path, size: u64) -> io::Result<Vec<Members<Extent>>> {
 }
 
 fn scan_into(samples: &mut Vec<Members<Extent>>, file: impl Read + Seek, size: u64) -> io::Result<()> {
-    let mut archive = tar::Archive::new(file);
+    let mut archive = joined(file);
     let mut groups = Groups(None);
     for entry in archive.entries_with_seek()? {
         let entry = entry?;
@@ -311,7 +318,7 @@ impl TarStream {
 }
 
 fn send_all(archive: impl Read, sender: &mpsc::SyncSender<io::Result<Members<Vec<u8>>>>) -> io::Result<()> {
-    let mut archive = tar::Archive::new(archive);
+    let mut archive = joined(archive);
     let mut groups = Groups(None);
     for entry in archive.entries()? {
         let mut entry = entry?;

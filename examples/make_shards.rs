@@ -15,9 +15,12 @@ use std::{
     process::ExitCode,
 };
 
-use burn_moe::train::data::{EmojiPack, EmojiVendor, ImageTextSet};
+use burn_moe::train::{
+    data::{EmojiPack, EmojiVendor, ImageTextSet},
+    stream::SampleError,
+};
 use clap::Parser;
-use support::{ListArgs, languages_by_code, progress};
+use support::{ListArgs, languages_by_code, progress, report_skipped, vendor_by_name};
 
 #[derive(Parser)]
 #[command(
@@ -33,6 +36,9 @@ struct Args {
     list: Option<PathBuf>,
     #[command(flatten)]
     columns: ListArgs,
+    /// Stop with an error when an image cannot be read, instead of skipping it
+    #[arg(long)]
+    strict: bool,
     /// Samples of a shard
     #[arg(long, default_value_t = 1000)]
     per_shard: usize,
@@ -67,11 +73,12 @@ fn run() -> Result<(), Box<dyn Error>> {
             let (list, folder) = args.columns.read(list)?;
             let mut captions: Vec<Vec<String>> = vec![Vec::new(); list.images.len()];
             list.captions.into_iter().for_each(|(caption, image)| captions[image].push(caption));
-            let sample = |(image, captions): (PathBuf, Vec<String>)| -> Result<Sample, Box<dyn Error>> {
+            let sample = |(image, captions): (PathBuf, Vec<String>)| -> Result<Sample, SampleError> {
                 let path = folder.join(&image);
-                let bytes = fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+                let bad = |error: &dyn Error| SampleError { sample: path.display().to_string(), reason: error.to_string() };
+                let bytes = fs::read(&path).map_err(|error| bad(&error))?;
                 // By its content, as the readers of shards go by names.
-                let kind = image::guess_format(&bytes).map_err(|error| format!("{}: {error}", path.display()))?;
+                let kind = image::guess_format(&bytes).map_err(|error| bad(&error))?;
                 let ending = kind.extensions_str().first().copied().unwrap_or("png");
                 Ok((bytes, ending.to_string(), captions))
             };
@@ -81,10 +88,10 @@ fn run() -> Result<(), Box<dyn Error>> {
         None => {
             let set = emoji(&args)?;
             let side = set.image_size() as u32;
-            let sample = |image: usize| -> Result<Sample, Box<dyn Error>> {
+            let sample = |image: usize| -> Result<Sample, SampleError> {
                 let mut png = Cursor::new(Vec::new());
                 let pixels = image::RgbImage::from_raw(side, side, set.image(image).to_vec()).expect("as many bytes as pixels");
-                pixels.write_to(&mut png, image::ImageFormat::Png)?;
+                pixels.write_to(&mut png, image::ImageFormat::Png).expect("pixels in memory are written as PNG");
                 let captions = &set.concepts()[set.concept_of_image()[image]].captions;
                 Ok((png.into_inner(), "png".into(), captions.iter().map(|caption| caption.text.clone()).collect()))
             };
@@ -95,32 +102,33 @@ fn run() -> Result<(), Box<dyn Error>> {
 
 fn emoji(args: &Args) -> Result<ImageTextSet, Box<dyn Error>> {
     let pack = EmojiPack::open(concat!(env!("CARGO_MANIFEST_DIR"), "/data/emoji"))?;
-    let named = |name: &String| {
-        let all = EmojiVendor::TRAINING.into_iter().chain([EmojiVendor::Twemoji]);
-        let names = || all.clone().map(|vendor| vendor.name()).collect::<Vec<_>>().join(", ");
-        all.clone()
-            .find(|vendor| vendor.name() == name)
-            .ok_or_else(|| format!("`{name}` is no vendor: expected one of {}", names()))
-    };
-    let vendors = args.vendors.iter().map(named).collect::<Result<Vec<_>, _>>()?;
+    let all: Vec<_> = EmojiVendor::TRAINING.into_iter().chain([EmojiVendor::Twemoji]).collect();
+    let vendors = args.vendors.iter().map(|name| vendor_by_name(name, &all)).collect::<Result<Vec<_>, _>>()?;
     let vendors = if vendors.is_empty() { EmojiVendor::TRAINING.to_vec() } else { vendors };
     Ok(pack.load(&vendors, &languages_by_code(&args.languages)?, false)?)
 }
 
-fn write(args: &Args, samples: impl Iterator<Item = Result<Sample, Box<dyn Error>>>, count: usize) -> Result<(), Box<dyn Error>> {
+fn write(args: &Args, samples: impl Iterator<Item = Result<Sample, SampleError>>, count: usize) -> Result<(), Box<dyn Error>> {
     if count == 0 {
         return Err("there is no image to pack".into());
     }
     let bar = progress("samples", count);
-    let mut shard = None;
-    for (number, sample) in samples.enumerate() {
-        let (image, ending, captions) = sample?;
-        if number.is_multiple_of(args.per_shard) {
+    let (mut shard, mut skipped, mut number) = (None, Vec::new(), 0);
+    for sample in samples {
+        bar.inc(1);
+        let (image, ending, captions) = match sample {
+            Ok(sample) => sample,
+            Err(error) if args.strict => return Err(error.into()),
+            Err(error) => {
+                skipped.push(error);
+                continue;
+            }
+        };
+        if number % args.per_shard == 0 {
             finish(shard.take())?;
-            let path = args.out.join(format!("{:05}.tar", number / args.per_shard));
-            shard = Some(tar::Builder::new(BufWriter::new(fs::File::create(path)?)));
+            shard = Some(Shard::begin(args.out.join(format!("{:05}.tar", number / args.per_shard)))?);
         }
-        let builder = shard.as_mut().expect("a shard is open");
+        let builder = &mut shard.as_mut().expect("a shard is open").builder;
         // One caption is a text, several are a list.
         let (text, kind) = match &captions[..] {
             [one] => (one.clone(), "txt"),
@@ -132,21 +140,38 @@ fn write(args: &Args, samples: impl Iterator<Item = Result<Sample, Box<dyn Error
             header.set_mode(0o644);
             builder.append_data(&mut header, format!("{number:08}.{ending}"), bytes)?;
         }
-        bar.inc(1);
+        number += 1;
     }
     finish(shard)?;
     bar.finish();
-    let name = match count.div_ceil(args.per_shard) {
+    report_skipped(&skipped, number, false)?;
+    let name = match number.div_ceil(args.per_shard) {
         1 => "00000.tar".to_string(),
         shards => format!("{{00000..{:05}}}.tar", shards - 1),
     };
-    println!("{count} samples are in {}", args.out.join(name).display());
+    println!("{number} samples are in {}", args.out.join(name).display());
     Ok(())
 }
 
-fn finish(shard: Option<tar::Builder<BufWriter<fs::File>>>) -> Result<(), Box<dyn Error>> {
-    if let Some(shard) = shard {
-        shard.into_inner()?.flush()?;
+/// A shard that is being written, under a name that no reader takes for one.
+struct Shard {
+    builder: tar::Builder<BufWriter<fs::File>>,
+    aside: PathBuf,
+    path: PathBuf,
+}
+
+impl Shard {
+    fn begin(path: PathBuf) -> Result<Self, Box<dyn Error>> {
+        let aside = path.with_extension("tar.part");
+        let file = fs::File::create(&aside).map_err(|error| format!("{}: {error}", aside.display()))?;
+        Ok(Self { builder: tar::Builder::new(BufWriter::new(file)), aside, path })
+    }
+}
+
+fn finish(shard: Option<Shard>) -> Result<(), Box<dyn Error>> {
+    if let Some(Shard { builder, aside, path }) = shard {
+        builder.into_inner()?.flush()?;
+        fs::rename(aside, path)?;
     }
     Ok(())
 }

@@ -28,7 +28,7 @@ use burn_moe::{
 };
 use clap::{ArgAction, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
-use support::{device_by_name, languages_by_code};
+use support::{device_by_name, languages_by_code, vendor_by_name};
 
 #[derive(Parser)]
 #[command(
@@ -128,13 +128,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let device = device_by_name(&args.device)?;
     device.seed(args.seed);
     let pack = EmojiPack::open(concat!(env!("CARGO_MANIFEST_DIR"), "/data/emoji"))?;
-    let held_out = match &args.hold_out {
-        None => None,
-        Some(name) => Some(EmojiVendor::TRAINING.into_iter().find(|v| v.name() == name).ok_or_else(|| {
-            let names: Vec<_> = EmojiVendor::TRAINING.iter().map(EmojiVendor::name).collect();
-            format!("`{name}` is no training vendor: expected one of {names:?}")
-        })?),
-    };
+    let held_out = args.hold_out.as_ref().map(|name| vendor_by_name(name, &EmojiVendor::TRAINING)).transpose()?;
     let vendors: Vec<_> = EmojiVendor::TRAINING.into_iter().filter(|v| Some(*v) != held_out).collect();
     let languages = languages_by_code(&args.languages)?;
     let load = |vendors: &[EmojiVendor], tags| pack.load(vendors, &languages, tags);
@@ -144,6 +138,11 @@ fn run() -> Result<(), Box<dyn Error>> {
     let start = match &args.init {
         Some(folder) => ClipCheckpoint::load(folder, &device)?,
         None => {
+            for (name, width) in [("--vision-width", args.vision_width), ("--text-width", args.text_width)] {
+                if args.head_width == 0 || !width.is_multiple_of(args.head_width) {
+                    return Err(format!("{name} {width} is no multiple of --head-width {}", args.head_width).into());
+                }
+            }
             let config = config(&args, set.image_size());
             config.validate()?;
             ClipCheckpoint { model: config.init(&device), config }

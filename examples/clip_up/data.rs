@@ -12,7 +12,7 @@ use burn_moe::{
 
 use super::{
     Args,
-    support::{languages_by_code, progress, report_skipped},
+    support::{languages_by_code, progress, report_skipped, vendor_by_name},
 };
 
 /// Both sets.
@@ -56,10 +56,7 @@ impl Data {
         let pack = EmojiPack::open(concat!(env!("CARGO_MANIFEST_DIR"), "/data/emoji"))?;
         let test = match &args.hold_out {
             None => EmojiVendor::Twemoji,
-            Some(name) => EmojiVendor::TRAINING.into_iter().find(|v| v.name() == name).ok_or_else(|| {
-                let names: Vec<_> = EmojiVendor::TRAINING.iter().map(EmojiVendor::name).collect();
-                format!("`{name}` is no training vendor: expected one of {names:?}")
-            })?,
+            Some(name) => vendor_by_name(name, &EmojiVendor::TRAINING)?,
         };
         let vendors: Vec<_> = EmojiVendor::TRAINING.into_iter().filter(|vendor| *vendor != test).collect();
         let languages = languages_by_code(&args.languages)?;

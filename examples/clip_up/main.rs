@@ -20,7 +20,12 @@ mod report;
 #[path = "../support/mod.rs"]
 mod support;
 
-use std::{error::Error, fs, path::PathBuf, process::ExitCode};
+use std::{
+    error::Error,
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use burn_moe::{
     Capacity, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
@@ -61,8 +66,9 @@ struct Args {
     #[arg(long, default_value_t = 3000)]
     steps: usize,
     /// Where the results go, and the run's last checkpoint, with which it can be resumed (some six times the size of both models)
-    #[arg(long, default_value = "out/clip_up")]
-    out: PathBuf,
+    /// [default: out/clip_up, or out/clip_up_quick with --quick]
+    #[arg(long)]
+    out: Option<PathBuf>,
     /// With --list: stop with an error when an image cannot be read, instead of skipping it
     #[arg(long, requires = "list")]
     strict: bool,
@@ -73,6 +79,9 @@ struct Args {
     /// goes on, and the learning rate follows the schedule of all steps from there on
     #[arg(long)]
     resume: bool,
+    /// Begin anew in a folder that holds another run, whose results are lost
+    #[arg(long, conflicts_with = "resume")]
+    overwrite: bool,
     /// Keep only what goes into each block, and compute the block again in the backward pass: less memory, longer steps
     #[arg(long)]
     gradient_checkpointing: bool,
@@ -193,7 +202,10 @@ fn run() -> Result<(), Box<dyn Error>> {
     device.seed(args.seed);
     let training = device.clone().autodiff();
 
-    fs::create_dir_all(&args.out)?;
+    let out = args.out.clone().unwrap_or(PathBuf::from(if args.quick { "out/clip_up_quick" } else { "out/clip_up" }));
+    fs::create_dir_all(&out).map_err(|error| format!("{}: {error}", out.display()))?;
+    let checkpointing = Checkpointing::new(out.join("checkpoints"), args.eval_every);
+    check_kept_run(&args, &out, checkpointing.kept_run()?)?;
 
     let dense = ClipCheckpoint::load_with(&args.dense, &LoadOptions::new().with_image_size(args.image_size), &device).map_err(|error| {
         format!("{error}\n(the published package holds no data: `data/clip-emoji` is in the repository, and `--example pretrain` makes one)")
@@ -229,9 +241,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let batch_size = args.batch_size.unwrap_or(most.clamp(1, batch.batch_size));
     println!("batches of {batch_size}, highest learning rate {dense_lr} (dense) and {sparse_lr} (sparse)");
     let batch = batch.with_batch_size(batch_size);
-    let checkpointing = Checkpointing::new(args.out.join("checkpoints"), args.eval_every);
-    check_kept_run(&args, checkpointing.kept_run()?)?;
-    if !args.resume && checkpointing.folder.is_dir() {
+    if args.overwrite && checkpointing.folder.is_dir() {
         fs::remove_dir_all(&checkpointing.folder)?;
     }
     let mut progress = Progress::new(&arms, args.steps);
@@ -302,36 +312,31 @@ fn run() -> Result<(), Box<dyn Error>> {
     });
     for (name, config, arm) in [("sparse", sparse_config, sparse), ("dense", dense.config, dense_continued)] {
         // This crate's own layout has a place for every setting of either.
-        ClipCheckpoint { config, model: arm.model.clone() }.save_sparse(args.out.join(name), Precision::F32)?;
+        ClipCheckpoint { config, model: arm.model.clone() }.save_sparse(out.join(name), Precision::F32)?;
     }
-    support::write_atomic(args.out.join("report.json"), serde_json::to_string_pretty(&report)?.as_bytes())?;
-    picture::draw(&args.out.join("clip_up.png"), &test, &trained, args.steps)?;
-    experts::draw(&args.out.join("experts.png"), &known, &test)?;
+    support::write_atomic(out.join("report.json"), serde_json::to_string_pretty(&report)?.as_bytes())?;
+    picture::draw(&out.join("clip_up.png"), &test, &trained, args.steps)?;
+    experts::draw(&out.join("experts.png"), &known, &test)?;
     // A trial is not worth going on with, and must not stand in the way of the run itself.
     if args.quick {
         fs::remove_dir_all(&checkpointing.folder)?;
     }
-    println!("the checkpoints `dense` and `sparse`, report.json, clip_up.png and experts.png are in {}", args.out.display());
+    println!("the checkpoints `dense` and `sparse`, report.json, clip_up.png and experts.png are in {}", out.display());
     Ok(())
 }
 
-/// Refuses to overwrite a run that could go on, and to resume what is not there or has done its steps. A run that has ended makes room for one
-/// of as many steps.
-fn check_kept_run(args: &Args, kept: Option<KeptRun>) -> Result<(), Box<dyn Error>> {
-    let out = args.out.display();
+/// Refuses to overwrite a run, and to resume what is not there or has done its steps.
+fn check_kept_run(args: &Args, out: &Path, kept: Option<KeptRun>) -> Result<(), Box<dyn Error>> {
+    let out = out.display();
     match kept {
-        Some(KeptRun { step, steps }) if !args.resume && step < steps => Err(format!(
-            "{out} holds a run that was interrupted at step {step} of {steps}: go on with --resume, take another --out, or remove it"
-        )
-        .into()),
         None if args.resume => Err(format!("{out} holds no run to go on with: leave --resume out, or name its --out").into()),
-        Some(KeptRun { step, .. }) if !args.resume && step < args.steps => Err(format!(
-            "{out} holds a run of {step} steps that has ended: go on with --resume, take another --out, or remove it"
-        )
-        .into()),
         Some(KeptRun { step, .. }) if args.resume && step >= args.steps => {
             Err(format!("the run in {out} has done {step} steps already: name more with --steps").into())
         }
+        Some(KeptRun { step, steps }) if !args.resume && !args.overwrite => Err(format!(
+            "{out} holds a run that has done {step} of {steps} steps: go on with --resume, begin anew with --overwrite, or take another --out"
+        )
+        .into()),
         _ => Ok(()),
     }
 }

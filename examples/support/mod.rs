@@ -42,6 +42,18 @@ pub(crate) fn languages_by_code(codes: &[String]) -> Result<Vec<burn_moe::train:
     codes.iter().map(named).collect()
 }
 
+/// The emoji pack's vendor of this name, among those.
+#[cfg(feature = "train")]
+pub(crate) fn vendor_by_name(
+    name: &str,
+    among: &[burn_moe::train::data::EmojiVendor],
+) -> Result<burn_moe::train::data::EmojiVendor, Box<dyn Error>> {
+    among.iter().copied().find(|vendor| vendor.name() == name).ok_or_else(|| {
+        let names: Vec<_> = among.iter().map(|vendor| vendor.name()).collect();
+        format!("`{name}` is no vendor for this: expected one of {}", names.join(", ")).into()
+    })
+}
+
 /// The images of a folder; says what else it holds.
 pub(crate) fn images_in(folder: &Path, recursive: bool) -> Result<Vec<PathBuf>, Box<dyn Error>> {
     let ImageFolder { images, others } = ImageFolder::read(folder, recursive)?;

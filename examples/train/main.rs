@@ -25,6 +25,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
     thread,
     time::Instant,
 };
@@ -42,11 +43,11 @@ use burn_moe::{
         tokenizer::ClipTokenizer,
     },
     train::{
-        Arm, Checkpointing, JsonLog, Observer, TrainConfig, TrainData, TrainInput, TrainPrecision, TrainedArm,
-        data::{ImageTextSet, LoadedImages, load_images},
+        Arm, Checkpointing, JsonLog, KeptRun, Observer, TrainData, TrainError, TrainInput, TrainedArm,
+        data::{DataError, ImageTextSet, LoadedImages, load_images},
         html_report,
         ranks::{Ranks, Solo, Threads},
-        stream::{Part, Stream, StreamConfig, load_samples, open_samples},
+        stream::{ListedImages, Part, Samples, Stream, StreamConfig, load_samples, open_samples},
         train,
     },
 };
@@ -135,7 +136,10 @@ fn start(args: &Args, device: &Device, speaks: bool) -> Result<Start, Box<dyn Er
     device.seed(args.seed);
     let ClipCheckpoint { config, model } =
         ClipCheckpoint::load_with(&args.dense, &LoadOptions::new().with_image_size(args.image_size), device)?;
-    let Start { config, model } = if config.is_sparse() || args.keep_dense {
+    let Start { config, model } = if config.is_sparse() {
+        args.check_sparse()?;
+        Start { config, model }
+    } else if args.keep_dense {
         Start { config, model }
     } else {
         let sparse = args.sparse_config(&config)?;
@@ -170,15 +174,17 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
     fs::create_dir_all(out).map_err(|error| format!("{}: {error}", out.display()))?;
     let Start { config, model } = start;
     let adapters = args.lora()?;
-    if is_first {
-        keep_adapter_options(out, adapters.as_ref())?;
-    }
     let mut arm = Arm::new("model", model, args.optimizer());
     arm.frozen = args.frozen();
 
     let orientation = if args.as_stored { Orientation::AsStored } else { Orientation::Exif };
     let preprocessor = ImagePreprocessor::for_model(&config.vision).with_orientation(orientation);
-    let samples = open_samples(&args.data, &args.list_options())?;
+    let samples = match (&args.images, &args.data[..]) {
+        (Some(folder), [list]) => {
+            Arc::new(ListedImages::new(CaptionedImages::read(list, &args.list_options())?, folder)) as Arc<dyn Samples>
+        }
+        _ => open_samples(&args.data, &args.list_options())?,
+    };
     let stream = StreamConfig::new(args.batch_size)
         .with_shuffle(args.shuffle)
         .with_context_length(config.text.context_length)
@@ -193,17 +199,13 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
         Some(list) if is_first => Some(test_set(args, list, &preprocessor)?),
         _ => None,
     };
-    let steps = args.steps()?;
-    let precision = if args.bf16() { TrainPrecision::Bf16 } else { TrainPrecision::F32 };
-    let run = TrainConfig::new(steps)
-        .with_micro_batch(args.micro_batch)
-        .with_eval_every(args.every)
-        .with_seed(args.seed)
-        .with_patch_dropout(args.patch_dropout)
-        .with_recompute_blocks(args.gradient_checkpointing)
-        .with_precision(precision);
+    let run = args.config()?;
+    let steps = run.steps;
     say(format!("{steps} steps of {} pairs; {}", args.batch_size, describe(&config)));
     let checkpointing = Checkpointing { keep: args.keep, ..Checkpointing::new(out.join("checkpoints"), args.checkpoint_every()) };
+    if is_first {
+        keep_adapter_options(out, checkpointing.kept_run()?.is_some(), adapters.as_ref())?;
+    }
     let training = device.clone().autodiff();
     let input = |observer| TrainInput {
         arms: vec![arm],
@@ -220,7 +222,7 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
         let mut progress = Progress::new(steps, args.batch_size, log.clone(), out.join("report.html"));
         let mut log = JsonLog::new(log, vec!["model".into()], args.log_every, &mut progress)
             .map_err(|error| format!("{}: {error}", out.display()))?;
-        let trained = train(input(&mut log as &mut dyn Observer))?;
+        let trained = train(input(&mut log as &mut dyn Observer)).map_err(|error| what_is_kept(error, args, &checkpointing))?;
         // The model is worth more than the log.
         if let Err(error) = log.finish() {
             eprintln!("warning: the log is not whole: {error}");
@@ -232,7 +234,15 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
     };
     let [TrainedArm { model, average, truncated, .. }] = <[TrainedArm; 1]>::try_from(trained).expect("one arm was trained");
     if is_first {
-        let model = average.unwrap_or(model).valid();
+        let model = match average {
+            None => model,
+            Some(average) => {
+                let last = ClipCheckpoint { config: config.clone(), model: model.valid().materialize() };
+                last.save_sparse(out.join("model-last"), Precision::F32)?;
+                average
+            }
+        };
+        let model = model.valid();
         if adapters.is_some() {
             let adapters = model.clone().into_record_group(ParamGroup::from_predicate(".lora.")).into_bytes()?;
             write_atomic(out.join("adapters.bpk"), &adapters)?;
@@ -252,10 +262,22 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
     Ok(())
 }
 
+/// The error, with what can be done where the data has ended and the steps before are kept.
+fn what_is_kept(error: TrainError, args: &Args, checkpointing: &Checkpointing) -> Box<dyn Error> {
+    match (&error, checkpointing.kept_run()) {
+        (TrainError::Data(DataError::StreamEnded { .. }), Ok(Some(KeptRun { step, .. }))) => {
+            let samples = step * args.batch_size;
+            format!("{error} (step {step} is kept: the same command with --samples {samples} ends there, and writes the model)")
+                .into()
+        }
+        _ => error.into(),
+    }
+}
+
 /// Writes rank and scale of the adapters, which no checkpoint holds, or compares them with those of the run that goes on.
-fn keep_adapter_options(out: &Path, options: Option<&LoraOptions>) -> Result<(), Box<dyn Error>> {
+fn keep_adapter_options(out: &Path, goes_on: bool, options: Option<&LoraOptions>) -> Result<(), Box<dyn Error>> {
     let path = out.join("adapters.json");
-    if out.join("checkpoints").exists() {
+    if goes_on {
         let kept = match path.exists() {
             true => Some(LoraOptions::load(&path).map_err(|error| format!("{}: {error}", path.display()))?),
             false => None,
@@ -273,6 +295,8 @@ fn keep_adapter_options(out: &Path, options: Option<&LoraOptions>) -> Result<(),
     }
     match options {
         Some(options) => Ok(write_atomic(path, options.to_string().as_bytes())?),
+        // Of a run that never began.
+        None if path.exists() => Ok(fs::remove_file(path)?),
         None => Ok(()),
     }
 }

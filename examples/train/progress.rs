@@ -20,8 +20,11 @@ pub(crate) struct Progress {
     log: PathBuf,
     report: PathBuf,
     skipped: usize,
-    begin: Instant,
-    first_step: usize,
+    /// Steps of this process, and the time that they took, reading included; evaluations and checkpoints aside.
+    steps: usize,
+    time: Duration,
+    /// Since when the next step is going on.
+    since: Instant,
     printed: Instant,
 }
 
@@ -30,7 +33,7 @@ impl Progress {
         let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed} of {duration} {msg}");
         let bar = ProgressBar::new(steps as u64).with_style(style.expect("a template that indicatif reads"));
         let now = Instant::now();
-        Self { bar, batch_size, log, report, skipped: 0, begin: now, first_step: 0, printed: now }
+        Self { bar, batch_size, log, report, skipped: 0, steps: 0, time: Duration::ZERO, since: now, printed: now }
     }
 
     pub(crate) fn finish(&self) {
@@ -44,9 +47,12 @@ impl Progress {
 }
 
 impl Observer for Progress {
+    fn on_start(&mut self) {
+        self.since = Instant::now();
+    }
+
     fn on_resume(&mut self, KeptRun { step, steps }: KeptRun) {
-        self.begin = Instant::now();
-        self.first_step = step;
+        self.since = Instant::now();
         self.bar.set_position(step as u64);
         self.bar.reset_eta();
         self.print(&format!("going on from step {step}"));
@@ -57,15 +63,16 @@ impl Observer for Progress {
     }
 
     fn on_step(&mut self, _: usize, step: usize, report: &StepReport) {
-        let done = (step - self.first_step) as f64;
-        let elapsed = self.begin.elapsed();
-        let rate = done * self.batch_size as f64 / elapsed.as_secs_f64();
+        self.steps += 1;
+        self.time += self.since.elapsed();
+        self.since = Instant::now();
+        let rate = (self.steps * self.batch_size) as f64 / self.time.as_secs_f64();
         let text = format!("loss {:.3}, {rate:.1} pairs/s", report.contrastive);
         self.bar.set_position(step as u64);
-        if self.bar.is_hidden() && (done == 1.0 || self.printed.elapsed() > LINES) {
+        if self.bar.is_hidden() && (self.steps == 1 || self.printed.elapsed() > LINES) {
             self.printed = Instant::now();
             let steps = self.bar.length().unwrap_or(0);
-            let left = elapsed.mul_f64((steps as f64 - step as f64) / done);
+            let left = self.time.mul_f64((steps as f64 - step as f64) / self.steps as f64);
             self.print(&format!("step {step} of {steps}: {text}, {} s left", left.as_secs()));
         }
         self.bar.set_message(text);
@@ -82,6 +89,10 @@ impl Observer for Progress {
         }
     }
 
+    fn on_checkpoint(&mut self, _: usize) {
+        self.since = Instant::now();
+    }
+
     fn on_evaluation(&mut self, _: usize, step: usize, evaluation: &Evaluation) {
         let (t2i, i2t) = (evaluation.retrieval.text_to_image, evaluation.retrieval.image_to_text);
         let [t1, t5, i1, i5] = [t2i.r1, t2i.r5, i2t.r1, i2t.r5].map(|share| 100.0 * share);
@@ -92,5 +103,6 @@ impl Observer for Progress {
         if let Ok(text) = fs::read_to_string(&self.log) {
             let _ = write_atomic(&self.report, html_report(&text).as_bytes());
         }
+        self.since = Instant::now();
     }
 }

@@ -10,7 +10,7 @@ use burn_moe::{
         lists::{Columns, ListOptions},
         preprocess::RandomCropConfig,
     },
-    train::{OptimizerConfig, RateFactors, Tower, WarmupCosine},
+    train::{OptimizerConfig, RateFactors, Tower, TrainConfig, TrainPrecision, WarmupCosine},
     transformer::{BlockSelection, RoutedLayerConfig, SparseEncoderConfig},
 };
 use clap::{Parser, ValueEnum};
@@ -45,6 +45,9 @@ pub(crate) struct Args {
     /// archive on standard input; shards may be named several times
     #[arg(long, required_unless_present = "report")]
     pub(crate) data: Vec<String>,
+    /// Folder of the images of a list, if it is another than the one that the list is in
+    #[arg(long)]
+    pub(crate) images: Option<PathBuf>,
     /// The split of a list that holds several: train, val, test, …, or all
     #[arg(long)]
     split: Option<String>,
@@ -105,12 +108,12 @@ pub(crate) struct Args {
     /// Steps until it is reached
     #[arg(long, default_value_t = 100)]
     warmup: usize,
-    /// Learning rate of the vision tower, over --lr
-    #[arg(long, default_value_t = 1.0)]
-    vision_rate: f64,
-    /// Learning rate of the text tower, over --lr
-    #[arg(long, default_value_t = 1.0)]
-    text_rate: f64,
+    /// Learning rate of the vision tower, over --lr [default: 1]
+    #[arg(long)]
+    vision_rate: Option<f64>,
+    /// Learning rate of the text tower, over --lr [default: 1]
+    #[arg(long)]
+    text_rate: Option<f64>,
     /// Learning rate of the routers, over --lr; that of their tower unless given
     #[arg(long)]
     router_rate: Option<f64>,
@@ -120,7 +123,8 @@ pub(crate) struct Args {
     /// The largest norm of all gradients together; larger ones are scaled down
     #[arg(long)]
     clip_norm: Option<f64>,
-    /// Keep an average of the weights, of which so much stays at each step (0.9999); it is evaluated, and is the model at the end
+    /// Keep an average of the weights, of which so much stays at each step (0.9999; less in the first steps). It is evaluated, and is the model at
+    /// the end; the weights themselves are then in `model-last`
     #[arg(long)]
     average: Option<f64>,
     /// A tower that stays as it is; `vision` is LiT. It does not become sparse
@@ -135,17 +139,17 @@ pub(crate) struct Args {
     /// Keep only what goes into each block, and compute the block again in the backward pass: less memory, longer steps
     #[arg(long)]
     pub(crate) gradient_checkpointing: bool,
-    /// Of a dense checkpoint, which blocks become sparse: every N-th
-    #[arg(long = "sparse-every", default_value_t = 2)]
-    sparse_every: usize,
-    /// Experts of each sparse block
-    #[arg(long, default_value_t = 8)]
-    experts: usize,
-    /// Experts of each token
-    #[arg(long, default_value_t = 2)]
-    top_k: usize,
-    /// Slots per expert in training, in parts of the tokens of a micro-batch; without it, every choice has one
-    #[arg(long)]
+    /// Of a dense checkpoint, which blocks become sparse: every N-th [default: 2]
+    #[arg(long, conflicts_with = "keep_dense")]
+    sparse_every: Option<usize>,
+    /// Of a dense checkpoint, experts of each sparse block [default: 8]
+    #[arg(long, conflicts_with = "keep_dense")]
+    experts: Option<usize>,
+    /// Of a dense checkpoint, experts of each token [default: 2]
+    #[arg(long, conflicts_with = "keep_dense")]
+    top_k: Option<usize>,
+    /// Of a dense checkpoint, slots per expert in training, in parts of the tokens of a micro-batch; without it, every choice has one
+    #[arg(long, conflicts_with = "keep_dense")]
     capacity: Option<f64>,
     /// Side of the images in pixels, if it should be another than the checkpoint's
     #[arg(long)]
@@ -181,10 +185,6 @@ enum Numbers {
 }
 
 impl Args {
-    pub(crate) fn bf16(&self) -> bool {
-        self.precision == Numbers::Bf16
-    }
-
     pub(crate) fn checkpoint_every(&self) -> usize {
         self.checkpoint_every.unwrap_or(self.every)
     }
@@ -212,7 +212,8 @@ impl Args {
     }
 
     pub(crate) fn optimizer(&self) -> OptimizerConfig {
-        let rates = RateFactors::new().with_vision(self.vision_rate).with_text(self.text_rate).with_router(self.router_rate);
+        let [vision, text] = [self.vision_rate, self.text_rate].map(|rate| rate.unwrap_or(1.0));
+        let rates = RateFactors::new().with_vision(vision).with_text(text).with_router(self.router_rate);
         OptimizerConfig::new(WarmupCosine::new(self.lr).with_warmup_steps(self.warmup))
             .with_weight_decay(self.weight_decay)
             .with_clip_norm(self.clip_norm)
@@ -222,16 +223,46 @@ impl Args {
 
     pub(crate) fn sparse_config(&self, dense: &ClipConfig) -> Result<ClipConfig, Box<dyn Error>> {
         let capacity = self.capacity.map_or(Capacity::Dropless, Capacity::OfTokens);
-        let tokens = TokenChoiceConfig::new().with_top_k(self.top_k).with_training_capacity(capacity);
+        let tokens = TokenChoiceConfig::new().with_top_k(self.top_k.unwrap_or(2)).with_training_capacity(capacity);
         let experts = SparseEncoderConfig::new()
-            .with_blocks(BlockSelection::EveryNth(self.sparse_every))
-            .with_num_experts(self.experts)
+            .with_blocks(BlockSelection::EveryNth(self.sparse_every.unwrap_or(2)))
+            .with_num_experts(self.experts.unwrap_or(8))
             .with_layer(RoutedLayerConfig::new().with_assignment(tokens.into()).into());
         let tower = |tower| (self.freeze != Some(tower)).then(|| experts.clone());
         let sparse = SparseClipConfig::new().with_vision(tower(Frozen::Vision)).with_text(tower(Frozen::Text));
         let config = dense.clone().sparse(sparse);
         config.validate()?;
         Ok(config)
+    }
+
+    /// Refuses options for upcycling with a checkpoint that is sparse already.
+    pub(crate) fn check_sparse(&self) -> Result<(), Box<dyn Error>> {
+        let named = [
+            ("--sparse-every", self.sparse_every.is_some()),
+            ("--experts", self.experts.is_some()),
+            ("--top-k", self.top_k.is_some()),
+            ("--capacity", self.capacity.is_some()),
+            ("--keep-dense", self.keep_dense),
+        ];
+        match named.into_iter().find(|(_, is_named)| *is_named) {
+            Some((name, _)) => {
+                let folder = self.dense.display();
+                Err(format!("{name} is about a dense checkpoint, and {folder} is sparse: it is trained as it is").into())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The run, but for its data.
+    pub(crate) fn config(&self) -> Result<TrainConfig, Box<dyn Error>> {
+        let precision = if self.precision == Numbers::Bf16 { TrainPrecision::Bf16 } else { TrainPrecision::F32 };
+        Ok(TrainConfig::new(self.steps()?)
+            .with_micro_batch(self.micro_batch)
+            .with_eval_every(self.every)
+            .with_seed(self.seed)
+            .with_patch_dropout(self.patch_dropout)
+            .with_recompute_blocks(self.gradient_checkpointing)
+            .with_precision(precision))
     }
 
     /// Steps of the whole run.
@@ -251,11 +282,12 @@ impl Args {
         Ok((samples as usize).div_ceil(self.batch_size.max(1)))
     }
 
-    /// Refuses options that would do nothing.
+    /// Refuses numbers that cannot be used, and options that would do nothing, before anything is read.
     pub(crate) fn check(&self) -> Result<(), Box<dyn Error>> {
         let is_list = |name: &str| PathBuf::from(name).is_file() && !name.to_lowercase().ends_with(".tar");
-        if self.list_options() != ListOptions::default() && !self.data.iter().any(|name| is_list(name)) {
-            return Err("--split, --image-column and --caption-column are about a list, and --data names none".into());
+        let has_list_options = self.images.is_some() || self.list_options() != ListOptions::default();
+        if has_list_options && !self.data.iter().any(|name| is_list(name)) {
+            return Err("--images, --split, --image-column and --caption-column are about a list, and --data names none".into());
         }
         let eval = self.eval.as_deref().unwrap_or_default();
         if self.eval_split.is_some() && !is_list(eval) {
@@ -267,8 +299,20 @@ impl Args {
         if self.every == 0 || self.checkpoint_every() == 0 || self.keep == 0 || self.batch_size == 0 || self.shuffle == 0 {
             return Err("--every, --checkpoint-every, --keep, --batch-size and --shuffle are at least 1".into());
         }
+        self.config()?.validate()?;
+        self.optimizer().validate()?;
+        self.crop()?;
+        self.lora()?;
         if self.lora.is_some() && self.router_rate.is_some() {
             return Err("--router-rate is about routers, which --lora freezes".into());
+        }
+        if self.keep_dense && self.router_rate.is_some() {
+            return Err("--router-rate is about routers, and --keep-dense makes none".into());
+        }
+        for (tower, name, rate) in [(Frozen::Vision, "vision", self.vision_rate), (Frozen::Text, "text", self.text_rate)] {
+            if self.freeze == Some(tower) && rate.is_some() {
+                return Err(format!("--{name}-rate is about the tower that --freeze {name} leaves as it is").into());
+            }
         }
         if self.nccl && (self.device != "cuda" || self.mpi || self.device_numbers()?.len() < 2) {
             return Err("--nccl is for several cards of this machine: --device cuda --devices 0-7".into());

@@ -15,7 +15,7 @@ use crate::{
         assignment::AssignmentConfig,
         router::{Router, RouterScore},
     },
-    support::param::with_value,
+    support::param::{frozen, with_value},
     transformer::{Encoder, FeedForward, Mlp},
 };
 
@@ -106,7 +106,7 @@ impl MoeFeedForward {
             };
         }
         let relative_deviation = calibration.map(|tokens| {
-            let run = |layer: &Self| layer.clone().freeze().forward(MoeInput::new(tokens.clone())).output.detach();
+            let run = |layer: &Self| frozen(layer).forward(MoeInput::new(tokens.clone())).output.detach();
             let (before, after) = (run(self), run(&model));
             let norm = |x: Tensor<2>| f64::from(x.square().sum().sqrt().into_scalar::<f32>());
             norm(after - before.clone()) / norm(before).max(f64::MIN_POSITIVE)

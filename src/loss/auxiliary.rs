@@ -1,7 +1,7 @@
 //! The weighted sum that is added to the task loss.
 
 use burn::config::Config;
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
 use super::{global_entropy_loss, importance_loss, load_balancing_loss, load_loss, local_entropy_loss, router_z_loss};
 use crate::{routing::Routing, support::error::ConfigError};
@@ -116,7 +116,7 @@ impl AuxiliaryLoss {
     #[track_caller]
     pub fn forward(&self, routings: &[Routing]) -> AuxiliaryLossOutput {
         assert!(!routings.is_empty(), "auxiliary losses need the routing of at least one layer, got none");
-        let mut total = Tensor::zeros([1], &routings[0].router.probs.device());
+        let mut total = Tensor::zeros([1], (&routings[0].router.probs.device(), DType::F32));
         let mut term = |weight: f64, loss: &dyn Fn(&Routing) -> Tensor<1>| {
             (weight > 0.0).then(|| {
                 let per_layer = Tensor::cat(routings.iter().map(loss).collect(), 0);

@@ -1,6 +1,6 @@
 //! Losses of a batch whose micro-batches are computed one after the other.
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
 use super::{AuxiliaryLoss, AuxiliaryLossConfig, load_balancing, local_entropy_loss, router_z_loss};
 use crate::{
@@ -47,7 +47,7 @@ impl AuxiliaryLoss {
         crate::support::error::expect_valid(config.validate_micro_batches());
         let device = routing.router.probs.device();
         let part = routing.num_valid() as f64 / totals.tokens[layer].max(1) as f64 / totals.tokens.len() as f64;
-        let mut total = Tensor::zeros([1], &device);
+        let mut total = Tensor::zeros([1], (&device, DType::F32));
         let mut add = |weight: f64, loss: &dyn Fn() -> Tensor<1>| {
             if weight > 0.0 {
                 total = total.clone() + loss() * (weight * part);

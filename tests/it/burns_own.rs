@@ -18,7 +18,7 @@ use super::{
     support::{numbers, values},
 };
 
-fn quantizer() -> Quantizer {
+pub(crate) fn quantizer() -> Quantizer {
     Quantizer::new(Calibration::MinMax, QuantScheme::default())
 }
 

@@ -177,7 +177,7 @@ fn a_loss_in_half_precision_takes_the_auxiliary_losses() {
 }
 
 /// A module with its numbers in another type.
-fn cast<M: Module>(module: M, dtype: FloatDType) -> M {
+pub(crate) fn cast<M: Module>(module: M, dtype: FloatDType) -> M {
     struct Cast(FloatDType);
     impl burn::module::ModuleMapper for Cast {
         fn map_float<const D: usize>(&mut self, param: burn::module::Param<Tensor<D>>) -> burn::module::Param<Tensor<D>> {

@@ -1,20 +1,21 @@
 //! burn's own tools on our modules: quantization of weights, LoRA, and gradient checkpointing.
 
-use burn::module::{Lora, Module, ModuleMapper, ModuleVisitor, Param, ParamGroup, Quantizer};
+use burn::module::{Lora, Module, ModuleMapper, ModuleVisitor, Param, ParamGroup, Quantizer, Reparameterization};
 use burn::tensor::{
-    Device, Gradients, Int, Tensor,
+    DType, Device, FloatDType, Gradients, Int, Tensor,
     quantization::{Calibration, QuantScheme},
 };
 use burn_moe::{
     AssignmentConfig, AuxiliaryLossConfig, BalancingOptions, ExpertChoiceConfig, ExpertLora, ExpertOptions, FeedForwardForm,
     LoraOptions, MoeFeedForward, MoeFeedForwardConfig, RouterOptions, SoftMoeFeedForwardConfig, TokenChoiceConfig,
+    UpcycleFromDense, UpcycleOptions,
     clip::{Clip, ClipConfig, Pooling, SparseClipConfig, TextConfig, VisionConfig, contrastive_loss},
     kernels::{Kernels, with_kernels},
     transformer::{EncoderConfig, MlpConfig, RotaryPositions, RoutedLayerConfig, SparseEncoderConfig},
 };
 
 use super::{
-    edge_cases::panic_of,
+    edge_cases::{cast, panic_of},
     support::{numbers, values},
 };
 
@@ -135,6 +136,33 @@ fn adapters_of_experts_are_a_low_rank_change_and_only_they_are_trained() {
                 assert!((found.clone() - expected.clone()).abs().max().into_scalar::<f32>() < 1e-4 * scale);
             }
         }
+    }
+}
+
+#[test]
+fn adapters_have_the_number_type_of_their_weights() {
+    let device = Device::default().autodiff();
+    for dtype in [FloatDType::F16, FloatDType::BF16] {
+        let dense = cast(MlpConfig::new(16, 24).init(&device), dtype);
+        let layer = MoeFeedForwardConfig::new(16, 24, 4).init(&device);
+        let mut layer = layer.upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap().model;
+        layer.experts = layer.experts.with_lora(&LoraOptions::new());
+        let x = numbers::<2>([20, 16], 3, &device).cast(dtype);
+        let output = layer.forward(x.clone()).output;
+        let lora = layer.experts.w_in.reparameterization::<ExpertLora>().unwrap();
+        let (a, b) = (lora.a.val(), lora.b.val());
+        assert!([output.dtype(), a.dtype(), b.dtype()].iter().all(|found| *found == DType::from(dtype)));
+        assert!(b.grad(&output.clone().square().sum().backward()).is_some());
+        let merged = layer.clone().materialize();
+        assert_eq!(merged.experts.w_in.val().dtype(), DType::from(dtype));
+        assert_eq!(values(&merged.forward(x).output), values(&output));
+        // Adapters of another type than the weight, as of a record that was made before, are merged in theirs.
+        let wide = ExpertLora {
+            a: lora.a.clone().map(|a| a.cast(FloatDType::F32).detach()),
+            b: lora.b.clone().map(|b| b.cast(FloatDType::F32).detach()),
+            scale: 1.0,
+        };
+        assert_eq!(wide.apply(layer.experts.w_in.base()).dtype(), DType::F32);
     }
 }
 

@@ -24,6 +24,8 @@ pub struct RoutingStats {
     pub entropy: f64,
     /// Valid tokens.
     pub num_valid: usize,
+    /// Valid tokens whose probabilities are finite: those that have a share in the figures above.
+    pub num_counted: usize,
 }
 
 impl RoutingStats {
@@ -45,6 +47,7 @@ impl RoutingStats {
             let mean = routing.mean_over_valid(per_token).into_scalar_async::<f32>().await;
             f64::from(mean.expect("the device can be read"))
         };
+        let counted = routing.counted().into_scalar_async::<f32>().await.expect("the device can be read");
         let share_dropped =
             |(&kept, &requested): (&usize, &usize)| if requested == 0 { 0.0 } else { 1.0 - kept as f64 / requested as f64 };
         Self {
@@ -55,14 +58,15 @@ impl RoutingStats {
             confidence: mean(probs.clone().max_dim(1)).await,
             entropy: mean(entropy(probs)).await,
             num_valid: routing.num_valid(),
+            num_counted: counted as usize,
         }
     }
 
-    /// The mean of several batches of the same layer, weighted by their valid tokens; `None` for no batch.
+    /// The mean of several batches of the same layer, weighted by the tokens that count in each; `None` for no batch.
     pub fn mean(stats: &[Self]) -> Option<Self> {
         let first = stats.first()?;
-        let total: usize = stats.iter().map(|s| s.num_valid).sum();
-        let weight = |s: &Self| s.num_valid as f64 / total.max(1) as f64;
+        let total: usize = stats.iter().map(|s| s.num_counted).sum();
+        let weight = |s: &Self| s.num_counted as f64 / total.max(1) as f64;
         let of = |value: &dyn Fn(&Self) -> f64| stats.iter().map(|s| weight(s) * value(s)).sum();
         Some(Self {
             load: (0..first.load.len()).map(|expert| of(&|s| s.load[expert])).collect(),
@@ -71,7 +75,8 @@ impl RoutingStats {
             dropped_per_choice: (0..first.dropped_per_choice.len()).map(|rank| of(&|s| s.dropped_per_choice[rank])).collect(),
             confidence: of(&|s| s.confidence),
             entropy: of(&|s| s.entropy),
-            num_valid: total,
+            num_valid: stats.iter().map(|s| s.num_valid).sum(),
+            num_counted: total,
         })
     }
 

@@ -46,11 +46,11 @@ impl AuxiliaryLoss {
         let config = self.config();
         crate::support::error::expect_valid(config.validate_micro_batches());
         let device = routing.router.probs.device();
-        let part = routing.num_valid() as f64 / totals.tokens[layer].max(1) as f64 / totals.tokens.len() as f64;
+        let part = routing.counted() / (totals.tokens[layer].max(1) * totals.tokens.len()) as f64;
         let mut total = Tensor::zeros([1], (&device, DType::F32));
         let mut add = |weight: f64, loss: &dyn Fn() -> Tensor<1>| {
             if weight > 0.0 {
-                total = total.clone() + loss() * (weight * part);
+                total = total.clone() + loss() * part.clone() * weight;
             }
         };
         add(config.load_balancing, &|| load_balancing::with_share(routing, totals.share(layer, &device)));

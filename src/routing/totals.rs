@@ -9,7 +9,7 @@ use super::Routing;
 pub struct BatchTotals {
     /// Requested choices of each expert, before drops, `[layers][E]`.
     pub requested: Vec<Vec<usize>>,
-    /// Valid tokens, `[layers]`.
+    /// Tokens that count in losses, `[layers]`.
     pub tokens: Vec<usize>,
 }
 
@@ -29,7 +29,7 @@ impl BatchTotals {
         assert!(fits, "routings of {} layers do not fit totals of {layers} layers, or have other experts", routings.len());
         for ((requested, tokens), routing) in self.requested.iter_mut().zip(&mut self.tokens).zip(routings) {
             requested.iter_mut().zip(routing.plan.requested()).for_each(|(total, count)| *total += count);
-            *tokens += routing.num_valid();
+            *tokens += routing.num_counted();
         }
     }
 

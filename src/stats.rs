@@ -124,7 +124,10 @@ pub fn co_firing(routing: &Routing) -> Vec<Vec<f64>> {
     let row_expert = plan.row_expert();
     let mut counts = vec![vec![0.0; plan.num_experts()]; plan.num_experts()];
     for rows in plan.choice_row().chunks_exact(plan.num_choices()) {
-        let experts: Vec<usize> = rows.iter().filter_map(|&row| usize::try_from(row).ok()).map(|row| row_expert[row]).collect();
+        let mut experts: Vec<usize> = rows.iter().filter_map(|&row| usize::try_from(row).ok()).map(|row| row_expert[row]).collect();
+        // A plan that was made elsewhere may send a token to one expert twice.
+        experts.sort_unstable();
+        experts.dedup();
         for &a in &experts {
             experts.iter().for_each(|&b| counts[a][b] += 1.0);
         }
@@ -141,7 +144,20 @@ mod tests {
     use super::*;
     use burn::tensor::Device;
 
-    use crate::{Capacity, MoeFeedForwardConfig, TokenChoiceConfig};
+    use crate::{
+        Capacity, MoeFeedForwardConfig, TokenChoiceConfig,
+        routing::{DispatchPlan, RouterOutput},
+    };
+
+    #[test]
+    fn a_token_that_names_an_expert_twice_is_one_token_of_it() {
+        let device = Device::default();
+        let experts = Tensor::from_data([[1, 0, 1], [1, 2, -1]], &device);
+        let plan = DispatchPlan::from_choices(3, experts, Tensor::ones([2, 3], &device));
+        let probs = Tensor::<2>::full([2, 3], 1.0 / 3.0, &device);
+        let routing = Routing::new(RouterOutput::new(probs.clone().log(), probs), plan);
+        assert_eq!(co_firing(&routing), [vec![1.0, 1.0, 0.0], vec![0.5, 1.0, 0.5], vec![0.0, 1.0, 1.0]]);
+    }
 
     #[test]
     fn second_choices_are_dropped_and_pairs_are_counted() {

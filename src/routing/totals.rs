@@ -1,8 +1,8 @@
 //! Counts over several routings.
 
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 
-use super::Routing;
+use super::{Routing, plan::share_of};
 
 /// What was counted over the micro-batches of a batch, for losses and biases that are about the whole of it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -35,9 +35,6 @@ impl BatchTotals {
 
     /// Share of all requested choices of a layer that name each expert, `[1, E]`; zeros when there was none.
     pub(crate) fn share(&self, layer: usize, device: &Device) -> Tensor<2> {
-        let requested = &self.requested[layer];
-        let total = requested.iter().sum::<usize>().max(1) as f32;
-        let share: Vec<f32> = requested.iter().map(|&count| count as f32 / total).collect();
-        Tensor::from_data(TensorData::new(share, [1, requested.len()]), (device, DType::F32))
+        share_of(&self.requested[layer], device)
     }
 }

@@ -60,15 +60,21 @@ pub(crate) fn with_leaves_on<M: Module>(module: M, device: &Device) -> M {
     if device.is_autodiff() { module.train() } else { module }
 }
 
-/// A frozen copy of a module. Of a parameter that is not made yet, burn would freeze the original, too.
-pub(crate) fn frozen<M: Module>(module: &M) -> M {
+/// The module with all parameters made, and shared with no clone. What freezes a clone of a parameter that is not made yet freezes the original,
+/// too: burn makes it once for both.
+pub(crate) fn made<M: Module>(module: M) -> M {
     struct Made;
     impl ModuleMapper for Made {
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
             param.map(|value| value)
         }
     }
-    module.clone().map(&mut Made).freeze()
+    module.map(&mut Made)
+}
+
+/// A frozen copy of a module.
+pub(crate) fn frozen<M: Module>(module: &M) -> M {
+    made(module.clone()).freeze()
 }
 
 /// The module with plain floats as parameters: nothing is packed, adapted or quantized.

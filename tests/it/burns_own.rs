@@ -167,6 +167,31 @@ fn adapters_have_the_number_type_of_their_weights() {
 }
 
 #[test]
+fn a_model_of_which_a_clone_gets_adapters_is_trained_as_before() {
+    fn frozen<M: Module>(module: &M) -> usize {
+        struct Frozen(usize);
+        impl ModuleVisitor for Frozen {
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                self.0 += usize::from(!param.val().is_require_grad());
+            }
+        }
+        let mut frozen = Frozen(0);
+        module.visit(&mut frozen);
+        frozen.0
+    }
+    let device = Device::default().autodiff();
+    let experts = MoeFeedForwardConfig::new(16, 24, 4).with_experts(ExpertOptions::swiglu()).init(&device).experts;
+    let adapted = experts.clone().with_lora(&LoraOptions::new());
+    assert_eq!((frozen(&experts), frozen(&adapted)), (0, 6));
+    let encoder = || EncoderConfig::new(8, 2, 2, 16);
+    let text = TextConfig::new(encoder()).with_vocab_size(50).with_context_length(6);
+    let config = ClipConfig::new(VisionConfig::new(encoder(), 8, 4), text, 10).sparse(SparseClipConfig::clip_up());
+    let model = config.init(&device);
+    let adapted = model.clone().with_lora(&LoraOptions::new());
+    assert!(frozen(&model) == 0 && frozen(&adapted) > 0);
+}
+
+#[test]
 fn adapters_of_a_clip_are_saved_and_loaded_alone() {
     let device = Device::default().autodiff();
     let encoder = || EncoderConfig::new(16, 2, 2, 32);

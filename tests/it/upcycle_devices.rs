@@ -6,13 +6,13 @@ use burn::tensor::{
     quantization::{Calibration, QuantScheme},
 };
 use burn_moe::{
-    MoeFeedForwardConfig, SoftMoeFeedForwardConfig, UpcycleFromDense, UpcycleOptions,
+    MoeFeedForwardConfig, SoftMoeFeedForwardConfig, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
     clip::{Clip, ClipConfig, SparseClipConfig, TextConfig, VisionConfig},
     transformer::{EncoderConfig, MlpConfig, SparseEncoderConfig, TokenMarks},
-    upcycle::{Probe, Reduction, Rest, RouterStart, UpcycleFromMany, UpcycleManyOptions, UpcycleStrategy},
+    upcycle::{Probe, Reduction, Rest, RouterStart, UpcycleFromMany, UpcycleManyOptions, UpcycleStrategy, expert_similarity},
 };
 
-use super::support::numbers;
+use super::support::{largest_difference, numbers, values};
 
 fn encoder() -> EncoderConfig {
     EncoderConfig::new(8, 2, 4, 16)
@@ -198,4 +198,23 @@ fn models_that_burn_quantized_are_upcycled_to_floats_that_can_be_trained() {
             assert_eq!(changed(&upcycled.model, &expected), []);
         }
     }
+}
+
+#[test]
+fn layers_that_burn_quantized_are_reduced_as_floats() {
+    let device = Device::default();
+    let x = numbers::<2>([9, 8], 4, &device);
+    let layer = quantized(MoeFeedForwardConfig::new(8, 16, 4).init(&device));
+    for reduction in [Reduction::Average, Reduction::Prune { count: 4 }, Reduction::Merge { count: 3 }] {
+        let reduced = layer.reduce(&reduction, &[0.25; 4], Some(x.clone())).unwrap();
+        assert_eq!(reduced.model.experts.w_in.val().dtype(), DType::F32, "{reduction:?}");
+        if reduction == (Reduction::Prune { count: 4 }) {
+            assert!(reduced.report.relative_deviation.unwrap() < 1e-5, "{:?}", reduced.report);
+        }
+    }
+    let one = MoeFeedForwardConfig::new(8, 16, 1).with_assignment(TokenChoiceConfig::of_top_k(1).into()).init(&device);
+    let one = quantized(one);
+    let (found, expected) = (one.dense().unwrap().forward(x.clone()), one.forward(x).output);
+    assert!(largest_difference(&values(&found), &values(&expected)) < 1e-5);
+    assert_eq!(expert_similarity(&layer.experts).len(), 4);
 }

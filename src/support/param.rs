@@ -103,4 +103,20 @@ mod tests {
         assert!(weight.device() == device && weight.is_require_grad());
         assert_eq!(weight.into_data(), before);
     }
+
+    #[test]
+    fn leaves_that_burn_quantized_stay_so() {
+        use burn::{
+            module::Quantizer,
+            tensor::quantization::{Calibration, QuantScheme},
+        };
+        let linear = LinearConfig::new(32, 32).init(&Device::flex());
+        let linear = linear.quantize_weights(&mut Quantizer::new(Calibration::MinMax, QuantScheme::default()));
+        for device in [Device::flex().autodiff().gradient_checkpointing(), Device::flex()] {
+            let moved = with_leaves_on(linear.clone().train(), &device);
+            assert_eq!(moved.weight.val().dtype(), linear.weight.val().dtype());
+            let x = Tensor::<2>::ones([1, 32], &device);
+            assert_eq!(moved.forward(x.clone()).into_data(), linear.forward(x.without_autodiff()).into_data());
+        }
+    }
 }

@@ -24,6 +24,8 @@ pub struct RoutingStats {
     pub entropy: f64,
     /// Valid tokens.
     pub num_valid: usize,
+    /// Valid tokens whose probabilities are finite: those that have a share in the figures above.
+    pub num_counted: usize,
 }
 
 impl RoutingStats {
@@ -45,6 +47,7 @@ impl RoutingStats {
             let mean = routing.mean_over_valid(per_token).into_scalar_async::<f32>().await;
             f64::from(mean.expect("the device can be read"))
         };
+        let counted = routing.counted().into_scalar_async::<f32>().await.expect("the device can be read");
         let share_dropped =
             |(&kept, &requested): (&usize, &usize)| if requested == 0 { 0.0 } else { 1.0 - kept as f64 / requested as f64 };
         Self {
@@ -55,14 +58,15 @@ impl RoutingStats {
             confidence: mean(probs.clone().max_dim(1)).await,
             entropy: mean(entropy(probs)).await,
             num_valid: routing.num_valid(),
+            num_counted: counted as usize,
         }
     }
 
-    /// The mean of several batches of the same layer, weighted by their valid tokens; `None` for no batch.
+    /// The mean of several batches of the same layer, weighted by the tokens that count in each; `None` for no batch.
     pub fn mean(stats: &[Self]) -> Option<Self> {
         let first = stats.first()?;
-        let total: usize = stats.iter().map(|s| s.num_valid).sum();
-        let weight = |s: &Self| s.num_valid as f64 / total.max(1) as f64;
+        let total: usize = stats.iter().map(|s| s.num_counted).sum();
+        let weight = |s: &Self| s.num_counted as f64 / total.max(1) as f64;
         let of = |value: &dyn Fn(&Self) -> f64| stats.iter().map(|s| weight(s) * value(s)).sum();
         Some(Self {
             load: (0..first.load.len()).map(|expert| of(&|s| s.load[expert])).collect(),
@@ -71,7 +75,8 @@ impl RoutingStats {
             dropped_per_choice: (0..first.dropped_per_choice.len()).map(|rank| of(&|s| s.dropped_per_choice[rank])).collect(),
             confidence: of(&|s| s.confidence),
             entropy: of(&|s| s.entropy),
-            num_valid: total,
+            num_valid: stats.iter().map(|s| s.num_valid).sum(),
+            num_counted: total,
         })
     }
 
@@ -119,7 +124,10 @@ pub fn co_firing(routing: &Routing) -> Vec<Vec<f64>> {
     let row_expert = plan.row_expert();
     let mut counts = vec![vec![0.0; plan.num_experts()]; plan.num_experts()];
     for rows in plan.choice_row().chunks_exact(plan.num_choices()) {
-        let experts: Vec<usize> = rows.iter().filter_map(|&row| usize::try_from(row).ok()).map(|row| row_expert[row]).collect();
+        let mut experts: Vec<usize> = rows.iter().filter_map(|&row| usize::try_from(row).ok()).map(|row| row_expert[row]).collect();
+        // A plan that was made elsewhere may send a token to one expert twice.
+        experts.sort_unstable();
+        experts.dedup();
         for &a in &experts {
             experts.iter().for_each(|&b| counts[a][b] += 1.0);
         }
@@ -136,7 +144,20 @@ mod tests {
     use super::*;
     use burn::tensor::Device;
 
-    use crate::{Capacity, MoeFeedForwardConfig, TokenChoiceConfig};
+    use crate::{
+        Capacity, MoeFeedForwardConfig, TokenChoiceConfig,
+        routing::{DispatchPlan, RouterOutput},
+    };
+
+    #[test]
+    fn a_token_that_names_an_expert_twice_is_one_token_of_it() {
+        let device = Device::default();
+        let experts = Tensor::from_data([[1, 0, 1], [1, 2, -1]], &device);
+        let plan = DispatchPlan::from_choices(3, experts, Tensor::ones([2, 3], &device));
+        let probs = Tensor::<2>::full([2, 3], 1.0 / 3.0, &device);
+        let routing = Routing::new(RouterOutput::new(probs.clone().log(), probs), plan);
+        assert_eq!(co_firing(&routing), [vec![1.0, 1.0, 0.0], vec![0.5, 1.0, 0.5], vec![0.0, 1.0, 1.0]]);
+    }
 
     #[test]
     fn second_choices_are_dropped_and_pairs_are_counted() {

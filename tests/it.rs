@@ -26,6 +26,7 @@ mod it {
     mod support;
     mod training;
     mod upcycle;
+    mod upcycle_devices;
     mod upcycle_many;
     mod written_by_others;
 }

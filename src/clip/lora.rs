@@ -3,7 +3,11 @@
 use burn::module::{Lora, Module, ModuleVisitor, ParamGroup};
 
 use super::Clip;
-use crate::{LoraOptions, support::error::expect_valid, transformer::FeedForward};
+use crate::{
+    LoraOptions,
+    support::{error::expect_valid, param::made},
+    transformer::FeedForward,
+};
 
 /// Whether some parameter has an attachment of this name: an adapter of low rank, burn's or ours, or packed weights.
 fn has(name: &'static str, model: &Clip) -> bool {
@@ -51,7 +55,7 @@ impl Clip {
         assert!(!has("lora", &self), "the model has adapters already: merge them first, by `materialize`");
         assert!(!has("packed", &self), "the model's weights are packed: make them plain first, by `materialize`");
         let matrices = ParamGroup::from_any_predicates(vec![".attention.", ".linear_in.", ".linear_gate.", ".linear_out."]);
-        let mut adapted = self.apply_lora(Lora::new(options.rank, options.alpha).set_param_group(matrices));
+        let mut adapted = made(self).apply_lora(Lora::new(options.rank, options.alpha).set_param_group(matrices));
         for encoder in [&mut adapted.vision.encoder, &mut adapted.text.encoder] {
             for block in &mut encoder.blocks {
                 let experts = match &mut block.feed_forward {

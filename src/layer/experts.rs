@@ -17,6 +17,7 @@ use crate::{
     support::{
         cost::Cost,
         error::{ConfigError, expect_valid},
+        param::made,
     },
 };
 
@@ -246,13 +247,18 @@ impl ExpertMlp {
     /// # Panics
     /// When the options cannot be used, or there are adapters or packed weights already.
     #[track_caller]
-    pub fn with_lora(mut self, options: &LoraOptions) -> Self {
+    pub fn with_lora(self, options: &LoraOptions) -> Self {
         let frozen = |bias: Option<Param<Tensor<2>>>| bias.map(|bias| bias.set_require_grad(false));
-        self.w_in = adapted(self.w_in, options);
-        self.w_out = adapted(self.w_out, options);
-        self.w_gate = self.w_gate.map(|w_gate| adapted(w_gate, options));
-        (self.b_in, self.b_gate, self.b_out) = (frozen(self.b_in), frozen(self.b_gate), frozen(self.b_out));
-        self
+        let experts = made(self);
+        Self {
+            w_in: adapted(experts.w_in, options),
+            w_gate: experts.w_gate.map(|w_gate| adapted(w_gate, options)),
+            w_out: adapted(experts.w_out, options),
+            b_in: frozen(experts.b_in),
+            b_gate: frozen(experts.b_gate),
+            b_out: frozen(experts.b_out),
+            ..experts
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use burn::config::Config;
 use burn::module::{Module, Param, Reparameterization, Reparameterizer};
-use burn::tensor::{Distribution, Tensor};
+use burn::tensor::{DType, Distribution, Tensor, TensorCreationOptions};
 
 use crate::support::error::{ConfigError, expect_valid};
 
@@ -51,11 +51,11 @@ impl Reparameterization for ExpertLora {
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
         let change = self.a.val().matmul(self.b.val()) * self.scale;
         let change = change.reshape(base.shape());
-        base.dequantize() + change
+        base.dequantize().cast(change.dtype()) + change
     }
 }
 
-/// Freezes a weight `[E, D, F]`, and adapts it.
+/// Freezes a weight `[E, D, F]`, and adapts it in its own number type; a quantized one in the device's.
 struct Attach<'a>(&'a LoraOptions);
 
 impl Reparameterizer for Attach<'_> {
@@ -64,9 +64,14 @@ impl Reparameterizer for Attach<'_> {
     fn reparameterize<const D: usize>(&mut self, _: &str, param: Param<Tensor<D>>) -> (Param<Tensor<D>>, Option<ExpertLora>) {
         let ([num_experts, d_in, d_out], device) = (param.lazy_shape().dims(), param.lazy_device());
         let LoraOptions { rank, alpha } = *self.0;
+        let options: TensorCreationOptions = match param.val().dtype() {
+            DType::QFloat(_) => (&device).into(),
+            dtype => (&device, dtype).into(),
+        };
         // The product starts at zero, and the gradient of B does not.
-        let a = Tensor::<3>::random([num_experts, d_in, rank], Distribution::Normal(0.0, 1.0 / rank as f64), &device);
-        let b = Tensor::<3>::zeros([num_experts, rank, d_out], &device);
+        let distribution = Distribution::Normal(0.0, 1.0 / rank as f64);
+        let a = Tensor::<3>::random([num_experts, d_in, rank], distribution, options.clone());
+        let b = Tensor::<3>::zeros([num_experts, rank, d_out], options);
         let adapter = ExpertLora { a: Param::from_tensor(a), b: Param::from_tensor(b), scale: alpha / rank as f64 };
         (param.set_require_grad(false), Some(adapter))
     }

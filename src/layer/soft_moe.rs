@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device, FloatDType, Tensor, activation::softmax};
 
 use crate::{
     layer::experts::{ExpertMlp, ExpertMlpConfig, ExpertOptions},
-    routing::{FlatTokens, MoeInput, shaped},
+    routing::{FlatTokens, MoeInput, router::non_finite_rows, shaped},
     support::{
         cost::Cost,
         error::{ConfigError, expect_valid},
@@ -113,7 +113,8 @@ impl SoftMoeFeedForward {
     ///
     /// # Shapes
     /// - input: `[B, .., D]`; all tokens of one index of the first axis are one sample. `[T, D]` is one sample
-    /// - output: as the input; exactly 0 for padding
+    /// - output: as the input; exactly 0 for padding, and NaN for a token that is not finite or has a logit that is not, which changes nothing
+    ///   else
     ///
     /// # Panics
     /// When the last axis is not `D`, a mask does not fit, or tokens are protected: nothing is ever dropped.
@@ -129,31 +130,39 @@ impl SoftMoeFeedForward {
         let [_, num_slots] = self.slots.shape().dims();
         let device = tokens.x.device();
 
-        let logits = tokens.x.clone().cast(FloatDType::F32).matmul(self.slots.val().dequantize().cast(FloatDType::F32));
+        let weight = self.slots.val().dequantize().cast(FloatDType::F32);
+        // Zero times NaN is NaN: what is not finite must not be in a product, here or in a gradient.
+        let bad_tokens = non_finite_rows(tokens.x.clone());
+        let x = tokens.x.mask_fill(bad_tokens.clone(), 0.0);
+        let logits = x.clone().cast(FloatDType::F32).matmul(weight);
+        let bad = bad_tokens.bool_or(non_finite_rows(logits.clone()));
+        let logits = logits.mask_fill(bad.clone(), 0.0);
         let invalid = tokens.valid.as_ref().map(|valid| valid.unset(&device));
-        let over_tokens = match &invalid {
-            // Far below any logit, and finite: a sample without a valid token must not divide zero by zero.
-            Some(invalid) => logits.clone().mask_fill(invalid.clone(), -1e30),
-            None => logits.clone(),
+        let unmixed = match &invalid {
+            Some(invalid) => bad.clone().bool_or(invalid.clone()),
+            None => bad.clone(),
         };
-        let dtype = tokens.x.dtype();
+        // Far below any logit, and finite: a sample without a token to mix must not divide zero by zero.
+        let over_tokens = logits.clone().mask_fill(unmixed, -1e30);
+        let dtype = x.dtype();
         let dispatch = softmax(over_tokens.reshape([samples, per_sample, num_slots]), 1).cast(dtype);
         let combine = softmax(logits.clone(), 1);
 
-        let x = tokens.x.reshape([samples, per_sample, d_model]);
+        let x = x.mask_fill(bad.clone(), 0.0).reshape([samples, per_sample, d_model]);
         let per_expert = num_slots / num_experts;
         let mixed = dispatch.swap_dims(1, 2).matmul(x).reshape([samples, num_experts, per_expert, d_model]);
         let slots = mixed.swap_dims(0, 1).reshape([num_experts, samples * per_expert, d_model]);
         let computed = self.experts.forward(slots).reshape([num_experts, samples, per_expert, d_model]);
         let computed = computed.swap_dims(0, 1).reshape([samples, num_slots, d_model]);
         let output = combine.clone().cast(dtype).reshape([samples, per_sample, num_slots]).matmul(computed);
-        let output = output.reshape([num_tokens, d_model]);
+        let marked = |x: Tensor<2>| x.mask_fill(bad.clone(), f32::NAN);
+        let output = marked(output.reshape([num_tokens, d_model]));
         let output = match invalid {
             Some(invalid) => output.mask_fill(invalid, 0.0),
             None => output,
         };
 
-        SoftMoeOutput { output: output.reshape(tokens.shape), logits, weights: combine }
+        SoftMoeOutput { output: output.reshape(tokens.shape), logits: marked(logits), weights: marked(combine) }
     }
 
     /// No tokens in, none out.
@@ -186,8 +195,8 @@ mod tests {
     use super::*;
     use burn::tensor::{Bool, Distribution};
 
-    fn values<const D: usize>(x: Tensor<D>) -> Vec<f32> {
-        x.try_into_vec_as().unwrap()
+    fn values<const D: usize>(x: &Tensor<D>) -> Vec<f32> {
+        x.clone().try_into_vec_as().unwrap()
     }
 
     fn layer(device: &Device) -> SoftMoeFeedForward {
@@ -214,10 +223,47 @@ mod tests {
         let x = Tensor::<3>::random([2, 5, 4], Distribution::Normal(0.0, 1.0), &device);
         let valid = Tensor::<2, Bool>::from_data([[true, true, true, false, false], [false; 5]], &device);
         let padded = x.clone().mask_fill(valid.clone().bool_not().unsqueeze_dim::<3>(2), f32::NAN);
-        let output = values(layer.forward(MoeInput::new(padded).valid(valid)).output);
-        let alone = values(layer.forward(x.narrow(0, 0, 1).narrow(1, 0, 3)).output);
+        let output = values(&layer.forward(MoeInput::new(padded).valid(valid)).output);
+        let alone = values(&layer.forward(x.narrow(0, 0, 1).narrow(1, 0, 3)).output);
         assert!(alone.iter().zip(&output).all(|(a, b)| (a - b).abs() < 1e-6));
         assert!(output[12..].iter().all(|v| *v == 0.0));
+    }
+
+    #[test]
+    fn a_token_that_is_not_finite_changes_nothing_but_its_own_output() {
+        let device = Device::default().autodiff();
+        let mut layer = layer(&device);
+        // So that logits of large tokens are too large.
+        layer.slots = Param::from_tensor((layer.slots.val() + 2.0).detach());
+        let x = Tensor::<2>::random([6, 4], Distribution::Normal(0.0, 1.0), &device);
+        let is_bad =
+            |bad: usize| Tensor::<1, burn::tensor::Int>::arange(0..6, &device).equal_elem(bad as i64).unsqueeze_dim::<2>(1);
+        // A loss over the other tokens, and its gradients.
+        let run = |x: Tensor<2>, valid: Option<Tensor<2, Bool>>| {
+            let input = MoeInput::new(x.clone().unsqueeze_dim::<3>(0));
+            let input = match valid {
+                Some(valid) => input.valid(valid.transpose()),
+                None => input,
+            };
+            let output: Tensor<2> = layer.forward(input).output.squeeze_dim(0);
+            let grads = output.clone().mask_fill(is_bad(2), 0.0).square().sum().backward();
+            let gradient = |weight: Tensor<3>| values(&weight.grad(&grads).unwrap());
+            let slots = values(&layer.slots.val().grad(&grads).unwrap());
+            let of_x = x.grad(&grads).map(|grad| values(&grad));
+            (values(&output), [slots, gradient(layer.experts.w_in.val()), gradient(layer.experts.w_out.val())], of_x)
+        };
+        let (expected, expected_gradients, _) = run(x.clone(), Some(is_bad(2).bool_not()));
+        // The last is finite, and its logits are not.
+        for bad in [f32::NAN, f32::INFINITY, 3e38] {
+            let x = x.clone().mask_fill(is_bad(2), bad).detach().require_grad();
+            let (output, gradients, of_x) = run(x, None);
+            let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
+            assert!(output[8..12].iter().all(|v| v.is_nan()), "{bad}: {output:?}");
+            assert!(near(&output[..8], &expected[..8]) && near(&output[12..], &expected[12..]), "{bad}: {output:?}");
+            assert!(gradients.iter().zip(&expected_gradients).all(|(a, b)| near(a, b)), "{bad}: {gradients:?}");
+            let of_x = of_x.unwrap();
+            assert!(of_x.iter().all(|v| v.is_finite()) && of_x[8..12] == [0.0; 4], "{bad}: {of_x:?}");
+        }
     }
 
     #[test]

@@ -1,16 +1,20 @@
 //! The weighted sum that is added to the task loss.
 
 use burn::config::Config;
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
-use super::{global_entropy_loss, importance_loss, load_balancing_loss, load_loss, local_entropy_loss, router_z_loss};
+use super::{
+    global_entropy_loss, importance_loss,
+    load_balancing::{own_share, with_share},
+    load_loss, local_entropy_loss, router_z_loss,
+};
 use crate::{routing::Routing, support::error::ConfigError};
 
 /// Weights of the auxiliary losses; a loss of weight 0 is not computed. For weights that differ between modalities, make one
 /// [`AuxiliaryLoss`] for each and add up the totals.
 #[derive(Config, Debug, PartialEq)]
 pub struct AuxiliaryLossConfig {
-    /// Weight of [`load_balancing_loss`]. Default: 0.01
+    /// Weight of [`load_balancing_loss`](super::load_balancing_loss). Default: 0.01
     #[config(default = 0.01)]
     pub load_balancing: f64,
     /// Weight of [`router_z_loss`]; needs softmax scores. Default: 0.001
@@ -53,7 +57,7 @@ pub struct LossTerm {
 pub struct AuxiliaryLossOutput {
     /// The weighted sum, `[1]`, in the number type of the tokens: add it to the task loss. Terms are f32.
     pub total: Tensor<1>,
-    /// See [`load_balancing_loss`].
+    /// See [`load_balancing_loss`](super::load_balancing_loss).
     pub load_balancing: Option<LossTerm>,
     /// See [`router_z_loss`].
     pub router_z: Option<LossTerm>,
@@ -67,21 +71,25 @@ pub struct AuxiliaryLossOutput {
     pub global_entropy: Option<LossTerm>,
 }
 
+/// One layer's loss, `[1]`. The last argument makes the shares of the batch's requested choices that name each expert, `[1, E]`.
+type LayerLoss = fn(&AuxiliaryLossConfig, &Routing, &dyn Fn() -> Tensor<2>) -> Tensor<1>;
+
+/// A loss and its weight.
+pub(super) struct Weighted {
+    pub field: &'static str,
+    pub weight: f64,
+    /// Whether the mean over a batch is a sum over its tokens once the totals of the batch are known.
+    pub is_sum: bool,
+    pub loss: LayerLoss,
+}
+
 impl AuxiliaryLossConfig {
     /// Refuses weights that are negative or not finite.
     ///
     /// # Errors
     /// The first such weight, with its value.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let weights = [
-            ("load_balancing", self.load_balancing),
-            ("router_z", self.router_z),
-            ("importance", self.importance),
-            ("load", self.load),
-            ("local_entropy", self.local_entropy),
-            ("global_entropy", self.global_entropy),
-        ];
-        for (field, value) in weights {
+        for Weighted { field, weight: value, .. } in self.losses() {
             if !(value.is_finite() && value >= 0.0) {
                 return Err(ConfigError::OutOfRange { field, value, reason: "a loss weight must be finite and not negative" });
             }
@@ -91,6 +99,22 @@ impl AuxiliaryLossConfig {
             return Err(ConfigError::OutOfRange { field: "experts_in_use", value: self.experts_in_use, reason });
         }
         Ok(())
+    }
+
+    /// All losses, in the order of their fields.
+    pub(super) fn losses(&self) -> [Weighted; 6] {
+        let sum = |field, weight, loss: LayerLoss| Weighted { field, weight, is_sum: true, loss };
+        let of_batch = |field, weight, loss: LayerLoss| Weighted { field, weight, is_sum: false, loss };
+        [
+            sum("load_balancing", self.load_balancing, |_, routing, share| with_share(routing, share())),
+            sum("router_z", self.router_z, |_, routing, _| router_z_loss(routing)),
+            of_batch("importance", self.importance, |_, routing, _| importance_loss(routing)),
+            of_batch("load", self.load, |_, routing, _| load_loss(routing)),
+            sum("local_entropy", self.local_entropy, |_, routing, _| local_entropy_loss(routing)),
+            of_batch("global_entropy", self.global_entropy, |config, routing, _| {
+                global_entropy_loss(routing, config.experts_in_use)
+            }),
+        ]
     }
 
     /// The loss with these weights.
@@ -116,22 +140,17 @@ impl AuxiliaryLoss {
     #[track_caller]
     pub fn forward(&self, routings: &[Routing]) -> AuxiliaryLossOutput {
         assert!(!routings.is_empty(), "auxiliary losses need the routing of at least one layer, got none");
-        let mut total = Tensor::zeros([1], &routings[0].router.probs.device());
-        let mut term = |weight: f64, loss: &dyn Fn(&Routing) -> Tensor<1>| {
-            (weight > 0.0).then(|| {
-                let per_layer = Tensor::cat(routings.iter().map(loss).collect(), 0);
-                let mean = per_layer.clone().mean();
-                total = total.clone() + mean.clone() * weight;
-                LossTerm { mean, per_layer }
-            })
-        };
-        let config = &self.config;
-        let load_balancing = term(config.load_balancing, &load_balancing_loss);
-        let router_z = term(config.router_z, &router_z_loss);
-        let importance = term(config.importance, &importance_loss);
-        let load = term(config.load, &load_loss);
-        let local_entropy = term(config.local_entropy, &local_entropy_loss);
-        let global_entropy = term(config.global_entropy, &|routing| global_entropy_loss(routing, config.experts_in_use));
+        let mut total = Tensor::zeros([1], (&routings[0].router.probs.device(), DType::F32));
+        let [load_balancing, router_z, importance, load, local_entropy, global_entropy] =
+            self.config.losses().map(|Weighted { weight, loss, .. }| {
+                (weight > 0.0).then(|| {
+                    let of_layer = |routing: &Routing| loss(&self.config, routing, &|| own_share(routing));
+                    let per_layer = Tensor::cat(routings.iter().map(of_layer).collect(), 0);
+                    let mean = per_layer.clone().mean();
+                    total = total.clone() + mean.clone() * weight;
+                    LossTerm { mean, per_layer }
+                })
+            });
         let total = total.cast(routings[0].token_dtype);
         AuxiliaryLossOutput { total, load_balancing, router_z, importance, load, local_entropy, global_entropy }
     }

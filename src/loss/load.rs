@@ -13,12 +13,18 @@ use crate::routing::{Routing, router::RouterOutput};
 /// Output: `[1]`.
 ///
 /// # Panics
-/// Without noise, as outside of training: the load is then a count, which has no gradient.
+/// Without noise, as outside of training (the load is then a count, which has no gradient), and when a token has as many choices as there are
+/// experts or more, as with expert choice.
 pub fn load_loss(routing: &Routing) -> Tensor<1> {
     let RouterOutput { logits, clean_logits, noise_std, .. } = &routing.router;
     let std = noise_std.expect("the load loss needs router noise: `RouterOptions::noise` above 0, in training");
     let [num_tokens, num_experts] = logits.dims();
     let top_k = routing.plan.num_choices();
+    assert!(
+        top_k < num_experts,
+        "the load loss is for tokens that choose some of the experts, but this plan has {top_k} choices of each token among {num_experts} \
+         experts"
+    );
     // Where the K-th largest is, on the host like all choices; its value keeps its gradient.
     let values: Vec<f32> = logits.clone().detach().try_into_vec_as().expect("logits are f32");
     let kth: Vec<i32> = values

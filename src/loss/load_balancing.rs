@@ -10,7 +10,12 @@ use crate::routing::Routing;
 /// probability of `e` over valid tokens. 1 at perfect balance, `E` when every choice and all probability is on one expert
 /// (`K = 1`). Zero, with a zero gradient, when no token is valid. Output: `[1]`.
 pub fn load_balancing_loss(routing: &Routing) -> Tensor<1> {
-    with_share(routing, routing.plan.requested_share(&routing.router.probs.device()))
+    with_share(routing, own_share(routing))
+}
+
+/// The shares `f [1, E]` of this routing.
+pub(super) fn own_share(routing: &Routing) -> Tensor<2> {
+    routing.plan.requested_share(&routing.router.probs.device())
 }
 
 /// The same with the shares `f [1, E]` of a batch that the routing is a part of.

@@ -1,8 +1,8 @@
 //! Losses of a batch whose micro-batches are computed one after the other.
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
-use super::{AuxiliaryLoss, AuxiliaryLossConfig, load_balancing, local_entropy_loss, router_z_loss};
+use super::{AuxiliaryLoss, AuxiliaryLossConfig, auxiliary::Weighted};
 use crate::{
     routing::{BatchTotals, Routing},
     support::error::ConfigError,
@@ -14,10 +14,9 @@ impl AuxiliaryLossConfig {
     /// # Errors
     /// The first such loss that has a weight.
     pub fn validate_micro_batches(&self) -> Result<(), ConfigError> {
-        let nonlinear = [("importance", self.importance), ("load", self.load), ("global_entropy", self.global_entropy)];
-        match nonlinear.into_iter().find(|(_, weight)| *weight > 0.0) {
+        match self.losses().into_iter().find(|loss| loss.weight > 0.0 && !loss.is_sum) {
             None => Ok(()),
-            Some((field, value)) => {
+            Some(Weighted { field, weight: value, .. }) => {
                 let reason = "this loss needs the whole batch at once: set its weight to 0, or train on one rank, without micro-batches and recomputation";
                 Err(ConfigError::OutOfRange { field, value, reason })
             }
@@ -46,16 +45,11 @@ impl AuxiliaryLoss {
         let config = self.config();
         crate::support::error::expect_valid(config.validate_micro_batches());
         let device = routing.router.probs.device();
-        let part = routing.num_valid() as f64 / totals.tokens[layer].max(1) as f64 / totals.tokens.len() as f64;
-        let mut total = Tensor::zeros([1], &device);
-        let mut add = |weight: f64, loss: &dyn Fn() -> Tensor<1>| {
-            if weight > 0.0 {
-                total = total.clone() + loss() * (weight * part);
-            }
-        };
-        add(config.load_balancing, &|| load_balancing::with_share(routing, totals.share(layer, &device)));
-        add(config.router_z, &|| router_z_loss(routing));
-        add(config.local_entropy, &|| local_entropy_loss(routing));
+        let part = routing.counted() / (totals.tokens[layer].max(1) * totals.tokens.len()) as f64;
+        let mut total = Tensor::zeros([1], (&device, DType::F32));
+        for Weighted { weight, loss, .. } in config.losses().into_iter().filter(|loss| loss.weight > 0.0) {
+            total = total + loss(config, routing, &|| totals.share(layer, &device)) * part.clone() * weight;
+        }
         total.cast(routing.token_dtype)
     }
 }

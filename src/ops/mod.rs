@@ -220,6 +220,12 @@ pub(crate) fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>, a
     }
 }
 
+/// What stands for a bias where there is none, in the rows' number type, `[E, F]`.
+#[cfg(any(feature = "_gpu", feature = "flex"))]
+fn no_bias(num_experts: usize, d_out: usize, rows: &Tensor<2>) -> Tensor<2> {
+    Tensor::zeros([num_experts, d_out], (&rows.device(), rows.dtype()))
+}
+
 /// [`grouped_linear`] with packed weights, without gradients; only where [`has_packed`] says so.
 #[cfg(feature = "flex")]
 pub(crate) fn packed_linear(
@@ -233,7 +239,7 @@ pub(crate) fn packed_linear(
     use extension::PackedOps;
 
     let [num_experts, _, d_out] = weight.dims();
-    let bias = bias.unwrap_or_else(|| Tensor::zeros([num_experts, d_out], &rows.device()));
+    let bias = bias.unwrap_or_else(|| no_bias(num_experts, d_out, &rows));
     Tensor::from_dispatch(Dispatch::moe_packed_linear(
         rows.into_dispatch(),
         bias.into_dispatch(),
@@ -304,7 +310,7 @@ mod kernel {
         offsets: Offsets,
     ) -> Tensor<2> {
         let [num_experts, _, d_out] = weight.dims();
-        let bias = bias.unwrap_or_else(|| Tensor::zeros([num_experts, d_out], &weight.device()));
+        let bias = bias.unwrap_or_else(|| super::no_bias(num_experts, d_out, &rows));
         let host_offsets = offsets.for_products_of(&rows);
         Tensor::from_dispatch(Dispatch::moe_grouped_linear(
             rows.into_dispatch(),

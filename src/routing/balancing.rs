@@ -2,7 +2,7 @@
 
 use burn::config::Config;
 use burn::module::Param;
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use super::router::Router;
@@ -117,14 +117,19 @@ impl BalancingOptions {
     }
 }
 
-/// A parameter of zeros without a gradient.
+/// A parameter of zeros without a gradient, in f32 on every device: in 16 bits, small moves would be lost.
 pub(super) fn zeros(len: usize, device: &Device) -> Param<Tensor<1>> {
-    Param::from_tensor(Tensor::zeros([len], device)).set_require_grad(false)
+    Param::from_tensor(Tensor::zeros([len], (device, DType::F32))).set_require_grad(false)
+}
+
+/// A new state from an old one, in f32 even if the whole module was cast to 16 bits.
+fn next(state: Param<Tensor<1>>, f: impl FnOnce(Tensor<1>) -> Tensor<1>) -> Param<Tensor<1>> {
+    with_value(state, |old| f(old.dequantize().cast(FloatDType::F32)))
 }
 
 impl Router {
     /// Moves the balancing bias against the load, as [`BalancingOptions`] says. `load` counts the choices that named each expert in one training step: call
-    /// it once per step. A router without [`RouterOptions::balancing`](crate::RouterOptions::balancing) stays as it is.
+    /// it once per step. The state is kept in f32: in a module that was cast to 16 bits, it is f32 again from the first call on. A router without [`RouterOptions::balancing`](crate::RouterOptions::balancing) stays as it is.
     ///
     /// # Panics
     /// When `load` does not have one entry per expert.
@@ -133,9 +138,9 @@ impl Router {
         let [num_experts] = bias.shape().dims();
         assert_eq!(load.len(), num_experts, "loads of {} experts do not fit a router of {num_experts}", load.len());
         let direction = TensorData::new(options.rule.direction(load), [num_experts]);
-        let mut step = Tensor::<1>::from_data(direction, &bias.val().device());
+        let mut step = Tensor::<1>::from_data(direction, (&bias.val().device(), DType::F32));
         self.balancing_momentum = self.balancing_momentum.map(|momentum| {
-            let momentum = with_value(momentum, |momentum| momentum * options.momentum + step.clone() * (1.0 - options.momentum));
+            let momentum = next(momentum, |momentum| momentum * options.momentum + step.clone() * (1.0 - options.momentum));
             step = momentum.val().detach();
             momentum
         });
@@ -143,11 +148,11 @@ impl Router {
         self.balancing_warmup = self.balancing_warmup.map(|done| {
             let steps = options.warmup_steps as f64;
             // A whole number of steps, so that no error adds up.
-            let done = with_value(done, |done| (done * steps).round().add_scalar(1.0).clamp_max(steps) / steps);
+            let done = next(done, |done| (done * steps).round().add_scalar(1.0).clamp_max(steps) / steps);
             step = step.clone() * done.val().detach();
             done
         });
-        self.balancing_bias = Some(with_value(bias, |bias| match options.cap {
+        self.balancing_bias = Some(next(bias, |bias| match options.cap {
             Some(cap) => (bias + step).clamp(-cap, cap),
             None => bias + step,
         }));

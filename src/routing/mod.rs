@@ -25,6 +25,7 @@ pub use totals::BatchTotals;
 
 use burn::tensor::{Bool, DType, Tensor};
 
+use crate::ops;
 use router::non_finite_rows;
 
 /// The routing of one layer on one batch. Everything that losses and statistics need is in here; nothing is kept elsewhere.
@@ -65,6 +66,23 @@ impl Routing {
         }
     }
 
+    /// Tokens that count in losses: valid ones whose probabilities are finite. Waits for the device.
+    pub fn num_counted(&self) -> usize {
+        if !ops::can_wait_for(&self.router.probs.device()) {
+            // The same for this crate's routers.
+            return self.num_valid() - self.plan.non_finite_tokens().len();
+        }
+        self.counted().into_scalar::<f32>() as usize
+    }
+
+    /// How many tokens count in losses, `[1]`, f32, where the probabilities are.
+    pub(crate) fn counted(&self) -> Tensor<1> {
+        if self.plan.num_tokens() == 0 {
+            return Tensor::zeros([1], (&self.router.probs.device(), DType::F32));
+        }
+        count_of(self.uncounted())
+    }
+
     /// Mean over valid tokens of finite probabilities of a value per token, `[T, N] -> [1, N]`; zeros when there are none.
     pub(crate) fn mean_over_valid(&self, per_token: Tensor<2>) -> Tensor<2> {
         let (device, dtype, [num_tokens, width]) = (per_token.device(), per_token.dtype(), per_token.dims());
@@ -73,7 +91,7 @@ impl Routing {
         }
         let uncounted = self.uncounted();
         // Counted where the sum is, which does not wait for the host.
-        let count = uncounted.clone().bool_not().float().cast(dtype).sum().clamp_min(1.0).unsqueeze_dim(1);
+        let count = count_of(uncounted.clone()).cast(dtype).clamp_min(1.0).unsqueeze_dim(1);
         // A fill, not a product: what such a token holds may not be finite.
         per_token.mask_fill(uncounted, 0.0).sum_dim(0) / count
     }
@@ -86,6 +104,11 @@ impl Routing {
             None => not_finite,
         }
     }
+}
+
+/// How many flags `[T, 1]` are not set, `[1]`.
+fn count_of(uncounted: Tensor<2, Bool>) -> Tensor<1> {
+    uncounted.bool_not().float().cast(DType::F32).sum()
 }
 
 /// `H(p) = −Σ p ln p` of each row, `[N, E] -> [N, 1]`.

@@ -1,15 +1,15 @@
 //! Counts over several routings.
 
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 
-use super::Routing;
+use super::{Routing, plan::share_of};
 
 /// What was counted over the micro-batches of a batch, for losses and biases that are about the whole of it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BatchTotals {
     /// Requested choices of each expert, before drops, `[layers][E]`.
     pub requested: Vec<Vec<usize>>,
-    /// Valid tokens, `[layers]`.
+    /// Tokens that count in losses, `[layers]`.
     pub tokens: Vec<usize>,
 }
 
@@ -29,15 +29,12 @@ impl BatchTotals {
         assert!(fits, "routings of {} layers do not fit totals of {layers} layers, or have other experts", routings.len());
         for ((requested, tokens), routing) in self.requested.iter_mut().zip(&mut self.tokens).zip(routings) {
             requested.iter_mut().zip(routing.plan.requested()).for_each(|(total, count)| *total += count);
-            *tokens += routing.num_valid();
+            *tokens += routing.num_counted();
         }
     }
 
     /// Share of all requested choices of a layer that name each expert, `[1, E]`; zeros when there was none.
     pub(crate) fn share(&self, layer: usize, device: &Device) -> Tensor<2> {
-        let requested = &self.requested[layer];
-        let total = requested.iter().sum::<usize>().max(1) as f32;
-        let share: Vec<f32> = requested.iter().map(|&count| count as f32 / total).collect();
-        Tensor::from_data(TensorData::new(share, [1, requested.len()]), (device, DType::F32))
+        share_of(&self.requested[layer], device)
     }
 }

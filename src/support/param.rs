@@ -1,11 +1,7 @@
 //! Changing a parameter's value from outside a computation.
 
-use burn::module::Param;
-#[cfg(feature = "train")]
-use burn::module::{Module, ModuleMapper};
-#[cfg(feature = "train")]
-use burn::tensor::Device;
-use burn::tensor::{Tensor, TensorCreationOptions, TensorData};
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{DType, Device, Tensor, TensorCreationOptions, TensorData, kind::Autodiff};
 
 /// A parameter with another value: same identity, same device, as trainable as before. `f` sees the value outside of any graph.
 pub(crate) fn with_value<const D: usize>(param: Param<Tensor<D>>, f: impl FnOnce(Tensor<D>) -> Tensor<D>) -> Param<Tensor<D>> {
@@ -41,22 +37,55 @@ pub(crate) fn replaced_in<const D: usize>(
     param.transform_for_load(value, id)
 }
 
-/// The module with its float parameters on `device`, an autodiff device of the same kind: as trainable as before, and checkpointing gradients in
-/// the device's way, which burn's `fork` does not change.
-#[cfg(feature = "train")]
+/// A tensor as a new value on `device`, outside of any graph, and with what that device does about gradients: burn's `to_device` keeps what the
+/// tensor's old device does.
+pub(crate) fn placed<const D: usize, K: Autodiff>(tensor: Tensor<D, K>, device: &Device) -> Tensor<D, K> {
+    let tensor = tensor.without_autodiff().to_device(&device.clone().without_autodiff());
+    match device.gradient_checkpointing_strategy() {
+        Some(strategy) => tensor.autodiff().with_gradient_checkpointing_strategy(strategy),
+        None => tensor,
+    }
+}
+
+/// The module with its float parameters on `device`, with what that device does about gradients: as trainable as they were, or would have been on
+/// a device with gradients.
 pub(crate) fn with_leaves_on<M: Module>(module: M, device: &Device) -> M {
     struct Leaves<'a>(&'a Device);
     impl ModuleMapper for Leaves<'_> {
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            param.map(|old| {
-                let tracked = old.is_require_grad();
-                // A result is where the one of its operands is that has a way of checkpointing.
-                let one = Tensor::<D>::ones([1; D], (self.0, old.dtype()));
-                (old.without_autodiff() * one).detach().set_require_grad(tracked)
-            })
+            param.map(|old| placed(old, self.0))
         }
     }
-    module.map(&mut Leaves(device))
+    let module = module.map(&mut Leaves(device));
+    if device.is_autodiff() { module.train() } else { module }
+}
+
+/// The module with all parameters made, and shared with no clone. What freezes a clone of a parameter that is not made yet freezes the original,
+/// too: burn makes it once for both.
+pub(crate) fn made<M: Module>(module: M) -> M {
+    struct Made;
+    impl ModuleMapper for Made {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            param.map(|value| value)
+        }
+    }
+    module.map(&mut Made)
+}
+
+/// A frozen copy of a module.
+pub(crate) fn frozen<M: Module>(module: &M) -> M {
+    made(module.clone()).freeze()
+}
+
+/// The module with plain floats as parameters: nothing is packed, adapted or quantized.
+pub(crate) fn with_floats<M: Module>(module: &M) -> M {
+    struct Floats;
+    impl ModuleMapper for Floats {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            param.map(|old| if let DType::QFloat(_) = old.dtype() { old.dequantize().detach() } else { old })
+        }
+    }
+    module.clone().materialize().map(&mut Floats)
 }
 
 #[cfg(all(test, feature = "train", feature = "flex"))]
@@ -73,5 +102,21 @@ mod tests {
         let weight = linear.weight.val();
         assert!(weight.device() == device && weight.is_require_grad());
         assert_eq!(weight.into_data(), before);
+    }
+
+    #[test]
+    fn leaves_that_burn_quantized_stay_so() {
+        use burn::{
+            module::Quantizer,
+            tensor::quantization::{Calibration, QuantScheme},
+        };
+        let linear = LinearConfig::new(32, 32).init(&Device::flex());
+        let linear = linear.quantize_weights(&mut Quantizer::new(Calibration::MinMax, QuantScheme::default()));
+        for device in [Device::flex().autodiff().gradient_checkpointing(), Device::flex()] {
+            let moved = with_leaves_on(linear.clone().train(), &device);
+            assert_eq!(moved.weight.val().dtype(), linear.weight.val().dtype());
+            let x = Tensor::<2>::ones([1, 32], &device);
+            assert_eq!(moved.forward(x.clone()).into_data(), linear.forward(x.without_autodiff()).into_data());
+        }
     }
 }

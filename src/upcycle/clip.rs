@@ -1,80 +1,12 @@
-//! The whole CLIP, and each of its towers.
-
-use burn::module::Module;
-use burn::tensor::{Int, Tensor};
+//! Copying a whole CLIP, and each of its towers.
 
 use super::{
-    UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, Upcycled, UpcycledLayer,
+    UpcycleError, UpcycledLayer,
     layer::replace,
-    report::deviation,
     source::ExpertSource,
     transformer::{encoder, optional_norm, same_place},
 };
-use crate::{
-    clip::{Clip, TextTower, VisionTower, normalize},
-    transformer::BlockRouter,
-};
-
-/// Every second block of both towers becomes sparse with [`SparseClipConfig::clip_up`](crate::clip::SparseClipConfig::clip_up).
-/// The report's deviation is that of the embeddings, normalised.
-impl UpcycleFromDense<Clip> for Clip {
-    fn upcycle_from_dense(mut self, dense: &Clip, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
-        let probe = options.probe.as_ref().map(|probe| probe.both(dense)).transpose()?;
-        let calibration = options.calibration_batch()?.map(|batch| batch.both(dense)).transpose()?;
-        let calibrations =
-            calibration.map(|(images, tokens)| [dense.vision.feed_forward_inputs(images), dense.text.feed_forward_inputs(tokens)]);
-        let sources = calibrations.map_or([None, None], |inputs| inputs.map(Some));
-        let sources = sources.map(|calibration| ExpertSource::Dense { strategy: options.strategy, calibration });
-        let layers = clip(&mut self, dense, sources.each_ref())?;
-        let max_deviation = match probe {
-            None => None,
-            Some((images, tokens)) => {
-                let image = image_deviation(&dense.vision, &self.vision, images, None)?;
-                Some(image.max(text_deviation(&dense.text, &self.text, tokens, None)?))
-            }
-        };
-        finish(self, dense, layers, max_deviation)
-    }
-}
-
-/// A vision tower alone; probe and calibration are [`Probe::Images`](super::Probe::Images), or
-/// [`Probe::ImagesAndTexts`](super::Probe::ImagesAndTexts) of which the images are taken.
-impl UpcycleFromDense<VisionTower> for VisionTower {
-    fn upcycle_from_dense(mut self, dense: &VisionTower, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
-        let probe = options.probe.as_ref().map(|probe| probe.images(dense)).transpose()?;
-        let calibration = options.calibration_batch()?.map(|batch| batch.images(dense)).transpose()?;
-        let calibration = calibration.map(|images| dense.feed_forward_inputs(images));
-        let layers = vision(&mut self, dense, &ExpertSource::Dense { strategy: options.strategy, calibration })?;
-        let max_deviation = probe.map(|images| image_deviation(dense, &self, images, None)).transpose()?;
-        finish(self, dense, layers, max_deviation)
-    }
-}
-
-/// A text tower alone; probe and calibration are [`Probe::Texts`](super::Probe::Texts), or
-/// [`Probe::ImagesAndTexts`](super::Probe::ImagesAndTexts) of which the texts are taken.
-impl UpcycleFromDense<TextTower> for TextTower {
-    fn upcycle_from_dense(mut self, dense: &TextTower, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
-        let probe = options.probe.as_ref().map(|probe| probe.texts(dense)).transpose()?;
-        let calibration = options.calibration_batch()?.map(|batch| batch.texts(dense)).transpose()?;
-        let calibration = calibration.map(|tokens| dense.feed_forward_inputs(tokens));
-        let layers = text(&mut self, dense, &ExpertSource::Dense { strategy: options.strategy, calibration })?;
-        let max_deviation = probe.map(|tokens| text_deviation(dense, &self, tokens, None)).transpose()?;
-        finish(self, dense, layers, max_deviation)
-    }
-}
-
-fn finish<M: Module>(
-    model: M,
-    dense: &M,
-    layers: Vec<UpcycledLayer>,
-    max_deviation: Option<f64>,
-) -> Result<Upcycled<M>, UpcycleError> {
-    if layers.is_empty() {
-        return Err(UpcycleError::NotSparse);
-    }
-    let report = UpcycleReport::new(dense, &model, layers, max_deviation);
-    Ok(Upcycled { model, report })
-}
+use crate::clip::{Clip, TextTower, VisionTower};
 
 /// Copies a CLIP, and returns its layers that became sparse; their experts are from one source for each tower.
 pub(super) fn clip(
@@ -140,37 +72,4 @@ fn blocks(
     let (upcycled, layers) = encoder(target.clone(), source, experts).map_err(|error| error.within("encoder"))?;
     *target = upcycled;
     Ok(layers.into_iter().map(|layer| layer.within("encoder")).collect())
-}
-
-/// Largest difference of the normalised embeddings; `router` is one to use instead of the sparse tower's own.
-pub(super) fn image_deviation(
-    dense: &VisionTower,
-    sparse: &VisionTower,
-    images: Tensor<4>,
-    router: Option<&mut dyn BlockRouter>,
-) -> Result<f64, UpcycleError> {
-    let images = images.cast(dense.patch_embedding.weight.dtype());
-    let expected = dense.clone().freeze().forward(images.clone()).embedding;
-    let sparse = sparse.clone().freeze();
-    let found = match router {
-        None => sparse.forward(images),
-        Some(router) => sparse.forward_with(images, router),
-    };
-    deviation("image embeddings on the probe batch", normalize(expected.detach()), normalize(found.embedding.detach()))
-}
-
-/// The same of texts.
-pub(super) fn text_deviation(
-    dense: &TextTower,
-    sparse: &TextTower,
-    tokens: Tensor<2, Int>,
-    router: Option<&mut dyn BlockRouter>,
-) -> Result<f64, UpcycleError> {
-    let expected = dense.clone().freeze().forward(tokens.clone()).embedding;
-    let sparse = sparse.clone().freeze();
-    let found = match router {
-        None => sparse.forward(tokens),
-        Some(router) => sparse.forward_with(tokens, router),
-    };
-    deviation("text embeddings on the probe batch", normalize(expected.detach()), normalize(found.embedding.detach()))
 }

@@ -37,6 +37,20 @@ pub trait DenseFeedForward {
 }
 
 impl DenseWeights {
+    /// Those of a network, as floats where they are quantized.
+    pub(super) fn of<Dense: DenseFeedForward + ?Sized>(dense: &Dense) -> Result<Self, UpcycleError> {
+        let Self { w_in, b_in, w_gate, b_gate, w_out, b_out, activation } = dense.dense_weights()?;
+        Ok(Self {
+            w_in: w_in.dequantize(),
+            b_in: b_in.map(Tensor::dequantize),
+            w_gate: w_gate.map(Tensor::dequantize),
+            b_gate: b_gate.map(Tensor::dequantize),
+            w_out: w_out.dequantize(),
+            b_out: b_out.map(Tensor::dequantize),
+            activation,
+        })
+    }
+
     /// The dense network itself, `[T, D] -> [T, D]`.
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         linear(self.hidden(x), self.w_out.clone(), self.b_out.clone())

@@ -1,11 +1,11 @@
 //! One feed-forward layer.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Bool, DType, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 
 use super::{
-    DenseFeedForward, DenseWeights, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy, Upcycled,
-    UpcycledLayer,
+    DenseFeedForward, DenseWeights, ProbeTokens, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, UpcycleStrategy,
+    Upcycled, UpcycledLayer, on_device, only_valid,
     report::deviation,
     strategy::{Stacked, make, repeat_columns},
     valid_rows,
@@ -17,14 +17,14 @@ use crate::{
         soft_moe::SoftMoeFeedForward,
     },
     routing::MoeInput,
-    support::param::{replaced_in, with_value},
+    support::param::{frozen, replaced_in, with_value},
 };
 
 impl<Dense: DenseFeedForward> UpcycleFromDense<Dense> for MoeFeedForward {
     fn upcycle_from_dense(self, dense: &Dense, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
         // Frozen: compared as at inference, where nothing is dropped by default.
         let activation = self.experts.activation;
-        upcycle_layer(self, activation, dense, options, copy, |model, input| model.clone().freeze().forward(input).output)
+        upcycle_layer(self, activation, dense, options, copy, |model, input| frozen(model).forward(input).output)
     }
 }
 
@@ -51,16 +51,14 @@ fn upcycle_layer<M: Module>(
     copy: impl FnOnce(M, &DenseWeights, UpcycleStrategy, Option<Tensor<2>>) -> Result<(M, UpcycledLayer), UpcycleError>,
     run: impl FnOnce(&M, MoeInput<3>) -> Tensor<3>,
 ) -> Result<Upcycled<M>, UpcycleError> {
-    let weights = dense.dense_weights().map_err(|error| error.for_experts(activation))?;
+    let weights = DenseWeights::of(dense).map_err(|error| error.for_experts(activation))?;
     let d_model = weights.w_in.dims()[0];
     let probe = options.probe.as_ref().map(|probe| probe.tokens(d_model)).transpose()?;
     let calibration = options.calibration_batch()?.map(|batch| batch.tokens(d_model)).transpose()?;
     let calibration = calibration.map(|(tokens, valid)| valid_rows(&tokens, valid.as_ref()));
+    let device = sparse.devices().first().expect("a layer has parameters").clone();
     let (model, layer) = copy(sparse, &weights, options.strategy, calibration)?;
-    let max_deviation = match probe {
-        None => None,
-        Some((tokens, valid)) => Some(compare(&weights, tokens, valid, |input| run(&model, input))?),
-    };
+    let max_deviation = probe.map(|probe| compare(&weights, &probe, &device, |input| run(&model, input))).transpose()?;
     let report = UpcycleReport::with_counts(weights.num_params(), model.num_params(), vec![layer], max_deviation);
     Ok(Upcycled { model, report })
 }
@@ -225,23 +223,23 @@ pub(super) fn replace<const D: usize>(param: Param<Tensor<D>>, value: Tensor<D>)
     replaced_in(param, value.into_data(), (&device, dtype))
 }
 
-/// Largest difference of what `run` makes of the tokens from what the dense network does, over valid ones.
+/// Largest difference of what `run` makes of the tokens on `device` from what the dense network does, over valid ones.
 pub(super) fn compare(
     dense: &DenseWeights,
-    tokens: Tensor<3>,
-    valid: Option<Tensor<2, Bool>>,
+    (tokens, valid): &ProbeTokens,
+    device: &Device,
     run: impl FnOnce(MoeInput<3>) -> Tensor<3>,
 ) -> Result<f64, UpcycleError> {
-    let tokens = tokens.cast(dense.w_in.dtype());
+    let probe = (tokens.clone().cast(dense.w_in.dtype()), valid.clone());
+    let (tokens, valid) = on_device(&probe, &dense.w_in.device());
     let [batch, len, d_model] = tokens.dims();
-    let expected = dense.forward(tokens.clone().reshape([batch * len, d_model])).reshape([batch, len, d_model]);
+    let expected = dense.forward(tokens.reshape([batch * len, d_model])).reshape([batch, len, d_model]);
+    let expected = only_valid(expected, &valid);
+    let (tokens, valid) = on_device(&probe, device);
     let input = MoeInput::new(tokens);
-    let (input, expected) = match valid {
-        None => (input, expected),
-        Some(valid) => {
-            let invalid = valid.clone().bool_not().unsqueeze_dim::<3>(2);
-            (input.valid(valid), expected.mask_fill(invalid, 0.0))
-        }
+    let input = match valid {
+        None => input,
+        Some(valid) => input.valid(valid),
     };
-    deviation("the outputs on the probe batch", expected.detach(), run(input).detach())
+    deviation("the outputs on the probe batch", expected, run(input))
 }

@@ -7,6 +7,7 @@
 mod clip;
 mod cluster;
 mod dense;
+mod encoders;
 mod error;
 mod layer;
 mod many;
@@ -26,8 +27,11 @@ pub use moments::{HasBlocks, upcycle_optimizer};
 pub use reduce::{Reduced, Reduction, ReductionReport, expert_similarity};
 pub use report::{UpcycleReport, UpcycledLayer, UpcycledModel};
 
-use burn::tensor::{Bool, Int, Tensor, TensorData};
+use burn::module::Module;
+use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
+
+use crate::support::param::placed;
 
 /// Takes over the weights of a trained dense module.
 ///
@@ -103,7 +107,7 @@ pub enum UpcycleStrategy {
     },
 }
 
-/// A batch on which a dense and a sparse model are compared, or that experts are made from.
+/// A batch on which a dense and a sparse model are compared, or that experts are made from; on any device.
 #[derive(Clone, Debug)]
 pub enum Probe {
     /// For a layer, a block or an encoder.
@@ -182,12 +186,20 @@ impl Probe {
         Ok((tokens.clone(), valid.clone()))
     }
 
-    /// The batch of a CLIP.
-    #[cfg(feature = "clip")]
-    fn both(&self, clip: &crate::clip::Clip) -> Result<(Tensor<4>, Tensor<2, Int>), UpcycleError> {
+    /// The batch where a module is.
+    fn on<M: Module>(&self, module: &M) -> Self {
+        let devices = module.devices();
+        let Some(device) = devices.first() else { return self.clone() };
         match self {
-            Self::ImagesAndTexts { .. } => Ok((self.images(&clip.vision)?, self.texts(&clip.text)?)),
-            _ => Err(self.is_not("images and texts")),
+            Self::Tokens { tokens, valid } => {
+                let valid = valid.as_ref().map(|valid| placed(valid.clone(), device));
+                Self::Tokens { tokens: placed(tokens.clone(), device), valid }
+            }
+            Self::ImagesAndTexts { images, tokens } => {
+                Self::ImagesAndTexts { images: placed(images.clone(), device), tokens: placed(tokens.clone(), device) }
+            }
+            Self::Images(images) => Self::Images(placed(images.clone(), device)),
+            Self::Texts(tokens) => Self::Texts(placed(tokens.clone(), device)),
         }
     }
 
@@ -224,6 +236,19 @@ impl Probe {
         };
         UpcycleError::Probe { expected, found }
     }
+}
+
+/// Outputs with zeros for padding, which rests on different ground in a dense and a sparse block: a sparse one leaves it alone.
+fn only_valid(outputs: Tensor<3>, valid: &Option<Tensor<2, Bool>>) -> Tensor<3> {
+    match valid {
+        None => outputs,
+        Some(valid) => outputs.mask_fill(valid.clone().bool_not().unsqueeze_dim::<3>(2), 0.0),
+    }
+}
+
+/// Tokens and their flags on another device.
+fn on_device((tokens, valid): &ProbeTokens, device: &Device) -> ProbeTokens {
+    (placed(tokens.clone(), device), valid.as_ref().map(|valid| placed(valid.clone(), device)))
 }
 
 /// Refuses a batch of other sizes than the module takes.

@@ -12,10 +12,10 @@ use crate::{
     },
     routing::{
         MoeInput,
-        assignment::AssignmentConfig,
+        assignment::{AssignmentConfig, GateNormalization},
         router::{Router, RouterScore},
     },
-    support::param::with_value,
+    support::param::{frozen, with_value},
     transformer::{Encoder, FeedForward, Mlp},
 };
 
@@ -106,7 +106,7 @@ impl MoeFeedForward {
             };
         }
         let relative_deviation = calibration.map(|tokens| {
-            let run = |layer: &Self| layer.clone().freeze().forward(MoeInput::new(tokens.clone())).output.detach();
+            let run = |layer: &Self| frozen(layer).forward(MoeInput::new(tokens.clone())).output.detach();
             let (before, after) = (run(self), run(&model));
             let norm = |x: Tensor<2>| f64::from(x.square().sum().sqrt().into_scalar::<f32>());
             norm(after - before.clone()) / norm(before).max(f64::MIN_POSITIVE)
@@ -118,7 +118,7 @@ impl MoeFeedForward {
     /// The weights of the only expert of a layer, plain or gated, those of its output times the scale of gates.
     ///
     /// # Errors
-    /// When there are more experts, or there is a shared one.
+    /// When there are more experts, or there is a shared one, or the gate depends on the token (sigmoid scores that are not normalised).
     pub fn dense(&self) -> Result<DenseWeights, UpcycleError> {
         let experts = &self.experts;
         let [num_experts, _, _] = experts.dims();
@@ -129,10 +129,15 @@ impl MoeFeedForward {
         }
         let bias = |bias: &Option<Param<Tensor<2>>>| bias.as_ref().map(|bias| bias.val().squeeze_dim(0));
         // A dense network has no gate that its output could be multiplied by.
-        let scale = match &self.assignment {
-            AssignmentConfig::TokenChoice(choice) => choice.gate_scale,
-            AssignmentConfig::ExpertChoice(_) => 1.0,
+        let (scale, is_normalized) = match &self.assignment {
+            AssignmentConfig::TokenChoice(choice) => (choice.gate_scale, choice.gate_normalization != GateNormalization::None),
+            AssignmentConfig::ExpertChoice(_) => (1.0, false),
         };
+        // A softmax over one expert is 1, a sigmoid is not.
+        if self.router.score == RouterScore::Sigmoid && !is_normalized {
+            let (dense, sparse) = ("the same for all tokens".into(), "the sigmoid of each token's logit".into());
+            return Err(UpcycleError::Setting { at: String::new(), what: "gate", dense, sparse });
+        }
         Ok(DenseWeights {
             w_in: experts.w_in.val().squeeze_dim(0),
             b_in: bias(&experts.b_in),

@@ -6,6 +6,7 @@ use burn::module::Module;
 use burn::tensor::{FloatDType, Tensor};
 
 use super::UpcycleError;
+use crate::support::param::placed;
 
 /// What became sparse, what it costs, and how far the result is from the dense module.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
@@ -115,9 +116,10 @@ impl fmt::Display for UpcycleReport {
     }
 }
 
-/// Largest absolute difference.
+/// Largest absolute difference of outputs, which may be on different devices.
 pub(super) fn deviation<const R: usize>(what: &str, dense: Tensor<R>, sparse: Tensor<R>) -> Result<f64, UpcycleError> {
-    let difference = (dense - sparse).abs();
+    let device = dense.device().without_autodiff();
+    let difference = (placed(dense, &device) - placed(sparse, &device)).abs();
     if difference.shape().num_elements() == 0 {
         return Ok(0.0);
     }

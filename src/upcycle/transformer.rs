@@ -5,17 +5,21 @@ use burn::nn::{LayerNorm, attention::MultiHeadAttention};
 use burn::tensor::{Bool, Tensor};
 
 use super::{
-    Probe, ProbeTokens, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, Upcycled, UpcycledLayer, report::deviation,
-    source::ExpertSource,
+    Probe, ProbeTokens, UpcycleError, UpcycleFromDense, UpcycleOptions, UpcycleReport, Upcycled, UpcycledLayer, only_valid,
+    report::deviation, source::ExpertSource,
 };
-use crate::transformer::{Encoder, FeedForward, FeedForwardInputs, TokenMarks, TransformerBlock};
+use crate::{
+    support::param::{frozen, with_floats, with_leaves_on},
+    transformer::{Encoder, FeedForward, FeedForwardInputs, TokenMarks, TransformerBlock},
+};
 
 impl UpcycleFromDense<TransformerBlock> for TransformerBlock {
     fn upcycle_from_dense(self, dense: &TransformerBlock, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
-        let probe = options.probe.as_ref().map(|probe| tokens_of(probe, Some(dense))).transpose()?;
+        let dense = &with_floats(dense);
+        options.probe.as_ref().map(|probe| tokens_of(probe, Some(dense))).transpose()?;
         let calibration = options
             .calibration_batch()?
-            .map(|batch| tokens_of(batch, Some(dense)))
+            .map(|batch| tokens_of(&batch.on(dense), Some(dense)))
             .transpose()?
             .map(|(tokens, valid)| FeedForwardInputs { tokens: vec![dense.feed_forward_input(tokens, &marks(&valid))], valid });
         let (model, layer) = block(self, dense, 0, &ExpertSource::Dense { strategy: options.strategy, calibration })?;
@@ -23,34 +27,14 @@ impl UpcycleFromDense<TransformerBlock> for TransformerBlock {
         if layers.is_empty() {
             return Err(UpcycleError::NotSparse);
         }
-        let max_deviation = match probe {
-            None => None,
-            Some((tokens, valid)) => {
-                let run = |block: &Self| block.clone().freeze().forward(tokens.clone(), None, &marks(&valid)).0;
-                Some(compare(run(dense), run(&model), valid.clone())?)
-            }
+        let compare = |probe: &Probe| {
+            let run = |block: &Self| -> Result<_, UpcycleError> {
+                let (tokens, valid) = tokens_of(&probe.on(block), Some(block))?;
+                Ok(only_valid(frozen(block).forward(tokens, None, &marks(&valid)).0, &valid))
+            };
+            deviation("the outputs on the probe batch", run(dense)?, run(&model)?)
         };
-        let report = UpcycleReport::new(dense, &model, layers, max_deviation);
-        Ok(Upcycled { model, report })
-    }
-}
-
-impl UpcycleFromDense<Encoder> for Encoder {
-    fn upcycle_from_dense(self, dense: &Encoder, options: &UpcycleOptions) -> Result<Upcycled<Self>, UpcycleError> {
-        let probe = options.probe.as_ref().map(|probe| tokens_of(probe, dense.blocks.first())).transpose()?;
-        let calibration = options.calibration_batch()?.map(|batch| tokens_of(batch, dense.blocks.first())).transpose()?;
-        let calibration = calibration.map(|(tokens, valid)| dense.feed_forward_inputs(tokens, marks(&valid), false));
-        let (model, layers) = encoder(self, dense, &ExpertSource::Dense { strategy: options.strategy, calibration })?;
-        if layers.is_empty() {
-            return Err(UpcycleError::NotSparse);
-        }
-        let max_deviation = match probe {
-            None => None,
-            Some((tokens, valid)) => {
-                let run = |encoder: &Self| encoder.clone().freeze().forward(tokens.clone(), marks(&valid), false).hidden;
-                Some(compare(run(dense), run(&model), valid.clone())?)
-            }
-        };
+        let max_deviation = options.probe.as_ref().map(compare).transpose()?;
         let report = UpcycleReport::new(dense, &model, layers, max_deviation);
         Ok(Upcycled { model, report })
     }
@@ -64,15 +48,6 @@ pub(super) fn tokens_of(probe: &Probe, block: Option<&TransformerBlock>) -> Resu
         return Err(UpcycleError::Probe { expected, found });
     }
     probe.tokens(block.norm_attention.gamma.dims()[0])
-}
-
-/// Padding rests on different ground in the two (a sparse block leaves it alone), so only valid tokens are compared.
-pub(super) fn compare(dense: Tensor<3>, sparse: Tensor<3>, valid: Option<Tensor<2, Bool>>) -> Result<f64, UpcycleError> {
-    let only_valid = |x: Tensor<3>| match &valid {
-        None => x.detach(),
-        Some(valid) => x.detach().mask_fill(valid.clone().bool_not().unsqueeze_dim::<3>(2), 0.0),
-    };
-    deviation("the outputs on the probe batch", only_valid(dense), only_valid(sparse))
 }
 
 pub(super) fn encoder(
@@ -158,13 +133,11 @@ fn attention(target: &mut MultiHeadAttention, source: &MultiHeadAttention) -> Re
     Ok(())
 }
 
-/// The source on the target's device. Parameters keep the source's identity, so that records and optimiser states of the dense
-/// model still find them.
+/// The source where the target is. Parameters keep the source's identity, so that records and optimiser states of the dense
+/// model still find them, and are trained if the source's are.
 pub(super) fn same_place<M: Module>(source: &M, target: &M) -> M {
-    // Packed weights would never be trained.
-    let source = source.clone().materialize();
     match target.devices().first() {
-        Some(device) => source.fork(device),
-        None => source,
+        Some(device) => with_leaves_on(source.clone(), device),
+        None => source.clone(),
     }
 }

@@ -2,7 +2,7 @@
 
 use burn::config::Config;
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, FloatDType, Tensor};
 use burn_moe::{
     AuxiliaryLossConfig, BalancingOptions, BalancingRule, Capacity, GateNormalization, MoeFeedForward, MoeFeedForwardConfig,
     RouterOptions, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
@@ -13,7 +13,11 @@ use burn_moe::{
     upcycle::{Probe, Reduction},
 };
 
-use super::support::{largest_difference, numbers, values};
+use super::{
+    burns_own::quantizer,
+    edge_cases::cast,
+    support::{largest_difference, numbers, values},
+};
 
 /// Tokens of width 6, of which the last number is always 1.
 fn tokens(count: usize, seed: u64, device: &Device) -> Tensor<2> {
@@ -220,4 +224,28 @@ fn a_record_of_burn_holds_the_state_of_balancing() {
     config.save(&json).unwrap();
     let back = MoeFeedForwardConfig::load(&json).unwrap();
     assert_eq!(back.router, config.router);
+}
+
+#[test]
+fn the_state_of_balancing_is_kept_in_32_bits_in_a_module_of_16() {
+    for device in [Device::default(), Device::default().autodiff()] {
+        for dtype in [FloatDType::BF16, FloatDType::F16] {
+            let options = BalancingOptions::new(2f64.powi(-10)).with_momentum(0.5).with_warmup_steps(512);
+            let router = RouterOptions::new().with_balancing(Some(options));
+            let layer = cast(MoeFeedForwardConfig::new(6, 10, 2).with_router(router).init(&device), dtype);
+            let mut layers = [layer.router.clone(), layer.router.quantize_weights(&mut quantizer())];
+            for _ in 0..2000 {
+                layers = layers.map(|router| router.update_balancing_bias(&[3, 1]));
+            }
+            for router in layers {
+                let state = |param: &Option<Param<Tensor<1>>>| param.as_ref().unwrap().val();
+                // The rate rises over 512 steps, and stays for the others; the mean of equal directions is nearly theirs.
+                let expected = (513.0 / 2.0 + 1488.0) / 1024.0;
+                let bias = values(&state(&router.balancing_bias));
+                assert!((bias[0] + expected).abs() < 1e-3 && (bias[1] - expected).abs() < 1e-3, "{bias:?} {expected}");
+                assert_eq!(values(&state(&router.balancing_warmup)), [1.0]);
+                assert_eq!(state(&router.balancing_momentum).dtype(), DType::F32);
+            }
+        }
+    }
 }

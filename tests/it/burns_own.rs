@@ -1,24 +1,25 @@
 //! burn's own tools on our modules: quantization of weights, LoRA, and gradient checkpointing.
 
-use burn::module::{Lora, Module, ModuleMapper, ModuleVisitor, Param, ParamGroup, Quantizer};
+use burn::module::{Lora, Module, ModuleMapper, ModuleVisitor, Param, ParamGroup, Quantizer, Reparameterization};
 use burn::tensor::{
-    Device, Gradients, Int, Tensor,
+    DType, Device, FloatDType, Gradients, Int, Tensor,
     quantization::{Calibration, QuantScheme},
 };
 use burn_moe::{
     AssignmentConfig, AuxiliaryLossConfig, BalancingOptions, ExpertChoiceConfig, ExpertLora, ExpertOptions, FeedForwardForm,
     LoraOptions, MoeFeedForward, MoeFeedForwardConfig, RouterOptions, SoftMoeFeedForwardConfig, TokenChoiceConfig,
+    UpcycleFromDense, UpcycleOptions,
     clip::{Clip, ClipConfig, Pooling, SparseClipConfig, TextConfig, VisionConfig, contrastive_loss},
     kernels::{Kernels, with_kernels},
     transformer::{EncoderConfig, MlpConfig, RotaryPositions, RoutedLayerConfig, SparseEncoderConfig},
 };
 
 use super::{
-    edge_cases::panic_of,
+    edge_cases::{cast, panic_of},
     support::{numbers, values},
 };
 
-fn quantizer() -> Quantizer {
+pub(crate) fn quantizer() -> Quantizer {
     Quantizer::new(Calibration::MinMax, QuantScheme::default())
 }
 
@@ -136,6 +137,58 @@ fn adapters_of_experts_are_a_low_rank_change_and_only_they_are_trained() {
             }
         }
     }
+}
+
+#[test]
+fn adapters_have_the_number_type_of_their_weights() {
+    let device = Device::default().autodiff();
+    for dtype in [FloatDType::F16, FloatDType::BF16] {
+        let dense = cast(MlpConfig::new(16, 24).init(&device), dtype);
+        let layer = MoeFeedForwardConfig::new(16, 24, 4).init(&device);
+        let mut layer = layer.upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap().model;
+        layer.experts = layer.experts.with_lora(&LoraOptions::new());
+        let x = numbers::<2>([20, 16], 3, &device).cast(dtype);
+        let output = layer.forward(x.clone()).output;
+        let lora = layer.experts.w_in.reparameterization::<ExpertLora>().unwrap();
+        let (a, b) = (lora.a.val(), lora.b.val());
+        assert!([output.dtype(), a.dtype(), b.dtype()].iter().all(|found| *found == DType::from(dtype)));
+        assert!(b.grad(&output.clone().square().sum().backward()).is_some());
+        let merged = layer.clone().materialize();
+        assert_eq!(merged.experts.w_in.val().dtype(), DType::from(dtype));
+        assert_eq!(values(&merged.forward(x).output), values(&output));
+        // Adapters of another type than the weight, as of a record that was made before, are merged in theirs.
+        let wide = ExpertLora {
+            a: lora.a.clone().map(|a| a.cast(FloatDType::F32).detach()),
+            b: lora.b.clone().map(|b| b.cast(FloatDType::F32).detach()),
+            scale: 1.0,
+        };
+        assert_eq!(wide.apply(layer.experts.w_in.base()).dtype(), DType::F32);
+    }
+}
+
+#[test]
+fn a_model_of_which_a_clone_gets_adapters_is_trained_as_before() {
+    fn frozen<M: Module>(module: &M) -> usize {
+        struct Frozen(usize);
+        impl ModuleVisitor for Frozen {
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                self.0 += usize::from(!param.val().is_require_grad());
+            }
+        }
+        let mut frozen = Frozen(0);
+        module.visit(&mut frozen);
+        frozen.0
+    }
+    let device = Device::default().autodiff();
+    let experts = MoeFeedForwardConfig::new(16, 24, 4).with_experts(ExpertOptions::swiglu()).init(&device).experts;
+    let adapted = experts.clone().with_lora(&LoraOptions::new());
+    assert_eq!((frozen(&experts), frozen(&adapted)), (0, 6));
+    let encoder = || EncoderConfig::new(8, 2, 2, 16);
+    let text = TextConfig::new(encoder()).with_vocab_size(50).with_context_length(6);
+    let config = ClipConfig::new(VisionConfig::new(encoder(), 8, 4), text, 10).sparse(SparseClipConfig::clip_up());
+    let model = config.init(&device);
+    let adapted = model.clone().with_lora(&LoraOptions::new());
+    assert!(frozen(&model) == 0 && frozen(&adapted) > 0);
 }
 
 #[test]

@@ -12,13 +12,13 @@ use burn_moe::{
     TokenGroups, UpcycleFromDense, UpcycleOptions,
     clip::{ClipConfig, SparseClipConfig, TextConfig, VisionConfig, tokenizer::ClipTokenizer},
     kernels::{Kernels, with_kernels},
-    routing::{AssignmentInput, DispatchPlan, Dispatcher, Phase, TokenMask},
+    routing::{AssignmentInput, BatchTotals, DispatchPlan, Dispatcher, Phase, TokenMask},
     stats::RoutingStats,
     transformer::{EncoderConfig, MlpConfig},
     upcycle::{Probe, Rest, RouterStart, UpcycleFromMany, UpcycleManyOptions},
 };
 
-use super::support::{numbers, values};
+use super::support::{largest_difference, numbers, values};
 
 fn flags<const N: usize>(flags: [bool; N]) -> Option<TokenMask> {
     Some(TokenMask::new(Tensor::<1, Bool>::from_data(flags, &Device::default())))
@@ -117,6 +117,34 @@ fn statistics_leave_tokens_out_that_are_not_finite() {
 }
 
 #[test]
+fn micro_batches_with_tokens_that_are_not_finite_make_up_the_batch() {
+    let layer = trained(RouterScore::Softmax, false);
+    let device = Device::default().autodiff();
+    let mut x = values(&numbers::<2>([12, 6], 8, &device));
+    x[..4 * 6].fill(f32::NAN);
+    x[7 * 6] = f32::INFINITY;
+    let x = Tensor::<1>::from_floats(&x[..], &device).reshape([12, 6]);
+    let loss = AuxiliaryLossConfig::new().with_local_entropy(0.1).init();
+    let gradient = |loss: &Tensor<1>| values(&layer.router.weight.val().grad(&loss.backward()).unwrap());
+    let route = |x: Tensor<2>| layer.forward(x).routing;
+    let whole = loss.forward(&[route(x.clone())]).total;
+    // The second is not finite as a whole.
+    let parts = [(4, 3), (0, 4), (7, 5)].map(|(first, count)| route(x.clone().narrow(0, first, count)));
+    let mut totals = BatchTotals::default();
+    parts.iter().for_each(|part| totals.add(std::slice::from_ref(part)));
+    assert_eq!(totals.tokens, [7]);
+    let sum = parts.iter().map(|part| loss.forward_micro_batch(std::slice::from_ref(part), &totals)).reduce(|a, b| a + b).unwrap();
+    assert!((values(&whole)[0] - values(&sum)[0]).abs() < 1e-6, "{:?} {:?}", values(&whole), values(&sum));
+    assert!(largest_difference(&gradient(&whole), &gradient(&sum)) < 1e-6);
+
+    let stats = parts.each_ref().map(RoutingStats::new);
+    assert_eq!(stats.each_ref().map(|stats| (stats.num_valid, stats.num_counted)), [(3, 3), (4, 0), (5, 4)]);
+    let (mean, expected) = (RoutingStats::mean(&stats).unwrap(), RoutingStats::new(&route(x)));
+    assert!((mean.confidence - expected.confidence).abs() < 1e-6 && (mean.load[0] - expected.load[0]).abs() < 1e-6, "{mean:?}");
+    assert_eq!((mean.num_valid, mean.num_counted), (12, 7));
+}
+
+#[test]
 fn a_batch_without_tokens_comes_out_empty() {
     for device in [Device::default(), Device::default().autodiff()] {
         for kernels in [Kernels::Fastest, Kernels::Reference] {
@@ -177,7 +205,7 @@ fn a_loss_in_half_precision_takes_the_auxiliary_losses() {
 }
 
 /// A module with its numbers in another type.
-fn cast<M: Module>(module: M, dtype: FloatDType) -> M {
+pub(crate) fn cast<M: Module>(module: M, dtype: FloatDType) -> M {
     struct Cast(FloatDType);
     impl burn::module::ModuleMapper for Cast {
         fn map_float<const D: usize>(&mut self, param: burn::module::Param<Tensor<D>>) -> burn::module::Param<Tensor<D>> {

@@ -2,14 +2,17 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_moe::{
-    AssignmentConfig, AuxiliaryLossConfig, GateNormalization, MoeFeedForwardConfig, MoeInput, RouterOptions, RouterScore, Routing,
-    TokenChoiceConfig,
+    AssignmentConfig, AuxiliaryLossConfig, ExpertChoiceConfig, GateNormalization, MoeFeedForwardConfig, MoeInput, RouterOptions,
+    RouterScore, Routing, TokenChoiceConfig,
     clip::ClipAuxiliaryLossConfig,
     loss::{global_entropy_loss, importance_loss, load_balancing_loss, load_loss, local_entropy_loss, router_z_loss},
-    routing::{AssignmentInput, Phase, RouterOutput, TokenMask},
+    routing::{AssignmentInput, DispatchPlan, Phase, RouterOutput, TokenMask},
 };
 
-use super::support::{mask, numbers, values};
+use super::{
+    edge_cases::panic_of,
+    support::{mask, numbers, values},
+};
 
 fn routing<const T: usize, const E: usize>(probs: [[f32; E]; T], top_k: usize) -> Routing {
     let device = Device::default();
@@ -61,6 +64,23 @@ fn load_has_the_value_of_vmoe() {
 #[should_panic(expected = "the load loss needs router noise: `RouterOptions::noise` above 0, in training")]
 fn load_without_noise_is_refused() {
     load_loss(&routing([[0.5, 0.3, 0.2]; 3], 2));
+}
+
+#[test]
+fn load_of_tokens_that_do_not_choose_is_refused() {
+    let device = Device::default();
+    let with_noise = |plan: DispatchPlan| {
+        let zeros = Tensor::<2>::zeros([2, 3], &device);
+        Routing::new(RouterOutput { noise_std: Some(0.5), ..RouterOutput::new(zeros.clone(), zeros) }, plan)
+    };
+    let scores = AssignmentInput::new(Tensor::ones([2, 3], &device), Phase::Training);
+    let by_experts = AssignmentConfig::from(ExpertChoiceConfig::new()).assign(&scores);
+    let four_choices = DispatchPlan::from_choices(3, Tensor::zeros([2, 4], &device), Tensor::ones([2, 4], &device));
+    for (plan, choices) in [(by_experts, 3), (four_choices, 4)] {
+        let text = format!("this plan has {choices} choices of each token among 3 experts");
+        let panic = panic_of(|| load_loss(&with_noise(plan)));
+        assert!(panic.contains(&text), "{panic}");
+    }
 }
 
 #[test]

@@ -5,8 +5,9 @@ use burn::nn::{Linear, LinearConfig, activation::ActivationConfig, transformer::
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Bool, Device, Int, Tensor};
 use burn_moe::{
-    Activation, BalancingOptions, Capacity, ExpertOptions, FeedForwardForm, GateNormalization, MoeFeedForwardConfig, RouterOptions,
-    RouterScore, SoftMoeFeedForwardConfig, TokenChoiceConfig, UpcycleFromDense, UpcycleOptions,
+    Activation, AssignmentConfig, BalancingOptions, Capacity, ExpertChoiceConfig, ExpertOptions, FeedForwardForm,
+    GateNormalization, MoeFeedForwardConfig, RouterOptions, RouterScore, SoftMoeFeedForwardConfig, TokenChoiceConfig,
+    UpcycleFromDense, UpcycleOptions,
     clip::{Clip, ClipConfig, EndOfText, SparseClipConfig, TextConfig, VisionConfig},
     transformer::{Encoder, EncoderConfig, MlpConfig, RoutedLayerConfig, SparseEncoderConfig, TokenMarks},
     upcycle::{
@@ -387,6 +388,32 @@ fn a_layer_of_sigmoid_scores_is_averaged_too() {
     let sparse = sparse.upcycle_from_dense(&dense, &UpcycleOptions::default()).unwrap().model;
     let average = sparse.reduce(&Reduction::Average, &[0.25; 4], Some(numbers([9, 6], 3, &device))).unwrap();
     assert!(average.report.relative_deviation.unwrap() < 1e-6, "{:?}", average.report);
+}
+
+#[test]
+fn a_layer_whose_gate_depends_on_the_token_is_no_dense_network() {
+    let device = Device::default();
+    let x = numbers([9, 6], 3, &device);
+    let layer = |score, assignment: AssignmentConfig| {
+        let router = RouterOptions::new().with_score(score).with_init_std(1.0);
+        MoeFeedForwardConfig::new(6, 24, 1).with_router(router).with_assignment(assignment).init(&device)
+    };
+    let by = |gates| TokenChoiceConfig::new().with_top_k(1).with_gate_normalization(gates).into();
+    for (score, assignment) in [
+        (RouterScore::Softmax, by(GateNormalization::None)),
+        (RouterScore::Sigmoid, by(GateNormalization::ConstantOne)),
+        (RouterScore::Softmax, ExpertChoiceConfig::new().into()),
+    ] {
+        let layer = layer(score, assignment);
+        let difference =
+            largest_difference(&values(&layer.dense().unwrap().forward(x.clone())), &values(&layer.forward(x.clone()).output));
+        assert!(difference < 1e-6, "{difference}");
+    }
+    for assignment in [by(GateNormalization::None), ExpertChoiceConfig::new().into()] {
+        let error = layer(RouterScore::Sigmoid, assignment).dense().unwrap_err();
+        let text = "`gate` is the same for all tokens in the dense module and the sigmoid of each token's logit in the sparse one";
+        assert_eq!(error.to_string(), text);
+    }
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::{
 /// [arXiv 2202.09368](https://arxiv.org/abs/2202.09368)). The gate is the probability, not normalised.
 ///
 /// Loads are equal by construction, and a token may have any number of experts, none included. Who is chosen depends on the
-/// other tokens of the group: with [`TokenGroups::PerSample`], which the CLIP towers set, not on other samples. A causal model leaks
+/// other tokens of the group: with [`TokenGroups::PerSample`], which encoders and towers set instead of `Whole`, not on other samples. A causal model leaks
 /// the future through it.
 ///
 /// Ties go to the lower token index. An expert's rows are in descending probability.

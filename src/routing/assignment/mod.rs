@@ -224,7 +224,8 @@ impl AssignmentConfig {
         }
     }
 
-    /// The same, with samples as groups where a result would otherwise depend on other samples at inference.
+    /// The same, with samples as groups where experts would otherwise choose in the whole batch, so that a result would depend on other samples at
+    /// inference. Groups of a size that was set stay.
     pub(crate) fn independent_of_batch(mut self) -> Self {
         if let Self::ExpertChoice(config) = &mut self
             && config.groups == TokenGroups::Whole
@@ -254,5 +255,22 @@ impl AssignmentConfig {
             Self::TokenChoice(config) => config.assign(input, self.capacity(input.phase)),
             Self::ExpertChoice(config) => config.assign(input),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_choice_in_the_whole_batch_becomes_one_within_samples() {
+        let groups = |groups| match AssignmentConfig::from(ExpertChoiceConfig::new().with_groups(groups)).independent_of_batch() {
+            AssignmentConfig::ExpertChoice(config) => config.groups,
+            AssignmentConfig::TokenChoice(_) => unreachable!("the rule stays"),
+        };
+        assert_eq!(groups(TokenGroups::Whole), TokenGroups::PerSample);
+        assert_eq!(groups(TokenGroups::OfSize(3)), TokenGroups::OfSize(3));
+        let token_choice = AssignmentConfig::default();
+        assert_eq!(token_choice.clone().independent_of_batch(), token_choice);
     }
 }

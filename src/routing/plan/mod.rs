@@ -251,11 +251,7 @@ impl DispatchPlan {
                 let requested = chosen.equal(experts).float().cast(DType::F32).sum_dim(0);
                 requested.clone() / requested.sum().clamp_min(1.0).unsqueeze_dim(1)
             }
-            Slots::Host(host) => {
-                let total = host.requested.iter().sum::<usize>().max(1) as f32;
-                let share: Vec<f32> = host.requested.iter().map(|&requested| requested as f32 / total).collect();
-                Tensor::from_data(TensorData::new(share, [1, self.num_experts]), (device, DType::F32))
-            }
+            Slots::Host(host) => share_of(&host.requested, device),
         }
     }
 
@@ -270,6 +266,13 @@ impl DispatchPlan {
             choice_row: int_tensor(self.choice_row().to_vec(), device),
         }
     }
+}
+
+/// Share of all counts, `[1, E]`, f32; zeros when all are.
+pub(super) fn share_of(counts: &[usize], device: &Device) -> Tensor<2> {
+    let total = counts.iter().sum::<usize>().max(1) as f32;
+    let share: Vec<f32> = counts.iter().map(|&count| count as f32 / total).collect();
+    Tensor::from_data(TensorData::new(share, [1, counts.len()]), (device, DType::F32))
 }
 
 #[cfg(test)]

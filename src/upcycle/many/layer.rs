@@ -1,12 +1,13 @@
 //! One layer with the feed-forward networks of several models.
 
 use burn::module::Module;
-use burn::tensor::{Bool, Device, FloatDType, Int, Tensor};
+use burn::tensor::{Device, FloatDType, Int, Tensor};
 
 use super::{RouterStart, UpcycleFromMany, UpcycleManyOptions};
 use crate::{
     layer::moe::MoeFeedForward,
     routing::{DispatchPlan, Phase},
+    support::param::{frozen, placed},
     upcycle::{
         DenseFeedForward, DenseWeights, ProbeTokens, UpcycleError, UpcycleReport, Upcycled, UpcycledLayer, UpcycledModel,
         cluster::centroids,
@@ -24,7 +25,7 @@ impl<Dense: DenseFeedForward + ?Sized> UpcycleFromMany<Dense> for MoeFeedForward
         let mut weights = Vec::new();
         for (index, dense) in dense.iter().enumerate() {
             let of_model = |error: UpcycleError| error.for_experts(self.experts.activation).of_model(index);
-            let dense = dense.dense_weights().map_err(of_model)?;
+            let dense = DenseWeights::of(*dense).map_err(of_model)?;
             check_copies(&self, &dense).map_err(of_model)?;
             weights.push(dense);
         }
@@ -44,11 +45,11 @@ impl<Dense: DenseFeedForward + ?Sized> UpcycleFromMany<Dense> for MoeFeedForward
         let (model, layer) = copy_many(self, &weights, columns)?;
 
         let mut models = vec![UpcycledModel::default(); dense.len()];
-        let frozen = model.clone().freeze();
-        for (index, (tokens, valid)) in probes.into_iter().enumerate() {
+        let (sparse, device) = (frozen(&model), model.router.weight.lazy_device());
+        for (index, probe) in probes.into_iter().enumerate() {
             let (only, dense) = (OnlyModel { index, models: dense.len() }, &weights[index]);
-            let compared = only.compare_layer(&frozen, dense, &tokens, &valid).and_then(|report| {
-                let routed = compare(dense, tokens, valid, |input| frozen.forward(input).output)?;
+            let compared = only.compare_layer(&sparse, dense, &probe).and_then(|report| {
+                let routed = compare(dense, &probe, &device, |input| sparse.forward(input).output)?;
                 let own = report.layer_deviations.first().copied();
                 Ok(UpcycledModel { own_experts_deviation: own, max_deviation: Some(routed), ..report })
             });
@@ -100,7 +101,7 @@ pub(super) fn centroids_of_model(tokens: Tensor<2>, count: usize) -> Result<Tens
 
 /// Sends tokens to the experts of one model and to no other.
 #[derive(Clone, Copy)]
-pub(super) struct OnlyModel {
+pub(in crate::upcycle) struct OnlyModel {
     pub index: usize,
     pub models: usize,
 }
@@ -118,20 +119,21 @@ impl OnlyModel {
         self,
         layer: &MoeFeedForward,
         dense: &DenseWeights,
-        tokens: &Tensor<3>,
-        valid: &Option<Tensor<2, Bool>>,
+        probe: &ProbeTokens,
     ) -> Result<UpcycledModel, UpcycleError> {
-        let ([num_experts, d_model, _], [batch, len, _]) = (layer.experts.dims(), tokens.dims());
-        let plan = self.plan(num_experts, batch * len, &tokens.device());
-        let deviation = compare(dense, tokens.clone(), valid.clone(), |input| layer.forward_with(input, &plan))?;
+        let ([num_experts, d_model, _], [batch, len, _]) = (layer.experts.dims(), probe.0.dims());
+        let device = layer.router.weight.lazy_device();
+        let plan = self.plan(num_experts, batch * len, &device);
+        let deviation = compare(dense, probe, &device, |input| layer.forward_with(input, &plan))?;
 
-        let scores = layer.router.forward(tokens.clone().reshape([batch * len, d_model]), Phase::Inference).scores;
+        let tokens = placed(probe.0.clone(), &device).reshape([batch * len, d_model]);
+        let scores = layer.router.forward(tokens, Phase::Inference).scores;
         let scores: Vec<f32> = scores.detach().try_into_vec_as().expect("scores are floats");
         let is_first = |scores: &[f32]| {
             let first = (1..num_experts).fold(0, |first, expert| if scores[expert] > scores[first] { expert } else { first });
             first * self.models / num_experts == self.index
         };
-        let valid = valid.as_ref().map(|valid| valid.clone().into_data().iter::<bool>().collect::<Vec<bool>>());
+        let valid = probe.1.as_ref().map(|valid| valid.clone().into_data().iter::<bool>().collect::<Vec<bool>>());
         let rows = scores.chunks_exact(num_experts).enumerate();
         let firsts: Vec<bool> =
             rows.filter(|(row, _)| valid.as_ref().is_none_or(|valid| valid[*row])).map(|(_, scores)| is_first(scores)).collect();

@@ -4,7 +4,7 @@ mod average;
 mod layer;
 mod models;
 
-pub(super) use layer::{copy_many, experts_per_model};
+pub(super) use layer::{OnlyModel, copy_many, experts_per_model};
 
 use serde::{Deserialize, Serialize};
 

@@ -1,8 +1,5 @@
 //! Encoders, towers and CLIPs with the feed-forward networks of several models.
 
-use std::fmt::Display;
-
-use burn::module::Module;
 use burn::tensor::Tensor;
 
 use super::{
@@ -12,15 +9,14 @@ use super::{
 };
 #[cfg(feature = "clip")]
 use crate::clip::{Clip, TextTower, VisionTower};
-#[cfg(feature = "clip")]
-use crate::upcycle::clip::{clip, image_deviation, text, text_deviation, vision};
 use crate::{
     routing::{Routing, router::RouterOutput},
+    support::param::{frozen, with_floats},
     transformer::{BlockTokens, Encoder, FeedForward, FeedForwardInputs},
     upcycle::{
-        DenseFeedForward, Probe, UpcycleError, UpcycleReport, Upcycled, UpcycledLayer, UpcycledModel,
+        DenseFeedForward, Probe, UpcycleError, UpcycleReport, Upcycled, UpcycledModel,
+        encoders::Encoders,
         source::{BlockCentroids, ExpertSource, dense_network},
-        transformer::{compare, encoder, marks, tokens_of},
         valid_rows,
     },
 };
@@ -55,24 +51,11 @@ impl UpcycleFromMany<TextTower> for TextTower {
     }
 }
 
-/// A module of one or more encoders, dense or sparse.
-trait Encoders: Module + Display {
-    /// The encoders, always in this order.
-    fn encoders(&self) -> Vec<&Encoder>;
-
-    /// Takes everything over from `rest`, but the experts of each encoder from its source; returns the layers that became sparse.
-    fn take_over(&mut self, rest: &Self, experts: &[ExpertSource]) -> Result<Vec<UpcycledLayer>, UpcycleError>;
-
-    /// What the feed-forward networks of each encoder read.
-    fn inputs(&self, probe: &Probe) -> Result<Vec<FeedForwardInputs>, UpcycleError>;
-
-    /// How far the outputs of a sparse module are from those of a dense one, as its routers decide or through the experts of one model only.
-    fn deviation(&self, dense: &Self, probe: &Probe, only: Option<OnlyModel>) -> Result<f64, UpcycleError>;
-}
-
 fn upcycle<M: Encoders>(mut sparse: M, dense: &[&M], options: &UpcycleManyOptions) -> Result<Upcycled<M>, UpcycleError> {
     let models = dense.len();
     options.check(models)?;
+    let dense: Vec<M> = dense.iter().map(|dense| with_floats(*dense)).collect();
+    let dense: &[&M] = &dense.iter().collect::<Vec<_>>();
     for (index, dense) in dense.iter().enumerate() {
         let sources: Vec<ExpertSource> = sparse.encoders().iter().map(|_| ExpertSource::CheckOnly { models }).collect();
         sparse.clone().take_over(dense, &sources).map_err(|error| error.of_model(index))?;
@@ -132,7 +115,7 @@ fn compare_with_model<M: Encoders>(sparse: &M, dense: &M, probe: &Probe, only: O
         for (index, tokens) in inputs.tokens.iter().enumerate() {
             let FeedForward::Moe(moe) = &sparse.blocks[index].feed_forward else { continue };
             let dense = dense_network(dense, index).dense_weights()?;
-            let layer = only.compare_layer(&moe.clone().freeze(), &dense, tokens, &inputs.valid)?;
+            let layer = only.compare_layer(&frozen(moe), &dense, &(tokens.clone(), inputs.valid.clone()))?;
             report.layer_deviations.extend(layer.layer_deviations);
             report.first_choices.extend(layer.first_choices);
         }
@@ -142,7 +125,7 @@ fn compare_with_model<M: Encoders>(sparse: &M, dense: &M, probe: &Probe, only: O
 
 impl OnlyModel {
     /// A router for the blocks of `sparse`.
-    fn router(self, sparse: &Encoder) -> impl FnMut(BlockTokens) -> Routing {
+    pub(in crate::upcycle) fn router(self, sparse: &Encoder) -> impl FnMut(BlockTokens) -> Routing {
         move |input: BlockTokens| {
             let FeedForward::Moe(moe) = &sparse.blocks[input.block].feed_forward else { unreachable!("only such blocks route") };
             let ([num_experts, _, _], [batch, len, _]) = (moe.experts.dims(), input.tokens.dims());
@@ -152,102 +135,5 @@ impl OnlyModel {
             let unused = Tensor::zeros([batch * len, num_experts], &device);
             Routing::new(RouterOutput::new(unused.clone(), unused), plan)
         }
-    }
-}
-
-impl Encoders for Encoder {
-    fn encoders(&self) -> Vec<&Encoder> {
-        vec![self]
-    }
-
-    fn take_over(&mut self, rest: &Self, experts: &[ExpertSource]) -> Result<Vec<UpcycledLayer>, UpcycleError> {
-        let (model, layers) = encoder(self.clone(), rest, &experts[0])?;
-        *self = model;
-        Ok(layers)
-    }
-
-    fn inputs(&self, probe: &Probe) -> Result<Vec<FeedForwardInputs>, UpcycleError> {
-        let (tokens, valid) = tokens_of(probe, self.blocks.first())?;
-        Ok(vec![self.feed_forward_inputs(tokens, marks(&valid), false)])
-    }
-
-    fn deviation(&self, dense: &Self, probe: &Probe, only: Option<OnlyModel>) -> Result<f64, UpcycleError> {
-        let (tokens, valid) = tokens_of(probe, dense.blocks.first())?;
-        let expected = dense.clone().freeze().forward(tokens.clone(), marks(&valid), false).hidden;
-        let sparse = self.clone().freeze();
-        let found = match only {
-            None => sparse.forward(tokens, marks(&valid), false),
-            Some(only) => sparse.forward_with(tokens, marks(&valid), false, &mut only.router(self)),
-        };
-        compare(expected, found.hidden, valid)
-    }
-}
-
-#[cfg(feature = "clip")]
-impl Encoders for VisionTower {
-    fn encoders(&self) -> Vec<&Encoder> {
-        vec![&self.encoder]
-    }
-
-    fn take_over(&mut self, rest: &Self, experts: &[ExpertSource]) -> Result<Vec<UpcycledLayer>, UpcycleError> {
-        vision(self, rest, &experts[0])
-    }
-
-    fn inputs(&self, probe: &Probe) -> Result<Vec<FeedForwardInputs>, UpcycleError> {
-        let images = probe.images(self)?.cast(self.patch_embedding.weight.dtype());
-        Ok(vec![self.feed_forward_inputs(images)])
-    }
-
-    fn deviation(&self, dense: &Self, probe: &Probe, only: Option<OnlyModel>) -> Result<f64, UpcycleError> {
-        let images = probe.images(dense)?;
-        match only {
-            None => image_deviation(dense, self, images, None),
-            Some(only) => image_deviation(dense, self, images, Some(&mut only.router(&self.encoder))),
-        }
-    }
-}
-
-#[cfg(feature = "clip")]
-impl Encoders for TextTower {
-    fn encoders(&self) -> Vec<&Encoder> {
-        vec![&self.encoder]
-    }
-
-    fn take_over(&mut self, rest: &Self, experts: &[ExpertSource]) -> Result<Vec<UpcycledLayer>, UpcycleError> {
-        text(self, rest, &experts[0])
-    }
-
-    fn inputs(&self, probe: &Probe) -> Result<Vec<FeedForwardInputs>, UpcycleError> {
-        Ok(vec![self.feed_forward_inputs(probe.texts(self)?)])
-    }
-
-    fn deviation(&self, dense: &Self, probe: &Probe, only: Option<OnlyModel>) -> Result<f64, UpcycleError> {
-        let tokens = probe.texts(dense)?;
-        match only {
-            None => text_deviation(dense, self, tokens, None),
-            Some(only) => text_deviation(dense, self, tokens, Some(&mut only.router(&self.encoder))),
-        }
-    }
-}
-
-#[cfg(feature = "clip")]
-impl Encoders for Clip {
-    fn encoders(&self) -> Vec<&Encoder> {
-        vec![&self.vision.encoder, &self.text.encoder]
-    }
-
-    fn take_over(&mut self, rest: &Self, experts: &[ExpertSource]) -> Result<Vec<UpcycledLayer>, UpcycleError> {
-        clip(self, rest, [&experts[0], &experts[1]])
-    }
-
-    fn inputs(&self, probe: &Probe) -> Result<Vec<FeedForwardInputs>, UpcycleError> {
-        probe.both(self)?;
-        Ok([self.vision.inputs(probe)?, self.text.inputs(probe)?].concat())
-    }
-
-    fn deviation(&self, dense: &Self, probe: &Probe, only: Option<OnlyModel>) -> Result<f64, UpcycleError> {
-        probe.both(dense)?;
-        let image = self.vision.deviation(&dense.vision, probe, only)?;
-        Ok(image.max(self.text.deviation(&dense.text, probe, only)?))
     }
 }

@@ -44,6 +44,9 @@ impl Pickle {
             let entry = archive.by_index_raw(index).map_err(read)?;
             let (name, bytes) = (entry.name().map_err(read)?, entry.size());
             // The weights lie apart, in `data/`.
+            if name.ends_with("constants.pkl") {
+                return Err(torch_script(path));
+            }
             if name.ends_with(".pkl") && bytes > LONGEST_PICKLE {
                 return Err(bad(format!("its {name} has {bytes} bytes; at most {LONGEST_PICKLE} are read")));
             }
@@ -93,6 +96,16 @@ fn dtype(dtype: DType) -> Dtype {
         DType::U16 => Dtype::U16,
         DType::Bool => Dtype::BOOL,
     }
+}
+
+/// What is said of a program of TorchScript, as OpenAI publishes its models: its weights have to be taken out by PyTorch.
+fn torch_script(path: &Path) -> CheckpointError {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let reason = format!(
+        "it is a TorchScript archive, as OpenAI's are; write its weights alone, in Python: `import torch; \
+         d = torch.jit.load(\"{name}\", map_location=\"cpu\").state_dict(); torch.save(d, \"{name}\")`"
+    );
+    CheckpointError::Pickle { path: path.to_path_buf(), reason }
 }
 
 /// How to write the weights so that they can be read.

@@ -40,7 +40,8 @@ impl std::fmt::Debug for ClipTokenizer {
 pub enum TokenizerMismatch {
     /// The model's token ids are not those of the tokenizer.
     #[error(
-        "the model's {model} token ids are not known to be those of CLIP's tokenizer ({} ids, or its first merges): this model was trained with another tokenizer",
+        "the model's {model} token ids are not known to be those of CLIP's tokenizer ({} ids, or its first merges): this model was trained with another \
+         tokenizer, by its number of ids or by the files beside it (`merges.txt`, `tokenizer.json`, `tokenizer_config.json`, `bpe_path`)",
         ClipTokenizer::VOCAB_SIZE
     )]
     Vocabulary {

@@ -6,10 +6,11 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{
-    config::{ConfigFileError, Result},
+    config::{ConfigFileError, Known, Result, Section, Side},
     format::{Described, Format},
-    open_clip::{MERGES, refuse_unknown},
+    open_clip::MERGES,
     table::{Constant, Entry, Form, Table},
+    tokenizer::TokenizerFiles,
 };
 use crate::{
     clip::{
@@ -87,24 +88,6 @@ struct TokenizerKwargs {
     bpe_path: Option<String>,
 }
 
-/// Of a square, or of an area of two equal sides.
-#[derive(Clone, Copy, Deserialize)]
-#[serde(untagged)]
-enum Side {
-    Square(usize),
-    Both([usize; 2]),
-}
-
-impl Side {
-    fn of_square(self, field: &str) -> Result<usize> {
-        match self {
-            Self::Square(side) => Ok(side),
-            Self::Both([height, width]) if height == width => Ok(width),
-            Self::Both(sides) => Err(unsupported(field, format!("{sides:?}"), "images and patches are squares")),
-        }
-    }
-}
-
 impl Default for MoeVieVision {
     fn default() -> Self {
         Self {
@@ -152,7 +135,7 @@ fn unsupported(field: &str, value: impl std::fmt::Display, why: &str) -> ConfigF
 }
 
 /// Settings that MoE-ViE's code takes and does not read, or of which nothing depends once weights are loaded.
-const WITHOUT_EFFECT: [(&str, Option<&str>); 7] = [
+const WITHOUT_EFFECT: [Known; 7] = [
     ("quick_gelu", None),
     ("init_logit_scale", None),
     ("init_logit_bias", None),
@@ -164,9 +147,9 @@ const WITHOUT_EFFECT: [(&str, Option<&str>); 7] = [
 
 fn read(text: &str) -> Result<Described> {
     let MoeVieFile { embed_dim, vision_cfg: v, text_cfg: t, rest } = serde_json::from_str(text)?;
-    refuse_unknown("model", &rest, &WITHOUT_EFFECT[..5])?;
-    refuse_unknown("vision_cfg", &v.rest, &WITHOUT_EFFECT[5..])?;
-    refuse_unknown("text_cfg", &t.rest, &[])?;
+    Section { name: "model", map: &rest }.refuse_others(&[], &WITHOUT_EFFECT[..5])?;
+    Section { name: "vision_cfg", map: &v.rest }.refuse_others(&[], &WITHOUT_EFFECT[5..])?;
+    Section { name: "text_cfg", map: &t.rest }.refuse_others(&[], &[])?;
     let d_ff = hidden_width(v.width, v.mlp_ratio, v.gpu_align);
     let rotary = match v.relative_pos_embed_type.as_deref() {
         Some("rope_2d") => Some(RotaryPositions::new()),
@@ -191,11 +174,14 @@ fn read(text: &str) -> Result<Described> {
         .with_vocab_size(t.vocab_size)
         .with_context_length(t.context_length)
         .with_norm_final(t.use_ln_post);
-    let merges = t.tokenizer_kwargs.and_then(|kwargs| kwargs.bpe_path);
-    let merges = merges.or((t.vocab_size != CLIP_VOCAB_SIZE).then(|| MERGES.to_string()));
+    let tokenizer = match t.tokenizer_kwargs.and_then(|kwargs| kwargs.bpe_path) {
+        Some(file) => TokenizerFiles::BpePath(file),
+        None if t.vocab_size == CLIP_VOCAB_SIZE => TokenizerFiles::None,
+        None => TokenizerFiles::Merges(MERGES),
+    };
     let config = ClipConfig::new(vision, text, embed_dim);
     let config = if image_size.is_none() { of_published_size(config)? } else { config };
-    Ok(Described { merges, ..config.into() })
+    Ok(Described { tokenizer, ..config.into() })
 }
 
 /// The experts that the configuration names, if blocks have any.
@@ -345,7 +331,7 @@ mod tests {
         let text = r#""width": 64"#;
         for (vision, expected) in [
             (r#""global_layer": 3"#, "`vision_cfg.global_layer` = 3 is not supported"),
-            (r#""image_size": [32, 64]"#, "`vision_cfg.image_size` = [32, 64] is not supported: images and patches are squares"),
+            (r#""image_size": [32, 64]"#, "`vision_cfg.image_size` = 32 x 64 is not supported: images and patches are squares"),
             (
                 r#""moe_layers": [1], "k": 0"#,
                 "`vision_cfg.num_of_expert` = 8, `k` = 0 and `split` = 4 is not supported: one of each is the shared expert, and none is left to choose",

@@ -38,7 +38,8 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), Box<dyn Error>> {
-    let args = Args::parse();
+    let mut args = Args::parse();
+    args.labels.iter_mut().for_each(|label| *label = label.trim().to_string());
     let device = args.model.device()?;
     let checkpoint = ClipCheckpoint::load_with(&args.model.model, &args.model.load_options()?, &device)?;
     let texts = TextEmbedder::new(&checkpoint.model.text, &device)?;

@@ -115,6 +115,37 @@ fn lists_written_by_windows_and_spreadsheets_are_read() {
 }
 
 #[test]
+fn texts_that_no_editor_wrote_are_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("texts.txt");
+    let read = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        lines_in(&path).map_err(|error| error.to_string().replace(&format!("{}/", folder.path().display()), ""))
+    };
+    let utf16: Vec<u8> = "cat\ndog\n".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    assert_eq!(read(&utf16).unwrap(), ["cat", "dog"]);
+    assert_eq!(read("\u{feff}cat\n\u{feff}dog\n".as_bytes()).unwrap(), ["cat", "dog"]);
+    assert_eq!(read(&utf16[..15]).unwrap_err(), "texts.txt: no whole UTF-16: save the file as UTF-8");
+    assert_eq!(
+        read(&"\u{feff}cat\n".chars().flat_map(|c| (c as u32).to_le_bytes()).collect::<Vec<u8>>()).unwrap_err(),
+        "texts.txt: line 1 holds a zero byte, which no text has: save the file as UTF-8"
+    );
+    assert!(read(b"cat\ndo\0g\n").unwrap_err().starts_with("texts.txt: line 2 holds a zero byte"));
+    for empty in [b"" as &[u8], b"\n\n", b"\xef\xbb\xbf"] {
+        assert_eq!(read(empty).unwrap_err(), "texts.txt: an empty file: a text is expected in every line");
+    }
+    for (bytes, expected) in [
+        (b"PAR1\x15\x04" as &[u8], "texts.txt: it is a Parquet file: write it again as CSV"),
+        (b"PK\x03\x04\x14\0", "texts.txt: it is a zip file: unpack it, or, if it is a spreadsheet (.xlsx), save that as CSV"),
+        (b"\x1f\x8b\x08\0", "texts.txt: it is packed with gzip: unpack it"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "texts.txt: it is a pointer of Git LFS"),
+    ] {
+        let error = read(bytes).unwrap_err();
+        assert!(error.starts_with(expected), "{error}");
+    }
+}
+
+#[test]
 fn columns_of_paths_and_of_folders_are_told_apart() {
     let images = |text: &str| of_split(text, None).unwrap().images;
     assert_eq!(images("filepath,filename,caption\nimages/a.jpg,a.jpg,x\n"), [PathBuf::from("images/a.jpg")]);
@@ -217,6 +248,7 @@ fn how_an_editor_saved_a_list_changes_nothing() {
             format!("\u{feff}{text}"),
             text.replace('\n', "\r\n"),
             text.trim_end().to_string(),
+            text.replace('\n', "\r"),
             text.replace('\n', "  \n"),
             format!("\u{feff}{}", text.trim_end().replace('\n', " \r\n")),
         ] {

@@ -320,6 +320,13 @@ fn other_families_and_other_tokenizers_are_named() {
     let error = embedder.prompts(&["cat"], &["a photo"]).unwrap_err();
     assert!(matches!(error, PromptError::Template { .. }), "{error}");
     assert_eq!(embedder.prompts(&["cat"], &[] as &[&str]).unwrap_err(), PromptError::NoTemplate);
+    for (classes, expected) in [
+        (&["cat", "dog", ""][..], "class 3 has no name: every class needs one of its own"),
+        (&["cat", "\u{a0}", "dog"], "class 2 has no name: every class needs one of its own"),
+        (&["cat", "dog", " Cat"], "classes 1 and 3 have the same name, \"Cat\": every class needs one of its own"),
+    ] {
+        assert_eq!(embedder.prompts(classes, &["a {}"]).unwrap_err().to_string(), expected);
+    }
 }
 
 #[test]

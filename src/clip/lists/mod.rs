@@ -3,15 +3,16 @@
 mod folders;
 mod published;
 mod table;
+mod text;
 
 pub use folders::{ClassifiedImages, ImageFolder};
 pub use table::Columns;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
     path::{Path, PathBuf},
 };
+use text::read_text;
 
 /// Images, and captions that each belong to one of them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -194,38 +195,15 @@ fn some_of<'a>(names: impl IntoIterator<Item = &'a String>) -> String {
     names.into_iter().take(8).map(String::as_str).collect::<Vec<_>>().join(", ")
 }
 
-/// A text without its byte order mark.
-fn read_text(path: &Path) -> Result<String, ListError> {
-    let bytes = fs::read(path).map_err(|source| ListError::Io { path: path.to_path_buf(), source })?;
-    // What spreadsheets call Unicode.
-    let utf16 = match bytes.first_chunk() {
-        Some([0xff, 0xfe]) => Some(u16::from_le_bytes as fn([u8; 2]) -> u16),
-        Some([0xfe, 0xff]) => Some(u16::from_be_bytes as fn([u8; 2]) -> u16),
-        _ => None,
-    };
-    if let Some(unit) = utf16 {
-        let units: Vec<u16> = bytes[2..].as_chunks().0.iter().map(|bytes| unit(*bytes)).collect();
-        return String::from_utf16(&units).map_err(|_| format_error(path, "no whole UTF-16: save the file as UTF-8".into()));
-    }
-    let text = String::from_utf8(bytes).map_err(|error| {
-        let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
-        let line = 1 + good.iter().filter(|byte| **byte == b'\n').count();
-        format_error(path, format!("line {line} is no UTF-8: save the file in this encoding"))
-    })?;
-    Ok(match text.strip_prefix('\u{feff}') {
-        Some(text) => text.to_string(),
-        None => text,
-    })
-}
-
 /// A text in every line: labels, captions. Blanks at the ends of lines, a byte order mark and empty lines at the end do not count.
 ///
 /// # Errors
-/// When the file cannot be read, is no UTF-8 or UTF-16, or has an empty line before its last one.
+/// When the file cannot be read, is no UTF-8 or UTF-16, holds no text, or has an empty line before its last one.
 pub fn lines_in(path: impl AsRef<Path>) -> Result<Vec<String>, ListError> {
     let path = path.as_ref();
     let lines: Vec<String> = read_text(path)?.trim_end().lines().map(|line| line.trim().to_string()).collect();
     match lines.iter().position(String::is_empty) {
+        None if lines.is_empty() => Err(format_error(path, "an empty file: a text is expected in every line".into())),
         Some(line) => Err(format_error(path, format!("line {} is empty: every line is a text", line + 1))),
         None => Ok(lines),
     }

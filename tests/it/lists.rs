@@ -40,6 +40,23 @@ fn tables_of_every_usual_form_are_read() {
         ("captions.txt", "image,caption\na.jpg,\"a cat, \"\"on\"\" a mat\"\na.jpg,a cat\nb.jpg,a dog\n"),
         ("list.csv", "image,caption_1,caption_2\na.jpg,\"a cat, \"\"on\"\" a mat\",a cat\nb.jpg,,a dog\n"),
         ("list.csv", "img,raw\na.jpg,\"[\"\"a cat, \\\"\"on\\\"\" a mat\"\", \"\"a cat\"\"]\"\nb.jpg,a dog\n"),
+        ("list.csv", "image,caption,caption.1\na.jpg,\"a cat, \"\"on\"\" a mat\",a cat\nb.jpg,,a dog\n"),
+        ("list.csv", "sep=;\nimage;caption-1;caption-2\na.jpg;\"a cat, \"\"on\"\" a mat\";a cat\nb.jpg;;a dog\n"),
+        // What spreadsheets write below and behind a table.
+        ("list.csv", "image,caption\na.jpg,\"a cat, \"\"on\"\" a mat\"\na.jpg,a cat,\n,\nb.jpg,a dog,,\n,\n,\n"),
+        (
+            "list.csv",
+            "\"image\",\"tags (many, mixed)\",\"caption\"\na.jpg,x,\"a cat, \"\"on\"\" a mat\"\na.jpg,x,a cat\nb.jpg,x,a dog\n",
+        ),
+        // A line of Kaggle's Flickr30k lacks a separator.
+        ("results.csv", "image_name| comment_number| comment\na.jpg| 0| a cat, \"on\" a mat\na.jpg| 4   a cat\nb.jpg| 0| a dog\n"),
+        ("list.csv", "  \npath,caption\n./a.jpg,\"a cat, \"\"on\"\" a mat\"\na.jpg,a cat\n.\\b.jpg,a dog\n"),
+        (
+            "coco.json",
+            "{\"images\": [{\"id\": \"x1\", \"file_name\": \"a.jpg\"}, {\"id\": \"x2\", \"file_name\": \"b.jpg\"}], \"annotations\": \
+             [{\"image_id\": \"x1\", \"caption\": \"a cat, \\\"on\\\" a mat\"}, {\"image_id\": \"x1\", \"caption\": \"a cat\"}, \
+             {\"image_id\": \"x2\", \"caption\": \"a dog\"}]}",
+        ),
         (
             "list.json",
             "[{\"image\": \"a.jpg\", \"captions\": [\"a cat, \\\"on\\\" a mat\", \"a cat\"]},\n {\"image\": \"b.jpg\", \"caption\": \"a dog\"}]",
@@ -88,7 +105,7 @@ fn images_of_a_published_split_are_kept_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let names = folder.path().join("test.txt");
     let list = || of_split("image,caption\nimages/1.jpg,one\nimages/2.jpg,two\nimages/3.jpg,three\n", None).unwrap();
-    for text in ["3.jpg\n1.jpg\n", "1\n3\n", "images/1.jpg\r\n3\r\n"] {
+    for text in ["3.jpg\n1.jpg\n", "1\n3\n", "images/1.jpg\r\n3\r\n", "images\\1.jpg\n./images/3.jpg\n"] {
         fs::write(&names, text).unwrap();
         let mut kept = list();
         kept.keep_named(&names).unwrap();
@@ -173,6 +190,38 @@ fn no_row_is_lost_in_an_open_quote_or_a_list_of_python() {
         "{}",
         error(python)
     );
+}
+
+#[test]
+fn no_caption_is_lost_without_a_word() {
+    let error = |text: &str| of_split(text, None).unwrap_err();
+    for (text, expected) in [
+        (r#"{"image": "a.jpg", "captions": ["a", 5]}"#, "list: line 1: `captions`: 5 is in a list of texts: expected a text"),
+        (
+            r#"[{"image": "a.jpg", "captions": ["a"]}, {"image": "b.jpg", "captions": ["a", {"raw": "b"}]}]"#,
+            "list: entry 2: `captions`: {\"raw\":\"b\"} is in a list of texts: expected a text",
+        ),
+        (r#"{"image": "a.jpg", "caption": 5}"#, "list: line 1: `caption`: 5 is no text: expected one, or a list of them"),
+        (r#"{"image": "a.jpg", "caption": null}"#, "list: line 1: no caption"),
+        ("image,caption\na.jpg,\"[\"\"a\"\", 5]\"\n", "list: line 2: 5 is in a list of texts: expected a text"),
+        ("path,path,caption\na.jpg,b.jpg,x\n", "list: `path` is there twice among the columns of its first line: keep one of them"),
+        (
+            r#"{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": []}"#,
+            "list: two images have the `id` 1: captions could belong to either",
+        ),
+        (
+            r#"{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 1, "caption": null}]}"#,
+            "list: annotation 2 (of image 1) has no `caption`: remove it",
+        ),
+        ("a|number|caption\n", "list: the columns of its first line are `a`, `number`, `caption`; expected one of "),
+        ("image|number|caption\na.jpg|x y\n", "list: line 2: 2 columns, but the first line has 3"),
+    ] {
+        assert!(error(text).starts_with(expected), "{}", error(text));
+    }
+    let twice = error(r#"{"image": "a.jpg", "caption": "a", "caption": "b"}"#);
+    assert!(twice.contains("line 1: ") && twice.contains("`caption` is there twice"), "{twice}");
+    let images = of_split("path,caption\nimg/train\\a.jpg,x\nimg//train/a.jpg,y\n", None).unwrap().images;
+    assert_eq!(images, [PathBuf::from("img/train/a.jpg")]);
 }
 
 #[test]

@@ -10,7 +10,7 @@ pub use table::Columns;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 use text::read_text;
 
@@ -74,14 +74,15 @@ impl CaptionedImages {
     ///
     /// - a table with a line of names (comma, tab, semicolon or `|` between columns): images in a column called `path`, `filepath`, `image`,
     ///   `file_name` or the like, captions in `caption`, `title`, `text` or the like, in any case, or in those that `options` name. A caption's
-    ///   cell may hold a JSON list of captions, and columns may be numbered (`caption_1`, `caption_2`). Kaggle's forms of Flickr8k and
+    ///   cell may hold a JSON list of captions, and columns may be numbered (`caption_1`, `caption_2`; pandas'
+    ///   `caption`, `caption.1`). Kaggle's forms of Flickr8k and
     ///   Flickr30k are such tables;
     /// - JSON lines, or one JSON list, of objects with such fields; a caption may be a text or a list of texts;
     /// - COCO's `captions_*.json`;
     /// - Karpathy and Fei-Fei's `dataset_coco.json`, `dataset_flickr30k.json`, `dataset_flickr8k.json`;
     /// - Flickr30k's `results_20130124.token` and Flickr8k's `Flickr8k.token.txt`: `NAME#NUMBER`, a tab, and a caption in every line.
     ///
-    /// Several lines may name one image, which then has several captions. Images are in the order in which they are named first; those without
+    /// Paths may have been written on Windows. Several lines may name one image, which then has several captions. Images are in the order in which they are named first; those without
     /// a caption are left out of published lists. Published lists must name files inside of their folder; paths of a list of your own are as
     /// written.
     ///
@@ -128,7 +129,7 @@ impl CaptionedImages {
     /// When the file cannot be read, or names images that are not in the list (the first three are named); the list is then as it was.
     pub fn keep_named(&mut self, names: impl AsRef<Path>) -> Result<(), ListError> {
         let path = names.as_ref();
-        let mut names: BTreeSet<String> = lines_in(path)?.into_iter().collect();
+        let mut names: BTreeSet<String> = lines_in(path)?.iter().map(|name| path_of(name).to_string_lossy().into_owned()).collect();
         let text = |part: Option<&std::ffi::OsStr>| part.unwrap_or_default().to_string_lossy().into_owned();
         let mut named = BTreeSet::new();
         let mut kept = Vec::new();
@@ -174,10 +175,10 @@ impl CaptionedImages {
     }
 }
 
-/// A path of a list, which may have been written on Windows.
+/// A path of a list, which may have been written on Windows, without parts that change nothing: `./a.jpg` and `a.jpg` are one image.
 fn path_of(text: &str) -> PathBuf {
-    let is_of_windows = text.contains('\\') && !text.contains('/') && !cfg!(windows);
-    if is_of_windows { text.replace('\\', "/").into() } else { text.into() }
+    let path = if cfg!(windows) { text.to_string() } else { text.replace('\\', "/") };
+    Path::new(&path).components().filter(|part| *part != Component::CurDir).collect()
 }
 
 /// The rows of the split that is asked for.

@@ -169,14 +169,29 @@ fn prefixes_and_sizes_among_the_weights() {
     rename(&weights, str::to_string, vec![("input_resolution", size(8)), ("context_length", size(6)), ("vocab_size", size(50))]);
     is_same(folder.path(), &model, &device);
     let is_text = |key: &str| !key.starts_with("visual.") && key != "logit_scale";
-    for name in [&|key: &str| format!("module.{key}") as String, &|key: &str| format!("_orig_mod.module.{key}"), &|key: &str| {
-        if is_text(key) { format!("text.{key}") } else { key.to_string() }
-    }] as [&dyn Fn(&str) -> String; 3]
+    let custom = |key: &str| if is_text(key) { format!("text.{key}") } else { key.to_string() };
+    for name in [
+        &|key: &str| format!("module.{key}") as String,
+        &|key: &str| format!("_orig_mod.module.{key}"),
+        &|key: &str| custom(key),
+        &|key: &str| format!("module.{}", custom(key)),
+        // Some names without the prefix, and wrappers of single blocks.
+        &|key: &str| if key == "logit_scale" { key.to_string() } else { format!("module.{key}") },
+        &|key: &str| key.replace("resblocks.0.", "resblocks.0._orig_mod."),
+        &|key: &str| format!("model.{}", key.replace("resblocks.1.", "resblocks.1._checkpoint_wrapped_module.")),
+    ] as [&dyn Fn(&str) -> String; 7]
     {
         let (model, folder) = open_clip(&device);
-        rename(&folder.path().join("open_clip_model.safetensors"), name, vec![]);
+        // As `AveragedModel` writes.
+        let more = vec![("n_averaged", size(5)), ("num_batches_tracked", size(0))];
+        rename(&folder.path().join("open_clip_model.safetensors"), name, more);
         is_same(folder.path(), &model, &device);
     }
+    let (_, lightning) = open_clip(&device);
+    let loss = Stored(Dtype::F32, vec![2], vec![0; 8]);
+    rename(&lightning.path().join("open_clip_model.safetensors"), |key| format!("model.{key}"), vec![("loss.weight", loss)]);
+    let text = error(lightning.path());
+    assert!(text.ends_with("the tensors are not those of the configuration; unexpected tensors: 1 (`loss.weight`)"), "{text}");
     let twice = Stored(Dtype::F32, vec![8], vec![0; 32]);
     let (_, folder_with_twice) = open_clip(&device);
     let path = folder_with_twice.path().join("open_clip_model.safetensors");
@@ -298,6 +313,12 @@ fn other_families_and_other_tokenizers_are_named() {
         let text = error(folder.path());
         assert!(text.contains(&format!("`model_type` = \"{family}\": this family is not supported; `clip` is")), "{text}");
     }
+    edit(&folder.path().join("config.json"), |file| {
+        file["model_type"] = "clip_vision_model".into();
+        file["architectures"] = json!(["CLIPVisionModel"]);
+    });
+    let text = error(folder.path());
+    assert!(text.ends_with("has no projection to embeddings: save a `CLIPVisionModelWithProjection` of the same CLIP"), "{text}");
     let (_, folder) = open_clip(&device);
     edit_open_clip(folder.path(), |file| file["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "bert-base-uncased".into());
     assert!(error(folder.path()).contains("`text_cfg.hf_tokenizer_name` = \"bert-base-uncased\" is not supported"));

@@ -40,6 +40,13 @@ fn read(text: &str) -> Result<Described> {
             return Err(ConfigFileError(text));
         }
     };
+    let architecture = root.get("architectures").and_then(|names| names.get(0)).and_then(Value::as_str);
+    if let Some(name @ ("CLIPVisionModel" | "CLIPTextModel")) = architecture {
+        let text = format!(
+            "`architectures` = [\"{name}\"]: this model has no projection to embeddings: save a `{name}WithProjection` of the same CLIP"
+        );
+        return Err(ConfigFileError(text));
+    }
     // The configuration of a tower alone is a section by itself; of the other one there is only what transformers takes by default.
     let (root, nothing) = (&root, &Map::new());
     let (vision, text) = match towers {

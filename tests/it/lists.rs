@@ -76,6 +76,9 @@ fn tables_of_every_usual_form_are_read() {
     ] {
         assert_eq!(read(name, text.as_bytes(), &usual).unwrap_or_else(|error| panic!("{text}: {error}")), two_images(), "{text}");
     }
+    let numbered = Columns { image: Some("image #".into()), captions: Vec::new() };
+    assert_eq!(read("list.tsv", b"image #\tcaption\na.jpg\tx\n", &numbered).unwrap().images, [PathBuf::from("a.jpg")]);
+    assert_eq!(read("list.csv", b"\n", &usual).unwrap_err(), "list.csv: an empty file");
     let own = Columns { image: Some("Photo".into()), captions: vec!["alt".into()] };
     let found = read("list.csv", b"alt,caption,photo\na dog,x,b.jpg\n", &own).unwrap();
     assert_eq!(found.captions, [("a dog".to_string(), 0)]);

@@ -546,6 +546,11 @@ fn what_is_no_weights_or_no_configuration_is_told() {
             "holds no weights: it is what a server answered in place of the file (\"Entry not found\")",
         ),
         ("model.safetensors", "", "holds no weights: it is empty"),
+        (
+            "pytorch_model.bin",
+            "PK\u{3}\u{4} and so on model/constants.pkl",
+            "it is a TorchScript archive, as OpenAI's are; write its weights",
+        ),
         ("config.json", pointer, "config.json: it is a pointer of Git LFS"),
         ("preprocessor_config.json", "<html>", "preprocessor_config.json: it is a web page"),
         ("tokenizer_config.json", "Entry not found", "tokenizer_config.json: it is what a server answered"),

@@ -120,7 +120,8 @@ fn karpathy(image: Image) -> Result<Row, String> {
 fn numbered(line: &str) -> Option<(&str, &str)> {
     let (name, caption) = line.split_once('\t')?;
     let (name, number) = name.trim().rsplit_once('#')?;
-    number.bytes().all(|byte| byte.is_ascii_digit()).then_some((name, caption))
+    let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+    is_number.then_some((name, caption))
 }
 
 fn flickr(text: &str) -> Result<Vec<Row>, String> {

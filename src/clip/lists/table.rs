@@ -116,6 +116,7 @@ impl Places {
 /// The rows of a list of one's own; all of its first bad lines in the error.
 pub(super) fn rows(text: &str, columns: &Columns) -> Result<Vec<Row>, String> {
     let rows = match text.trim_start().chars().next() {
+        None => return Err("an empty file".into()),
         Some('{') => json_lines(text, columns),
         Some('[') => json_list(text, columns)?,
         _ => table(text, columns)?,

@@ -70,14 +70,6 @@ pub enum PromptError {
         /// Its place, from 1 on.
         place: usize,
     },
-    /// Two classes that no model can tell apart: each would get half of what belongs to both.
-    #[error("classes {} and {} have the same name, \"{name}\": every class needs one of its own", places[0], places[1])]
-    SameName {
-        /// Their places, from 1 on.
-        places: [usize; 2],
-        /// The name of the second.
-        name: String,
-    },
 }
 
 /// Samples in one forward pass, unless another number is asked for.
@@ -158,8 +150,8 @@ impl TextEmbedder {
     /// Embeds every prompt of every class: `{}` or `{c}` in a template stands for the class. One `[templates, P]` per class.
     ///
     /// # Errors
-    /// When there is no template, or one has no place for the class, a class has no name, or two have the same one, to the tokenizer (blanks and
-    /// capitals do not count).
+    /// When there is no template, or one has no place for the class, or a class has no name. Equal names are let pass, as ImageNet's usual list has
+    /// two pairs of them; [`ClipTokenizer::same_text`] finds them.
     pub fn prompts<C: AsRef<str>, T: AsRef<str>>(&self, classes: &[C], templates: &[T]) -> Result<Vec<Tensor<2>>, PromptError> {
         if templates.is_empty() {
             return Err(PromptError::NoTemplate);
@@ -170,10 +162,6 @@ impl TextEmbedder {
         let names: Vec<&str> = classes.iter().map(|class| class.as_ref().trim()).collect();
         if let Some(place) = names.iter().position(|name| name.is_empty()) {
             return Err(PromptError::NoName { place: place + 1 });
-        }
-        let first = self.tokenizer.same_text(&names);
-        if let Some(place) = (0..names.len()).find(|place| first[*place] != *place) {
-            return Err(PromptError::SameName { places: [first[place] + 1, place + 1], name: names[place].to_string() });
         }
         let prompt = |class: &&str, template: &T| template.as_ref().replace("{}", class).replace("{c}", class);
         let prompts: Vec<String> = names.iter().flat_map(|class| templates.iter().map(move |t| prompt(class, t))).collect();

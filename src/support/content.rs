@@ -18,17 +18,12 @@ const KINDS: [(&[u8], &str); 14] = [
     (b"%PDF", "a PDF, which is not read"),
 ];
 
+/// What web pages and other files of marks begin with, in lower case.
+const PAGES: [&str; 7] = ["<!doctype", "<html", "<head", "<body", "<?xml", "<svg", "<error"];
+
 /// What servers send in place of a file that they do not give, in lower case.
-const REFUSALS: [&str; 8] = [
-    "entry not found",
-    "repository not found",
-    "not found",
-    "404",
-    "invalid username or password",
-    "access to ",
-    "unauthorized",
-    "{\"error\":",
-];
+const REFUSALS: [&str; 6] =
+    ["entry not found", "repository not found", "not found", "404: not found", "unauthorized", "invalid username or password."];
 
 /// What a file is by its first bytes, and what to do with it, if that is a kind which is often taken for another one; `None` for all others.
 pub(crate) fn other_kind(bytes: &[u8]) -> Option<String> {
@@ -48,15 +43,16 @@ pub(crate) fn other_kind(bytes: &[u8]) -> Option<String> {
     let text = String::from_utf8_lossy(&bytes[..bytes.len().min(512)]);
     let text = text.trim_start_matches('\u{feff}').trim_start();
     let lower = text.to_lowercase();
-    if lower.starts_with('<') {
+    if PAGES.iter().any(|page| lower.starts_with(page)) {
         let is_drawing = lower.contains("<svg");
         return Some(match is_drawing {
             true => "an SVG drawing, which is not read: save it as PNG".into(),
             false => "a web page (HTML or XML) in place of the file: fetch the file again".into(),
         });
     }
-    let is_refusal = bytes.len() < 512 && REFUSALS.iter().any(|refusal| lower.starts_with(refusal));
-    is_refusal.then(|| {
+    let is_refusal =
+        REFUSALS.contains(&lower.trim_end()) || lower.starts_with("{\"error\":") || lower.starts_with("access to model ");
+    (is_refusal && bytes.len() < 512).then(|| {
         let first: String = text.lines().next().unwrap_or_default().chars().take(80).collect();
         format!("what a server answered in place of the file (\"{first}\"): fetch the file again")
     })
@@ -80,6 +76,10 @@ mod tests {
             (b"\0\0\0\x18ftypavif", "AVIF"),
         ] {
             assert!(other_kind(bytes).is_some_and(|kind| kind.contains(part)), "{part}: {:?}", other_kind(bytes));
+        }
+        // Captions may begin as pages and refusals do.
+        for bytes in [b"<3 dogs\n" as &[u8], b"404 on a door\n", b"Not found in the dark\n", b"Access to the beach\n"] {
+            assert_eq!(other_kind(bytes), None);
         }
         for bytes in [b"" as &[u8], b"{}", b"path,caption\n", b"{\"model_cfg\": {}}", b"\x89PNG\r\n", b"\x80\x02}q\0."] {
             assert_eq!(other_kind(bytes), None);

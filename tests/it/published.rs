@@ -104,6 +104,9 @@ fn older_names_of_weights() {
     let text = error(folder.path());
     let expected = "no weights: expected open_clip_model.safetensors or open_clip_pytorch_model.safetensors or ";
     assert!(text.contains(expected), "{text}");
+    fs::write(path("epoch_latest.pt"), "").unwrap();
+    let text = error(folder.path());
+    assert!(text.ends_with("; there is `epoch_latest.pt`: if it holds them, give it one of these names"), "{text}");
 }
 
 #[test]
@@ -552,6 +555,7 @@ fn what_is_no_weights_or_no_configuration_is_told() {
         ),
         ("config.json", pointer, "config.json: it is a pointer of Git LFS"),
         ("preprocessor_config.json", "<html>", "preprocessor_config.json: it is a web page"),
+        ("merges.txt", pointer, "merges.txt: it is a pointer of Git LFS"),
         ("tokenizer_config.json", "Entry not found", "tokenizer_config.json: it is what a server answered"),
     ] {
         let (_, folder) = hugging_face(&Device::default());

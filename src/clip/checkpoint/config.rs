@@ -96,6 +96,10 @@ impl Setting for String {
     const EXPECTED: &str = "a text";
 }
 
+impl Setting for Vec<i64> {
+    const EXPECTED: &str = "a list of whole numbers";
+}
+
 impl Setting for Side {
     const EXPECTED: &str = "a whole number, or two for height and width";
 }

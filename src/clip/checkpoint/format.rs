@@ -144,7 +144,20 @@ fn blocks_in(weights: &Path, blocks: &str) -> std::result::Result<Option<usize>,
 
 /// What is said of a folder without the weights of a format.
 pub(super) fn no_weights(folder: &Path, format: Format) -> CheckpointError {
-    CheckpointError::NoWeights { folder: folder.to_path_buf(), expected: format.weights.join(" or ") }
+    let is_other = |name: &String| {
+        let ending = name.rsplit_once('.').map_or("", |(_, ending)| ending);
+        ["safetensors", "bin", "pt", "pth", "ckpt", "h5", "msgpack"].contains(&ending)
+    };
+    let names =
+        std::fs::read_dir(folder).into_iter().flatten().flatten().map(|file| file.file_name().to_string_lossy().into_owned());
+    let mut others: Vec<String> = names.filter(is_other).map(|name| format!("`{name}`")).collect();
+    others.sort();
+    others.truncate(3);
+    let mut expected = format.weights.join(" or ");
+    if !others.is_empty() {
+        expected += &format!("; there is {}: if it holds them, give it one of these names", others.join(", "));
+    }
+    CheckpointError::NoWeights { folder: folder.to_path_buf(), expected }
 }
 
 /// A checkpoint in this crate's format of which only the text of its configuration is there.

@@ -2,7 +2,7 @@
 
 mod config;
 
-pub(super) use config::{has_merges, to_text};
+pub(super) use config::{has_merges, read_tokenizer, to_text};
 
 use super::{
     burn_moe::sparse_layer,

@@ -88,11 +88,17 @@ fn transformers(folder: &Path, vocab_size: usize) -> Result<Option<bool>, Checkp
 fn are_merges(path: &Path, vocab_size: usize) -> Result<Option<bool>, CheckpointError> {
     use std::io::{BufRead, BufReader, Read};
 
+    use crate::support::content::other_kind;
+
     if !path.is_file() {
         return Ok(None);
     }
-    let file = std::fs::File::open(path).map_err(CheckpointError::io(path))?;
-    let is_packed = path.extension().is_some_and(|extension| extension == "gz");
+    let mut file = BufReader::new(std::fs::File::open(path).map_err(CheckpointError::io(path))?);
+    let start = file.fill_buf().map_err(CheckpointError::io(path))?;
+    let is_packed = start.starts_with(b"\x1f\x8b");
+    if let Some(kind) = other_kind(start).filter(|_| !is_packed) {
+        return Err(CheckpointError::ConfigFile { path: path.to_path_buf(), reason: format!("it is {kind}") });
+    }
     let reader: Box<dyn Read> = if is_packed { Box::new(flate2::read::GzDecoder::new(file)) } else { Box::new(file) };
     // What stands in the first line is no merge, and those behind CLIP's last one are not read by others either.
     let lines = BufReader::new(reader.take(LONGEST)).lines().skip(1).take(MOST_MERGES);

@@ -123,3 +123,60 @@ fn cut(image: DynamicImage, CropBox { left, top, width, height }: CropBox) -> Dy
     );
     if (width, height) == (image.width(), image.height()) { image } else { image.crop_imm(left, top, width, height) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clip::preprocess::ImagePreprocessor;
+
+    fn png_of(image: image::DynamicImage) -> Vec<u8> {
+        let mut png = Cursor::new(Vec::new());
+        image.write_to(&mut png, ImageFormat::Png).unwrap();
+        png.into_inner()
+    }
+
+    #[test]
+    fn what_is_wrong_in_a_file_is_said_in_words() {
+        let image = image::RgbImage::from_fn(16, 16, |x, y| image::Rgb([x as u8, y as u8, (x * y) as u8]));
+        let preprocessor = ImagePreprocessor::new(8);
+        let whole = png_of(image.into());
+        let mut damaged = whole.clone();
+        damaged[29] ^= 1;
+        let error = preprocessor.decode(&damaged).unwrap_err().to_string();
+        assert!(error.contains("while decoding the chunk IHDR") && !error.contains('{'), "{error}");
+        let floats = image::ImageBuffer::from_pixel(4, 4, image::Rgb([0.5f32; 3]));
+        let mut tiff = Cursor::new(Vec::new());
+        image::DynamicImage::from(floats).write_to(&mut tiff, ImageFormat::Tiff).unwrap();
+        let mut bytes = tiff.into_inner();
+        // The entry of the kind of colours (tag 262, one short): 8 is CIE Lab.
+        let entry = bytes.windows(8).position(|entry| entry == [6, 1, 3, 0, 1, 0, 0, 0]).unwrap();
+        bytes[entry + 8] = 8;
+        let error = preprocessor.decode(&bytes).unwrap_err().to_string();
+        assert!(error.contains("save it again as PNG"), "{error}");
+    }
+
+    #[test]
+    fn a_png_without_its_last_chunk_is_whole_and_one_without_pixels_is_not() {
+        let image = image::RgbImage::from_fn(64, 64, |x, y| image::Rgb([(x * y) as u8, (y * 7) as u8, (x * 3) as u8]));
+        let preprocessor = ImagePreprocessor::new(8);
+        let png = png_of(image.into());
+        let whole = preprocessor.decode(&png).unwrap();
+        assert_eq!(preprocessor.decode(&png[..png.len() - 12]).unwrap(), whole);
+        for end in [33, png.len() - 13, png.len() - 20, png.len() / 2] {
+            assert!(preprocessor.decode(&png[..end]).is_err(), "{end}");
+        }
+        // Half of the pixels in a chunk that is whole.
+        let data = png.windows(4).position(|name| name == b"IDAT").unwrap();
+        let half = (png.len() - 12 - data) / 2;
+        let mut cut = png[..data - 4].to_vec();
+        cut.extend((half as u32).to_be_bytes());
+        cut.extend(&png[data..data + 4 + half]);
+        let mut sum = !0u32;
+        for byte in &png[data..data + 4 + half] {
+            sum ^= u32::from(*byte);
+            (0..8).for_each(|_| sum = (sum >> 1) ^ (0xedb8_8320 * (sum & 1)));
+        }
+        cut.extend((!sum).to_be_bytes());
+        assert!(preprocessor.decode(&cut).is_err());
+    }
+}

@@ -116,7 +116,7 @@ fn check_pooling(text: &Section, vocab_size: usize) -> Result<()> {
 }
 
 /// The tokenizer, as far as the configuration tells: ids of another one, or of texts that were cleaned otherwise, mean something else.
-fn read_tokenizer(section: &Section, text: &TextConfig) -> Result<TokenizerFiles> {
+pub(in crate::clip::checkpoint) fn read_tokenizer(section: &Section, text: &TextConfig) -> Result<TokenizerFiles> {
     let name: String = section.get("hf_tokenizer_name", String::new())?;
     if !name.is_empty() && !name.to_lowercase().contains("clip-vit") {
         return Err(section.unsupported("hf_tokenizer_name", "texts are read with CLIP's tokenizer"));

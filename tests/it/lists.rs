@@ -204,6 +204,10 @@ fn no_caption_is_lost_without_a_word() {
             r#"[{"image": "a.jpg", "captions": ["a"]}, {"image": "b.jpg", "captions": ["a", {"raw": "b"}]}]"#,
             "list: entry 2: `captions`: {\"raw\":\"b\"} is in a list of texts: expected a text",
         ),
+        (
+            "{\n \"data\": [{\"image\": \"a.jpg\", \"caption\": \"x\"}]\n}\n",
+            "list: one JSON object, with the fields `data`: expected a JSON list of objects, or an object in every line",
+        ),
         (r#"{"image": "a.jpg", "caption": 5}"#, "list: line 1: `caption`: 5 is no text: expected one, or a list of them"),
         (r#"{"image": "a.jpg", "caption": null}"#, "list: line 1: no caption"),
         ("image,caption\na.jpg,\"[\"\"a\"\", 5]\"\n", "list: line 2: 5 is in a list of texts: expected a text"),

@@ -2,7 +2,9 @@
 
 mod config;
 
-pub(super) use config::{has_merges, read_tokenizer, to_text};
+#[cfg(feature = "preprocess")]
+pub(super) use config::has_merges;
+pub(super) use config::{read_tokenizer, to_text};
 
 use super::{
     burn_moe::sparse_layer,

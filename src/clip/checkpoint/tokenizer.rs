@@ -11,7 +11,7 @@ use crate::clip::{TokenizerKind, text::CLIP_VOCAB_SIZE};
 #[cfg(feature = "preprocess")]
 const LONGEST: u64 = 1 << 22;
 
-/// Bytes of the longest `tokenizer.json` that is read; CLIP's has less than four million.
+/// Bytes of the longest `tokenizer.json` that is read; CLIP's has less than four million, and longer ones are others.
 #[cfg(feature = "preprocess")]
 const LONGEST_JSON: u64 = 1 << 24;
 
@@ -126,8 +126,9 @@ fn is_tokenizer_json(path: &Path, vocab_size: usize) -> Result<Option<bool>, Che
         Line(String),
     }
 
-    if !path.is_file() {
-        return Ok(None);
+    let Ok(about) = std::fs::metadata(path) else { return Ok(None) };
+    if about.len() > LONGEST_JSON {
+        return Ok(Some(false));
     }
     let merges = tensors::read_json::<File>(path, LONGEST_JSON)?.model.merges;
     let lines = merges.into_iter().map(|merge| match merge {

@@ -6,7 +6,7 @@ use serde::{
     Deserialize, Deserializer,
     de::{Error, MapAccess, Visitor},
 };
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{Row, path_of};
 
@@ -117,7 +117,15 @@ impl Places {
 pub(super) fn rows(text: &str, columns: &Columns) -> Result<Vec<Row>, String> {
     let rows = match text.trim_start().chars().next() {
         None => return Err("an empty file".into()),
-        Some('{') => json_lines(text, columns),
+        Some('{') => match serde_json::from_str::<Map<String, Value>>(text) {
+            // One object of several lines.
+            Ok(object) if text.trim().contains('\n') => {
+                let names: Vec<String> = object.keys().take(8).map(|name| format!("`{name}`")).collect();
+                let expected = "expected a JSON list of objects, or an object in every line";
+                return Err(format!("one JSON object, with the fields {}: {expected}", names.join(", ")));
+            }
+            _ => json_lines(text, columns),
+        },
         Some('[') => json_list(text, columns)?,
         _ => table(text, columns)?,
     };

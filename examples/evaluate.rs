@@ -21,7 +21,7 @@ use burn_moe::clip::{
     tokenizer::ClipTokenizer,
 };
 use clap::{Parser, Subcommand};
-use support::{ImageArgs, ListArgs, ModelArgs, progress, report_passed_over, report_skipped};
+use support::{ImageArgs, ListArgs, ModelArgs, equal_names, progress, report_passed_over, report_skipped};
 
 #[derive(Parser)]
 #[command(
@@ -154,6 +154,9 @@ fn classes(
             return Err(format!("{} has {} names for {} class folders", file.display(), names.len(), classes.len()).into());
         }
         classes = names;
+    }
+    if let Some(equal) = equal_names(&classes) {
+        println!("note: classes {equal}: their images cannot be told apart, and count for the first");
     }
     println!("{} classes, {} images", classes.len(), images.len());
     let classifier = ZeroShotClassifier::new(&texts.prompts(&classes, templates)?)?;

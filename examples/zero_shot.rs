@@ -13,7 +13,7 @@ use std::{error::Error, path::PathBuf, process::ExitCode};
 use burn::tensor::activation::softmax;
 use burn_moe::clip::{ImageEmbedder, TextEmbedder, ZeroShotClassifier, checkpoint::ClipCheckpoint};
 use clap::Parser;
-use support::{ImageArgs, ModelArgs, progress, report_skipped};
+use support::{ImageArgs, ModelArgs, equal_names, progress, report_skipped};
 
 #[derive(Parser)]
 #[command(about = "Classifies images by labels", after_help = "Example: zero_shot --labels \"cat,dog,train\" photo.jpg")]
@@ -38,7 +38,11 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), Box<dyn Error>> {
-    let args = Args::parse();
+    let mut args = Args::parse();
+    args.labels.iter_mut().for_each(|label| *label = label.trim().to_string());
+    if let Some(equal) = equal_names(&args.labels) {
+        return Err(format!("--labels: {equal}: each label needs a name of its own").into());
+    }
     let device = args.model.device()?;
     let checkpoint = ClipCheckpoint::load_with(&args.model.model, &args.model.load_options()?, &device)?;
     let texts = TextEmbedder::new(&checkpoint.model.text, &device)?;

@@ -12,7 +12,7 @@ use std::{
 };
 
 pub(crate) use args::{ImageArgs, ListArgs, ModelArgs, Stored};
-use burn_moe::clip::lists::ImageFolder;
+use burn_moe::clip::{lists::ImageFolder, tokenizer::ClipTokenizer};
 pub(crate) use device::device_by_name;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -62,6 +62,13 @@ pub(crate) fn images_in(folder: &Path, recursive: bool) -> Result<Vec<PathBuf>, 
         return Err(format!("{} holds no image that can be read", folder.display()).into());
     }
     Ok(images)
+}
+
+/// The first two names that CLIP's tokenizer reads alike, in words: no model tells their classes apart.
+pub(crate) fn equal_names(names: &[String]) -> Option<String> {
+    let first = ClipTokenizer::new().same_text(names);
+    let place = (0..names.len()).find(|place| first[*place] != *place)?;
+    Some(format!("{} and {} are the same name, \"{}\"", first[place] + 1, place + 1, names[place]))
 }
 
 /// Says what was passed over in a folder.

@@ -53,6 +53,14 @@ pub enum CheckpointError {
         /// The names that are looked for.
         expected: String,
     },
+    /// The file is of a kind that holds no weights.
+    #[error("{} holds no weights: it is {kind}", path.display())]
+    NotWeights {
+        /// The file.
+        path: PathBuf,
+        /// What it is, and what to do.
+        kind: String,
+    },
     /// The weights file is damaged or is no safetensors file.
     #[error("{} is not a whole safetensors file: {source}", path.display())]
     Safetensors {

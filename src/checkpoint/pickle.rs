@@ -1,6 +1,11 @@
 //! Weights that PyTorch pickled into a zip file, read without running anything that is in them.
 
-use std::{collections::BTreeMap, fs::File, io::BufReader, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, BufReader, Read, Seek, SeekFrom},
+    path::Path,
+};
 
 use pytorch_reader::{DType, PytorchReader, Tensor};
 use safetensors::Dtype;
@@ -9,6 +14,9 @@ use super::CheckpointError;
 
 /// Bytes of the longest list of tensors that is read; that of a ViT-L/14 has 100 kB, and its reader takes some eighty times as much.
 const LONGEST_PICKLE: u64 = 2 << 20;
+
+/// Bytes of the end of a zip file in which its list of files is looked for.
+const LONGEST_LIST: u64 = 1 << 20;
 
 /// Where training programs put the weights beside the state of their optimiser.
 const STATE_DICTS: [&str; 3] = ["state_dict.", "model_state_dict.", "model."];
@@ -36,8 +44,11 @@ impl Pickle {
         if !start.starts_with(ZIP) {
             return Err(bad("it was written by PyTorch before 1.6, or without a zip file, which is not read".into()));
         }
-        let file = File::open(path).map_err(CheckpointError::io(path))?;
+        let mut file = File::open(path).map_err(CheckpointError::io(path))?;
         let size = file.metadata().map_err(CheckpointError::io(path))?.len();
+        if is_torch_script(&mut file, size).map_err(CheckpointError::io(path))? {
+            return Err(torch_script(path));
+        }
         let mut archive = zip::ZipArchive::new(BufReader::new(file)).map_err(|error| bad(error.to_string()))?;
         for index in 0..archive.len() {
             let read = |error: zip::result::ZipError| bad(error.to_string());
@@ -93,6 +104,26 @@ fn dtype(dtype: DType) -> Dtype {
         DType::U16 => Dtype::U16,
         DType::Bool => Dtype::BOOL,
     }
+}
+
+/// Whether the list of files at the end of a zip file has one that only programs of TorchScript have. Not every reader of zip files reads theirs.
+fn is_torch_script(file: &mut File, size: u64) -> io::Result<bool> {
+    const NAME: &[u8] = b"/constants.pkl";
+    let mut end = Vec::new();
+    file.seek(SeekFrom::Start(size.saturating_sub(LONGEST_LIST)))?;
+    file.take(LONGEST_LIST).read_to_end(&mut end)?;
+    file.rewind()?;
+    Ok(end.windows(NAME.len()).any(|name| name == NAME))
+}
+
+/// What is said of a program of TorchScript, as OpenAI publishes its models: its weights have to be taken out by PyTorch.
+fn torch_script(path: &Path) -> CheckpointError {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let reason = format!(
+        "it is a TorchScript archive, as OpenAI's are; write its weights alone, in Python: `import torch; \
+         d = torch.jit.load(\"{name}\", map_location=\"cpu\").state_dict(); torch.save(d, \"{name}\")`"
+    );
+    CheckpointError::Pickle { path: path.to_path_buf(), reason }
 }
 
 /// How to write the weights so that they can be read.

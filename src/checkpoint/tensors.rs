@@ -10,13 +10,14 @@ use std::{
 use safetensors::{Dtype, SafeTensorError, tensor::Metadata};
 use serde::{
     Deserialize, Deserializer,
-    de::{IgnoredAny, MapAccess, Visitor},
+    de::{DeserializeOwned, IgnoredAny, MapAccess, Visitor},
 };
 
 use super::{
     CheckpointError,
     pickle::{Pickle, is_pickle},
 };
+use crate::support::content::other_kind;
 
 /// A header longer than this belongs to no file: that of a ViT-L/14 has 60 kB, those of language models' shards have some more.
 const LONGEST_HEADER: u64 = 4 << 20;
@@ -192,15 +193,27 @@ impl TensorFiles {
 
 /// The text of a file that should not be long.
 pub(crate) fn read_text(path: &Path, longest: u64) -> Result<String, CheckpointError> {
+    let bad = |reason: String| CheckpointError::ConfigFile { path: path.to_path_buf(), reason };
     let file = File::open(path).map_err(CheckpointError::io(path))?;
-    let mut text = String::new();
-    file.take(longest + 1).read_to_string(&mut text).map_err(CheckpointError::io(path))?;
-    if text.len() as u64 > longest {
-        let reason = format!("more than {longest} bytes: too long for what it should be");
-        return Err(CheckpointError::ConfigFile { path: path.to_path_buf(), reason });
+    let mut bytes = Vec::new();
+    file.take(longest + 1).read_to_end(&mut bytes).map_err(CheckpointError::io(path))?;
+    if let Some(kind) = other_kind(&bytes) {
+        return Err(bad(format!("it is {kind}")));
     }
+    if bytes.len() as u64 > longest {
+        return Err(bad(format!("more than {longest} bytes: too long for what it should be")));
+    }
+    let text = String::from_utf8(bytes).map_err(|_| bad("it is no UTF-8: save the file in this encoding".into()))?;
     // Some editors put a byte order mark in front.
     Ok(text.strip_prefix('\u{feff}').map_or_else(|| text.clone(), str::to_string))
+}
+
+/// What a JSON file of at most `longest` bytes holds.
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path, longest: u64) -> Result<T, CheckpointError> {
+    serde_json::from_str(&read_text(path, longest)?).map_err(|error| {
+        let reason = format!("not the JSON that was expected: {error}");
+        CheckpointError::ConfigFile { path: path.to_path_buf(), reason }
+    })
 }
 
 /// The index that stands for a file in shards.
@@ -239,10 +252,15 @@ impl TensorFile {
     fn open(path: &Path) -> Result<Self, CheckpointError> {
         let mut start = Vec::new();
         let file = File::open(path).map_err(CheckpointError::io(path))?;
-        file.take(9).read_to_end(&mut start).map_err(CheckpointError::io(path))?;
+        file.take(512).read_to_end(&mut start).map_err(CheckpointError::io(path))?;
         let content = match is_pickle(&start) {
             true => Content::Pickle(Pickle::open(path, &start)?),
             false => {
+                let other = if start.is_empty() { Some("empty".to_string()) } else { other_kind(&start) };
+                // The length in front of a safetensors file's header may begin as other files do.
+                if let Some(kind) = other.filter(|_| start.get(8) != Some(&b'{')) {
+                    return Err(CheckpointError::NotWeights { path: path.to_path_buf(), kind });
+                }
                 let file = File::open(path).map_err(CheckpointError::io(path))?;
                 Content::Safetensors(Safetensors::open(Source::File(file), path)?)
             }

@@ -64,6 +64,12 @@ pub enum PromptError {
     /// There is no prompt without a template.
     #[error("no template was given")]
     NoTemplate,
+    /// A class without a name.
+    #[error("class {place} has no name: every class needs one of its own")]
+    NoName {
+        /// Its place, from 1 on.
+        place: usize,
+    },
 }
 
 /// Samples in one forward pass, unless another number is asked for.
@@ -144,7 +150,8 @@ impl TextEmbedder {
     /// Embeds every prompt of every class: `{}` or `{c}` in a template stands for the class. One `[templates, P]` per class.
     ///
     /// # Errors
-    /// When there is no template, or one has no place for the class.
+    /// When there is no template, or one has no place for the class, or a class has no name. Equal names are let pass, as ImageNet's usual list has
+    /// two pairs of them; [`ClipTokenizer::same_text`] finds them.
     pub fn prompts<C: AsRef<str>, T: AsRef<str>>(&self, classes: &[C], templates: &[T]) -> Result<Vec<Tensor<2>>, PromptError> {
         if templates.is_empty() {
             return Err(PromptError::NoTemplate);
@@ -152,8 +159,12 @@ impl TextEmbedder {
         if let Some(template) = templates.iter().map(AsRef::as_ref).find(|t| !t.contains("{}") && !t.contains("{c}")) {
             return Err(PromptError::Template { template: template.to_string() });
         }
-        let prompt = |class: &C, template: &T| template.as_ref().replace("{}", class.as_ref()).replace("{c}", class.as_ref());
-        let prompts: Vec<String> = classes.iter().flat_map(|class| templates.iter().map(move |t| prompt(class, t))).collect();
+        let names: Vec<&str> = classes.iter().map(|class| class.as_ref().trim()).collect();
+        if let Some(place) = names.iter().position(|name| name.is_empty()) {
+            return Err(PromptError::NoName { place: place + 1 });
+        }
+        let prompt = |class: &&str, template: &T| template.as_ref().replace("{}", class).replace("{c}", class);
+        let prompts: Vec<String> = names.iter().flat_map(|class| templates.iter().map(move |t| prompt(class, t))).collect();
         let all = self.texts(&prompts, |_| ()).embeddings;
         Ok((0..classes.len()).map(|class| all.clone().narrow(0, class * templates.len(), templates.len())).collect())
     }

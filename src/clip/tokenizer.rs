@@ -14,6 +14,7 @@ use std::collections::HashMap;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use instant_clip_tokenizer::{Token, Tokenizer};
+use unicode_normalization::UnicodeNormalization;
 
 use super::{
     EndOfText, TextTower, TokenizerKind,
@@ -40,7 +41,8 @@ impl std::fmt::Debug for ClipTokenizer {
 pub enum TokenizerMismatch {
     /// The model's token ids are not those of the tokenizer.
     #[error(
-        "the model's {model} token ids are not known to be those of CLIP's tokenizer ({} ids, or its first merges): this model was trained with another tokenizer",
+        "the model's {model} token ids are not known to be those of CLIP's tokenizer ({} ids, or its first merges): this model was trained with another \
+         tokenizer, by its number of ids or by the files beside it (`merges.txt`, `tokenizer.json`, `tokenizer_config.json`, `bpe_path`)",
         ClipTokenizer::VOCAB_SIZE
     )]
     Vocabulary {
@@ -124,8 +126,8 @@ impl ClipTokenizer {
     }
 
     /// Token ids of a text, without start and end. As in open_clip's clean-up, curly quotes count as straight ones, HTML entities as what they
-    /// stand for (twice, as `&amp;lt;` is common), and white space as single spaces. What else ftfy mends (mojibake, ligatures, full-width
-    /// letters) is left as it is.
+    /// stand for (twice, as `&amp;lt;` is common), a letter and its accent as one letter (NFC), and white space as single spaces. What else ftfy
+    /// mends (mojibake, ligatures, full-width letters) is left as it is.
     pub fn encode(&self, text: &str) -> Vec<i32> {
         let once = htmlize::unescape(text);
         let twice = htmlize::unescape(once.as_ref());
@@ -134,7 +136,7 @@ impl ClipTokenizer {
             if !straight.is_empty() {
                 straight.push(' ');
             }
-            straight.extend(word.chars().map(|c| match c {
+            straight.extend(word.nfc().map(|c| match c {
                 '\u{2bc}' | '\u{2018}'..='\u{201b}' => '\'',
                 '\u{201c}'..='\u{201f}' => '"',
                 c => c,
@@ -249,8 +251,9 @@ mod tests {
     }
 
     #[test]
-    fn curly_quotes_are_straight_ones() {
+    fn curly_quotes_are_straight_ones_and_accents_belong_to_their_letters() {
         let tokenizer = ClipTokenizer::new();
+        assert_eq!(tokenizer.encode("cafe\u{301} a\u{30a}"), tokenizer.encode("caf\u{e9} \u{e5}"));
         assert_eq!(tokenizer.same_text(&["A dog", "a cat", "a  dog ", "dog"]), [0, 1, 0, 3]);
         assert_eq!(tokenizer.encode("woman\u{2019}s boot"), tokenizer.encode("woman's boot"));
     }

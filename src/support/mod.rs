@@ -1,5 +1,7 @@
 //! What every level uses: errors, costs, parameters, files.
 
+#[cfg(any(feature = "store", feature = "preprocess"))]
+pub(crate) mod content;
 pub(crate) mod cost;
 pub(crate) mod error;
 #[cfg(feature = "store")]

@@ -335,7 +335,7 @@ fn images_as_others_prepare_them_are_read_or_refused() {
         (r#""resample": 1"#, "`resample` = 1"),
         (r#""image_processor_type": "SiglipImageProcessor""#, "`image_processor_type` = SiglipImageProcessor"),
         (r#""image_std": [0.5, 0.0, 0.5]"#, "`std` is 0: must be finite and above 0"),
-        (r#""image_mean": [0.5]"#, "not the JSON that was expected"),
+        (r#""image_mean": [0.5]"#, "`processor.image_mean` = [0.5]: expected a number, or one for each of three channels"),
     ] {
         let error = hugging_face(fields).unwrap_err();
         assert!(error.contains(named), "{error}");
@@ -564,10 +564,12 @@ fn a_damaged_checkpoint_is_named() {
     dense(&device).save_open_clip(folder.path(), Precision::F32).unwrap();
     let weights = folder.path().join("open_clip_model.safetensors");
     let whole = fs::read(&weights).unwrap();
-    for length in [0, 7, 8, 100, whole.len() / 2, whole.len() - 1] {
+    for length in [7, 8, 100, whole.len() / 2, whole.len() - 1] {
         fs::write(&weights, &whole[..length]).unwrap();
         assert!(matches!(load(), CheckpointError::Safetensors { .. }), "cut to {length} bytes");
     }
+    fs::write(&weights, "").unwrap();
+    assert!(matches!(load(), CheckpointError::NotWeights { .. }));
     fs::remove_file(&weights).unwrap();
     assert!(matches!(load(), CheckpointError::NoWeights { .. }));
 

@@ -81,3 +81,10 @@ fn devices_that_cannot_be_had_are_named() {
         assert_eq!(error, "device `cuda` is not built in: build with `--features cuda`");
     }
 }
+
+#[test]
+fn names_that_the_tokenizer_reads_alike_are_found() {
+    let equal = |names: &[&str]| verify::support::equal_names(&names.iter().map(ToString::to_string).collect::<Vec<_>>());
+    assert_eq!(equal(&["cat", "dog", "Cat "]).unwrap(), "1 and 3 are the same name, \"Cat \"");
+    assert_eq!(equal(&["cat", "cats", "dog"]), None);
+}

@@ -40,6 +40,23 @@ fn tables_of_every_usual_form_are_read() {
         ("captions.txt", "image,caption\na.jpg,\"a cat, \"\"on\"\" a mat\"\na.jpg,a cat\nb.jpg,a dog\n"),
         ("list.csv", "image,caption_1,caption_2\na.jpg,\"a cat, \"\"on\"\" a mat\",a cat\nb.jpg,,a dog\n"),
         ("list.csv", "img,raw\na.jpg,\"[\"\"a cat, \\\"\"on\\\"\" a mat\"\", \"\"a cat\"\"]\"\nb.jpg,a dog\n"),
+        ("list.csv", "image,caption,caption.1\na.jpg,\"a cat, \"\"on\"\" a mat\",a cat\nb.jpg,,a dog\n"),
+        ("list.csv", "sep=;\nimage;caption-1;caption-2\na.jpg;\"a cat, \"\"on\"\" a mat\";a cat\nb.jpg;;a dog\n"),
+        // What spreadsheets write below and behind a table.
+        ("list.csv", "image,caption\na.jpg,\"a cat, \"\"on\"\" a mat\"\na.jpg,a cat,\n,\nb.jpg,a dog,,\n,\n,\n"),
+        (
+            "list.csv",
+            "\"image\",\"tags (many, mixed)\",\"caption\"\na.jpg,x,\"a cat, \"\"on\"\" a mat\"\na.jpg,x,a cat\nb.jpg,x,a dog\n",
+        ),
+        // A line of Kaggle's Flickr30k lacks a separator.
+        ("results.csv", "image_name| comment_number| comment\na.jpg| 0| a cat, \"on\" a mat\na.jpg| 4   a cat\nb.jpg| 0| a dog\n"),
+        ("list.csv", "  \npath,caption\n./a.jpg,\"a cat, \"\"on\"\" a mat\"\na.jpg,a cat\n.\\b.jpg,a dog\n"),
+        (
+            "coco.json",
+            "{\"images\": [{\"id\": \"x1\", \"file_name\": \"a.jpg\"}, {\"id\": \"x2\", \"file_name\": \"b.jpg\"}], \"annotations\": \
+             [{\"image_id\": \"x1\", \"caption\": \"a cat, \\\"on\\\" a mat\"}, {\"image_id\": \"x1\", \"caption\": \"a cat\"}, \
+             {\"image_id\": \"x2\", \"caption\": \"a dog\"}]}",
+        ),
         (
             "list.json",
             "[{\"image\": \"a.jpg\", \"captions\": [\"a cat, \\\"on\\\" a mat\", \"a cat\"]},\n {\"image\": \"b.jpg\", \"caption\": \"a dog\"}]",
@@ -59,6 +76,9 @@ fn tables_of_every_usual_form_are_read() {
     ] {
         assert_eq!(read(name, text.as_bytes(), &usual).unwrap_or_else(|error| panic!("{text}: {error}")), two_images(), "{text}");
     }
+    let numbered = Columns { image: Some("image #".into()), captions: Vec::new() };
+    assert_eq!(read("list.tsv", b"image #\tcaption\na.jpg\tx\n", &numbered).unwrap().images, [PathBuf::from("a.jpg")]);
+    assert_eq!(read("list.csv", b"\n", &usual).unwrap_err(), "list.csv: an empty file");
     let own = Columns { image: Some("Photo".into()), captions: vec!["alt".into()] };
     let found = read("list.csv", b"alt,caption,photo\na dog,x,b.jpg\n", &own).unwrap();
     assert_eq!(found.captions, [("a dog".to_string(), 0)]);
@@ -88,7 +108,7 @@ fn images_of_a_published_split_are_kept_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let names = folder.path().join("test.txt");
     let list = || of_split("image,caption\nimages/1.jpg,one\nimages/2.jpg,two\nimages/3.jpg,three\n", None).unwrap();
-    for text in ["3.jpg\n1.jpg\n", "1\n3\n", "images/1.jpg\r\n3\r\n"] {
+    for text in ["3.jpg\n1.jpg\n", "1\n3\n", "images/1.jpg\r\n3\r\n", "images\\1.jpg\n./images/3.jpg\n"] {
         fs::write(&names, text).unwrap();
         let mut kept = list();
         kept.keep_named(&names).unwrap();
@@ -111,6 +131,37 @@ fn lists_written_by_windows_and_spreadsheets_are_read() {
         assert_eq!(found.captions, [("ein B\u{e4}r".to_string(), 0)]);
         let expected = if cfg!(windows) { "images\\a.jpg" } else { "images/a.jpg" };
         assert_eq!(found.images, [PathBuf::from(expected)]);
+    }
+}
+
+#[test]
+fn texts_that_no_editor_wrote_are_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("texts.txt");
+    let read = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        lines_in(&path).map_err(|error| error.to_string().replace(&format!("{}/", folder.path().display()), ""))
+    };
+    let utf16: Vec<u8> = "cat\ndog\n".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    assert_eq!(read(&utf16).unwrap(), ["cat", "dog"]);
+    assert_eq!(read("\u{feff}cat\n\u{feff}dog\n".as_bytes()).unwrap(), ["cat", "dog"]);
+    assert_eq!(read(&utf16[..15]).unwrap_err(), "texts.txt: no whole UTF-16: save the file as UTF-8");
+    assert_eq!(
+        read(&"\u{feff}cat\n".chars().flat_map(|c| (c as u32).to_le_bytes()).collect::<Vec<u8>>()).unwrap_err(),
+        "texts.txt: line 1 holds a zero byte, which no text has: save the file as UTF-8"
+    );
+    assert!(read(b"cat\ndo\0g\n").unwrap_err().starts_with("texts.txt: line 2 holds a zero byte"));
+    for empty in [b"" as &[u8], b"\n\n", b"\xef\xbb\xbf"] {
+        assert_eq!(read(empty).unwrap_err(), "texts.txt: an empty file: a text is expected in every line");
+    }
+    for (bytes, expected) in [
+        (b"PAR1\x15\x04" as &[u8], "texts.txt: it is a Parquet file: write it again as CSV"),
+        (b"PK\x03\x04\x14\0", "texts.txt: it is a zip file: unpack it, or, if it is a spreadsheet (.xlsx), save that as CSV"),
+        (b"\x1f\x8b\x08\0", "texts.txt: it is packed with gzip: unpack it"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "texts.txt: it is a pointer of Git LFS"),
+    ] {
+        let error = read(bytes).unwrap_err();
+        assert!(error.starts_with(expected), "{error}");
     }
 }
 
@@ -142,6 +193,42 @@ fn no_row_is_lost_in_an_open_quote_or_a_list_of_python() {
         "{}",
         error(python)
     );
+}
+
+#[test]
+fn no_caption_is_lost_without_a_word() {
+    let error = |text: &str| of_split(text, None).unwrap_err();
+    for (text, expected) in [
+        (r#"{"image": "a.jpg", "captions": ["a", 5]}"#, "list: line 1: `captions`: 5 is in a list of texts: expected a text"),
+        (
+            r#"[{"image": "a.jpg", "captions": ["a"]}, {"image": "b.jpg", "captions": ["a", {"raw": "b"}]}]"#,
+            "list: entry 2: `captions`: {\"raw\":\"b\"} is in a list of texts: expected a text",
+        ),
+        (
+            "{\n \"data\": [{\"image\": \"a.jpg\", \"caption\": \"x\"}]\n}\n",
+            "list: one JSON object, with the fields `data`: expected a JSON list of objects, or an object in every line",
+        ),
+        (r#"{"image": "a.jpg", "caption": 5}"#, "list: line 1: `caption`: 5 is no text: expected one, or a list of them"),
+        (r#"{"image": "a.jpg", "caption": null}"#, "list: line 1: no caption"),
+        ("image,caption\na.jpg,\"[\"\"a\"\", 5]\"\n", "list: line 2: 5 is in a list of texts: expected a text"),
+        ("path,path,caption\na.jpg,b.jpg,x\n", "list: `path` is there twice among the columns of its first line: keep one of them"),
+        (
+            r#"{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": []}"#,
+            "list: two images have the `id` 1: captions could belong to either",
+        ),
+        (
+            r#"{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 1, "caption": null}]}"#,
+            "list: annotation 2 (of image 1) has no `caption`: remove it",
+        ),
+        ("a|number|caption\n", "list: the columns of its first line are `a`, `number`, `caption`; expected one of "),
+        ("image|number|caption\na.jpg|x y\n", "list: line 2: 2 columns, but the first line has 3"),
+    ] {
+        assert!(error(text).starts_with(expected), "{}", error(text));
+    }
+    let twice = error(r#"{"image": "a.jpg", "caption": "a", "caption": "b"}"#);
+    assert!(twice.contains("line 1: ") && twice.contains("`caption` is there twice"), "{twice}");
+    let images = of_split("path,caption\nimg/train\\a.jpg,x\nimg//train/a.jpg,y\n", None).unwrap().images;
+    assert_eq!(images, [PathBuf::from("img/train/a.jpg")]);
 }
 
 #[test]
@@ -217,6 +304,7 @@ fn how_an_editor_saved_a_list_changes_nothing() {
             format!("\u{feff}{text}"),
             text.replace('\n', "\r\n"),
             text.trim_end().to_string(),
+            text.replace('\n', "\r"),
             text.replace('\n', "  \n"),
             format!("\u{feff}{}", text.trim_end().replace('\n', " \r\n")),
         ] {

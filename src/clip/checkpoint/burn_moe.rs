@@ -8,6 +8,7 @@ use super::{
     format::{Described, Format, Towers, no_constants},
     open_clip,
     table::Table,
+    tokenizer::TokenizerFiles,
 };
 use crate::{
     clip::{ClipConfig, ImagePreprocessing, Pooling, TokenizerKind, text::CLIP_VOCAB_SIZE},
@@ -65,7 +66,7 @@ fn read(text: &str) -> Result<Described> {
             }
         }
     }
-    Ok(Described { config: serde_json::from_value(file.clip)?, towers, merges: None })
+    Ok(Described { config: serde_json::from_value(file.clip)?, towers, tokenizer: TokenizerFiles::None })
 }
 
 /// Older versions knew nothing of what these fields say, and did what their defaults say.

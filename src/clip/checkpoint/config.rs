@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::{Map, Value};
 
 use super::CheckpointError;
 use crate::{
@@ -70,21 +71,174 @@ pub(super) fn of_possible_size(config: ClipConfig) -> Result<ClipConfig> {
     }
 }
 
-/// A number for every channel, or one for all.
-#[derive(Deserialize, Serialize, Clone, Copy)]
-#[serde(untagged)]
-pub(super) enum Channels {
-    Each([f32; 3]),
-    All(f32),
+/// A type of a setting, with what is said when a file has another one.
+pub(super) trait Setting: DeserializeOwned {
+    const EXPECTED: &str;
 }
 
-impl Channels {
-    pub(super) fn each(self) -> [f32; 3] {
-        match self {
-            Self::Each(values) => values,
-            Self::All(value) => [value; 3],
+impl Setting for usize {
+    const EXPECTED: &str = "a whole number";
+}
+
+impl Setting for i64 {
+    const EXPECTED: &str = "a whole number";
+}
+
+impl Setting for f64 {
+    const EXPECTED: &str = "a number";
+}
+
+impl Setting for bool {
+    const EXPECTED: &str = "true or false";
+}
+
+impl Setting for String {
+    const EXPECTED: &str = "a text";
+}
+
+impl Setting for Vec<i64> {
+    const EXPECTED: &str = "a list of whole numbers";
+}
+
+impl Setting for Side {
+    const EXPECTED: &str = "a whole number, or two for height and width";
+}
+
+impl Setting for Channels {
+    const EXPECTED: &str = "a number, or one for each of three channels";
+}
+
+/// What a setting may be that is not read: any of these values, or everything (`None`).
+pub(super) type Known = (&'static str, Option<&'static [&'static str]>);
+
+/// An object of a configuration file. Its settings are read one by one, so that an error names the one that is wrong.
+#[derive(Clone, Copy)]
+pub(super) struct Section<'a> {
+    pub name: &'a str,
+    pub map: &'a Map<String, Value>,
+}
+
+impl<'a> Section<'a> {
+    /// A setting; `None` where it is left out or null.
+    pub(super) fn find<T: Setting>(&self, setting: &str) -> Result<Option<T>> {
+        let value = self.map.get(setting).filter(|value| !value.is_null());
+        let read = |value: &Value| serde_json::from_value(value.clone()).map_err(|_| self.wrong(setting, T::EXPECTED));
+        value.map(read).transpose()
+    }
+
+    /// The same with what it is where it is left out.
+    pub(super) fn get<T: Setting>(&self, setting: &str, default: T) -> Result<T> {
+        Ok(self.find(setting)?.unwrap_or(default))
+    }
+
+    /// A setting without a default.
+    pub(super) fn needed<T: Setting>(&self, setting: &str) -> Result<T> {
+        let missing = || ConfigFileError(format!("`{}.{setting}` is missing: expected {}", self.name, T::EXPECTED));
+        self.find(setting)?.ok_or_else(missing)
+    }
+
+    /// The side of a square, or of an area of two equal sides.
+    pub(super) fn side(&self, setting: &str, default: usize) -> Result<usize> {
+        self.find::<Side>(setting)?.map_or(Ok(default), |side| side.of_square(&format!("{}.{setting}", self.name)))
+    }
+
+    /// A number for every channel.
+    pub(super) fn channels(&self, setting: &str, default: [f32; 3]) -> Result<[f32; 3]> {
+        Ok(match self.find(setting)? {
+            None => default,
+            Some(Channels::Each(values)) => values,
+            Some(Channels::All(value)) => [value; 3],
+        })
+    }
+
+    /// An object inside of this one; `name` is what errors call it.
+    pub(super) fn section<'b>(&self, setting: &str, name: &'b str) -> Result<Option<Section<'b>>>
+    where
+        'a: 'b,
+    {
+        match self.map.get(setting) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Object(map)) => Ok(Some(Section { name, map })),
+            Some(_) => Err(self.wrong(setting, "an object, `{…}`")),
         }
     }
+
+    /// The error of a setting that is there and is not what was `expected`.
+    pub(super) fn wrong(&self, setting: &str, expected: &str) -> ConfigFileError {
+        ConfigFileError(format!("`{}.{setting}` = {}: expected {expected}", self.name, shown(&self.map[setting])))
+    }
+
+    /// Refuses what was not `read` and is not `known`. A setting that is not known changes nothing when it is off; otherwise the model would be
+    /// another one.
+    pub(super) fn refuse_others(&self, read: &[&str], known: &[Known]) -> Result<()> {
+        for (name, value) in self.map.iter().filter(|(name, _)| !read.contains(&name.as_str())) {
+            let text = value.as_str().map_or_else(|| value.to_string(), str::to_string);
+            let is_good = match known.iter().find(|(known, _)| known == name) {
+                Some((_, values)) => values.is_none_or(|values| values.contains(&&*text)),
+                None => is_off(value),
+            };
+            if !is_good {
+                return Err(self.unsupported(name, ""));
+            }
+        }
+        Ok(())
+    }
+
+    /// The error of a setting of which the model has no equal; `why` may be empty.
+    pub(super) fn unsupported(&self, setting: &str, why: &str) -> ConfigFileError {
+        let colon = if why.is_empty() { "" } else { ": " };
+        ConfigFileError(format!("`{}.{setting}` = {} is not supported{colon}{why}", self.name, shown(&self.map[setting])))
+    }
+}
+
+fn is_off(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::Object(map) => map.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::String(text) => text.is_empty(),
+        Value::Bool(true) => false,
+    }
+}
+
+/// A value for an error, in short.
+fn shown(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(80) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
+/// A side of a square, or both sides of an area.
+#[derive(Clone, Copy, Deserialize)]
+#[serde(untagged)]
+pub(super) enum Side {
+    Square(usize),
+    Both([usize; 2]),
+    Named { height: usize, width: usize },
+}
+
+impl Side {
+    /// The side of a square, or of an area of two equal sides.
+    pub(super) fn of_square(self, setting: &str) -> Result<usize> {
+        match self {
+            Self::Square(side) => Ok(side),
+            Self::Both([height, width]) | Self::Named { height, width } if height == width => Ok(width),
+            Self::Both([height, width]) | Self::Named { height, width } => {
+                Err(ConfigFileError(format!("`{setting}` = {height} x {width} is not supported: images and patches are squares")))
+            }
+        }
+    }
+}
+
+/// A number for every channel, or one for all.
+#[derive(Deserialize, Clone, Copy)]
+#[serde(untagged)]
+enum Channels {
+    Each([f32; 3]),
+    All(f32),
 }
 
 /// Refuses a setting of image preparation.

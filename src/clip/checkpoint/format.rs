@@ -8,7 +8,7 @@ use super::{
     hugging_face, moe_vie, open_clip,
     table::{Constant, Entry},
     tensors::{self, TensorFiles},
-    tokenizer,
+    tokenizer::TokenizerFiles,
 };
 use crate::clip::{ClipConfig, ImagePreprocessing};
 
@@ -45,14 +45,13 @@ pub(super) struct Described {
     pub config: ClipConfig,
     /// The towers that are there.
     pub towers: Towers,
-    /// The file whose merges are those of the tokenizer, if there is or may be one: a vocabulary of another size than CLIP's is still CLIP's if they
-    /// are its first ones.
-    pub merges: Option<String>,
+    /// Which files of the folder tell what the tokenizer is.
+    pub tokenizer: TokenizerFiles,
 }
 
 impl From<ClipConfig> for Described {
     fn from(config: ClipConfig) -> Self {
-        Self { config, towers: Towers::Both, merges: None }
+        Self { config, towers: Towers::Both, tokenizer: TokenizerFiles::None }
     }
 }
 
@@ -145,7 +144,20 @@ fn blocks_in(weights: &Path, blocks: &str) -> std::result::Result<Option<usize>,
 
 /// What is said of a folder without the weights of a format.
 pub(super) fn no_weights(folder: &Path, format: Format) -> CheckpointError {
-    CheckpointError::NoWeights { folder: folder.to_path_buf(), expected: format.weights.join(" or ") }
+    let is_other = |name: &String| {
+        let ending = name.rsplit_once('.').map_or("", |(_, ending)| ending);
+        ["safetensors", "bin", "pt", "pth", "ckpt", "h5", "msgpack"].contains(&ending)
+    };
+    let names =
+        std::fs::read_dir(folder).into_iter().flatten().flatten().map(|file| file.file_name().to_string_lossy().into_owned());
+    let mut others: Vec<String> = names.filter(is_other).map(|name| format!("`{name}`")).collect();
+    others.sort();
+    others.truncate(3);
+    let mut expected = format.weights.join(" or ");
+    if !others.is_empty() {
+        expected += &format!("; there is {}: if it holds them, give it one of these names", others.join(", "));
+    }
+    CheckpointError::NoWeights { folder: folder.to_path_buf(), expected }
 }
 
 /// A checkpoint in this crate's format of which only the text of its configuration is there.
@@ -176,9 +188,11 @@ pub(super) fn found_in(folder: &Path) -> std::result::Result<Found, CheckpointEr
     };
     let path = folder.join(format.config);
     let text = tensors::read_text(&path, LONGEST_CONFIG)?;
-    let Described { mut config, towers, merges } = (format.read)(&text).map_err(|error| error.at(&path))?;
-    if let Some(merges) = merges {
-        config.text.tokenizer = tokenizer::kind_of(&folder.join(merges), config.text.vocab_size)?;
+    let Described { mut config, towers, tokenizer } = (format.read)(&text).map_err(|error| error.at(&path))?;
+    if towers != Towers::Vision
+        && let Some(kind) = tokenizer.kind(folder, config.text.vocab_size, &path)?
+    {
+        config.text.tokenizer = kind;
     }
     for (encoder, blocks) in [(&mut config.vision.encoder, format.blocks[0]), (&mut config.text.encoder, format.blocks[1])] {
         if encoder.n_layers == LEFT_OUT {

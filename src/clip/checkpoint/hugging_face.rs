@@ -1,19 +1,16 @@
 //! Hugging Face's format: transformers' `CLIPModel` and its image processor.
 
-use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
 
 use super::{
     CheckpointError,
-    config::{Channels, ConfigFileError, Result, refuse, refuse_beyond_clip},
+    config::{ConfigFileError, Result, Section, Side, refuse, refuse_beyond_clip},
     format::{Described, Format, Processor, Towers, no_constants},
     table::{Entry, Form, Table},
+    tokenizer::TokenizerFiles,
 };
 use crate::{
-    clip::{
-        ClipConfig, EndOfText, IMAGE_MEAN, IMAGE_STD, ImagePreprocessing, Interpolation, ResizeMode, TextConfig, VisionConfig,
-        text::CLIP_VOCAB_SIZE,
-    },
+    clip::{ClipConfig, EndOfText, IMAGE_MEAN, IMAGE_STD, ImagePreprocessing, Interpolation, ResizeMode, TextConfig, VisionConfig},
     layer::experts::Activation,
     transformer::EncoderConfig,
 };
@@ -43,30 +40,36 @@ fn read(text: &str) -> Result<Described> {
             return Err(ConfigFileError(text));
         }
     };
+    let architecture = root.get("architectures").and_then(|names| names.get(0)).and_then(Value::as_str);
+    if let Some(name @ ("CLIPVisionModel" | "CLIPTextModel")) = architecture {
+        let text = format!(
+            "`architectures` = [\"{name}\"]: this model has no projection to embeddings: save a `{name}WithProjection` of the same CLIP"
+        );
+        return Err(ConfigFileError(text));
+    }
     // The configuration of a tower alone is a section by itself; of the other one there is only what transformers takes by default.
     let (root, nothing) = (&root, &Map::new());
     let (vision, text) = match towers {
-        Towers::Both => (Section::tower(root, "vision_config")?, Section::tower(root, "text_config")?),
+        Towers::Both => (tower(root, "vision_config")?, tower(root, "text_config")?),
         Towers::Vision => (Section { name: "config", map: root }, Section { name: "text_config", map: nothing }),
         Towers::Text => (Section { name: "vision_config", map: nothing }, Section { name: "config", map: root }),
     };
     // transformers leaves out what has its default value.
     let embed_dim: usize = Section { name: "config", map: root }.get("projection_dim", 512)?;
-    let vision_encoder = vision.encoder([768, 12, 12, 3072])?;
-    let text_encoder = text.encoder([512, 8, 12, 2048])?;
+    let vision_encoder = encoder(&vision, [768, 12, 12, 3072])?;
+    let text_encoder = encoder(&text, [512, 8, 12, 2048])?;
     let end_of_text = match text.get("eos_token_id", 49407i64)? {
         // An id from before transformers knew CLIP's: it then takes the highest id, and so do we.
         2 => EndOfText::HighestId,
         id => EndOfText::Id(id),
     };
-    let vision = VisionConfig::new(vision_encoder, vision.get("image_size", 224)?, vision.get("patch_size", 32)?)
+    let vision = VisionConfig::new(vision_encoder, vision.side("image_size", 224)?, vision.side("patch_size", 32)?)
         .with_channels(vision.get("num_channels", 3)?);
     let text = TextConfig::new(text_encoder)
         .with_vocab_size(text.get("vocab_size", 49408)?)
         .with_context_length(text.get("max_position_embeddings", 77)?)
         .with_end_of_text(end_of_text);
-    let merges = (text.vocab_size != CLIP_VOCAB_SIZE).then(|| "merges.txt".to_string());
-    Ok(Described { config: ClipConfig::new(vision, text, embed_dim), towers, merges })
+    Ok(Described { config: ClipConfig::new(vision, text, embed_dim), towers, tokenizer: TokenizerFiles::Transformers })
 }
 
 pub(super) fn to_text(config: &ClipConfig) -> std::result::Result<String, CheckpointError> {
@@ -126,117 +129,80 @@ pub(super) fn to_text(config: &ClipConfig) -> std::result::Result<String, Checkp
     Ok(serde_json::to_string_pretty(&file).expect("JSON can be written"))
 }
 
-/// An object inside Hugging Face's file.
-struct Section<'a> {
-    name: &'static str,
-    map: &'a Map<String, Value>,
+/// A tower's section of a `CLIPModel`'s configuration. Older files have another one of it, `vision_config_dict`, which transformers takes
+/// instead where both are there.
+fn tower<'a>(root: &'a Map<String, Value>, name: &'static str) -> Result<Section<'a>> {
+    match (root.get(&format!("{name}_dict")), root.get(name)) {
+        (Some(Value::Object(map)), _) | (_, Some(Value::Object(map))) => Ok(Section { name, map }),
+        _ => Err(ConfigFileError(format!("`{name}` is missing: this is not the configuration of a `CLIPModel`"))),
+    }
 }
 
-impl<'a> Section<'a> {
-    /// A tower's section of a `CLIPModel`'s configuration. Older files have another one of it, `vision_config_dict`, which transformers takes
-    /// instead where both are there.
-    fn tower(root: &'a Map<String, Value>, name: &'static str) -> Result<Self> {
-        match (root.get(&format!("{name}_dict")), root.get(name)) {
-            (Some(Value::Object(map)), _) | (_, Some(Value::Object(map))) => Ok(Self { name, map }),
-            _ => Err(ConfigFileError(format!("`{name}` is missing: this is not the configuration of a `CLIPModel`"))),
-        }
-    }
+fn encoder(section: &Section, [width, heads, layers, hidden]: [usize; 4]) -> Result<EncoderConfig> {
+    let activation = match section.get("hidden_act", "quick_gelu".to_string())?.as_str() {
+        "gelu" => Activation::Gelu,
+        "gelu_new" | "gelu_pytorch_tanh" => Activation::GeluTanh,
+        "quick_gelu" => Activation::QuickGelu,
+        "relu" => Activation::Relu,
+        "silu" | "swish" => Activation::Silu,
+        _ => return Err(section.unsupported("hidden_act", "expected \"gelu\", \"quick_gelu\", \"relu\" or \"silu\"")),
+    };
+    let config = EncoderConfig::new(
+        section.get("hidden_size", width)?,
+        section.get("num_attention_heads", heads)?,
+        section.get("num_hidden_layers", layers)?,
+        section.get("intermediate_size", hidden)?,
+    );
+    Ok(config.with_activation(activation).with_norm_epsilon(section.get("layer_norm_eps", 1e-5)?))
+}
 
-    fn get<T: DeserializeOwned>(&self, field: &str, default: T) -> Result<T> {
-        match self.map.get(field) {
-            None | Some(Value::Null) => Ok(default),
-            Some(value) => serde_json::from_value(value.clone())
-                .map_err(|error| ConfigFileError(format!("`{}.{field}` = {value}: {error}", self.name))),
+/// A side and how images are resized to it, from a setting of an image processor.
+fn size(file: &Section, setting: &str) -> Result<Option<(usize, ResizeMode)>> {
+    let expected = "a whole number, `{\"shortest_edge\": …}` or `{\"height\": …, \"width\": …}`";
+    match file.map.get(setting) {
+        Some(Value::Object(map)) if map.contains_key("shortest_edge") => {
+            let name = format!("{}.{setting}", file.name);
+            let section = Section { name: &name, map };
+            section.refuse_others(&["shortest_edge"], &[])?;
+            Ok(Some((section.needed("shortest_edge")?, ResizeMode::Shortest)))
         }
-    }
-
-    fn encoder(&self, [width, heads, layers, hidden]: [usize; 4]) -> Result<EncoderConfig> {
-        let activation: String = self.get("hidden_act", "quick_gelu".to_string())?;
-        let activation = match activation.as_str() {
-            "gelu" => Activation::Gelu,
-            "gelu_new" | "gelu_pytorch_tanh" => Activation::GeluTanh,
-            "quick_gelu" => Activation::QuickGelu,
-            "relu" => Activation::Relu,
-            "silu" | "swish" => Activation::Silu,
-            other => {
-                let text = format!(
-                    "`{}.hidden_act` = \"{other}\" is not supported: expected \"gelu\", \"quick_gelu\", \"relu\" or \"silu\"",
-                    self.name
-                );
-                return Err(ConfigFileError(text));
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Number(_)) => Ok(file.find(setting)?.map(|side| (side, ResizeMode::Shortest))),
+        Some(_) => match file.find::<Side>(setting).map_err(|_| file.wrong(setting, expected))? {
+            Some(Side::Both([height, width]) | Side::Named { height, width }) if height != width => {
+                refuse(setting, format!("{height} x {width}"))
             }
-        };
-        let config = EncoderConfig::new(
-            self.get("hidden_size", width)?,
-            self.get("num_attention_heads", heads)?,
-            self.get("num_hidden_layers", layers)?,
-            self.get("intermediate_size", hidden)?,
-        );
-        Ok(config.with_activation(activation).with_norm_epsilon(self.get("layer_norm_eps", 1e-5)?))
+            side => Ok(side.map(|side| side.of_square(setting)).transpose()?.map(|side| (side, ResizeMode::Squash))),
+        },
     }
 }
 
-/// transformers' `preprocessor_config.json`, or the part of `processor_config.json` that holds the same. What is left out has the value that a
-/// `CLIPImageProcessor` gives it, but for sizes, which are then the model's.
-#[derive(Deserialize)]
-struct HuggingFaceProcessor {
-    image_processor_type: Option<String>,
-    /// The older name of the same; some files have both.
-    feature_extractor_type: Option<String>,
-    do_resize: Option<bool>,
-    size: Option<Size>,
-    resample: Option<u8>,
-    do_center_crop: Option<bool>,
-    crop_size: Option<Size>,
-    do_rescale: Option<bool>,
-    rescale_factor: Option<f64>,
-    do_normalize: Option<bool>,
-    image_mean: Option<Channels>,
-    image_std: Option<Channels>,
-}
-
-#[derive(Deserialize, Clone, Copy)]
-#[serde(untagged)]
-enum Size {
-    Side(usize),
-    Shortest { shortest_edge: usize },
-    Both { height: usize, width: usize },
-}
-
-impl Size {
-    /// The side of a square.
-    fn side(self, setting: &str) -> Result<usize> {
-        match self {
-            Self::Side(side) | Self::Shortest { shortest_edge: side } => Ok(side),
-            Self::Both { height, width } if height == width => Ok(height),
-            Self::Both { height, width } => refuse(setting, format!("{height} x {width}")),
-        }
-    }
-}
-
+/// Reads transformers' `preprocessor_config.json`, or the part of `processor_config.json` that holds the same. What is left out has the value that
+/// a `CLIPImageProcessor` gives it, but for sizes, which are then the model's.
 fn read_processor(text: &str, image_size: usize) -> Result<ImagePreprocessing> {
-    let mut value: Value = serde_json::from_str(text)?;
-    if let Some(nested) = value.get_mut("image_processor") {
-        value = nested.take();
-    }
-    let file: HuggingFaceProcessor = serde_json::from_value(value)?;
-    let kind = file.image_processor_type.or(file.feature_extractor_type);
+    let root: Map<String, Value> = serde_json::from_str(text)?;
+    let root = Section { name: "processor", map: &root };
+    let file = root.section("image_processor", "image_processor")?.unwrap_or(root);
+    // The second is the older name of the first; some files have both.
+    let kind: Option<String> = match file.find("image_processor_type")? {
+        Some(kind) => Some(kind),
+        None => file.find("feature_extractor_type")?,
+    };
     if let Some(kind) = kind.filter(|kind| !kind.starts_with("CLIP")) {
         return refuse("image_processor_type", kind);
     }
-    for (setting, done) in [("do_resize", file.do_resize), ("do_rescale", file.do_rescale)] {
-        if done == Some(false) {
+    for setting in ["do_resize", "do_rescale"] {
+        if !file.get(setting, true)? {
             return refuse(setting, false);
         }
     }
-    let resize_mode = match file.size {
-        Some(Size::Both { .. }) => ResizeMode::Squash,
-        _ => ResizeMode::Shortest,
-    };
-    let resized = file.size.map_or(Ok(image_size), |size| size.side("size"))?;
-    let is_cropped = file.do_center_crop != Some(false);
-    let kept = match file.crop_size.filter(|_| is_cropped) {
-        Some(size) => size.side("crop_size")?,
+    let resized = size(&file, "size")?;
+    let resize_mode = resized.map_or(ResizeMode::Shortest, |(_, mode)| mode);
+    let resized = resized.map_or(image_size, |(side, _)| side);
+    let is_cropped = file.get("do_center_crop", true)?;
+    let crop = size(&file, "crop_size")?.filter(|_| is_cropped);
+    let kept = match crop {
+        Some((side, _)) => side,
         // Without a crop, a photo keeps its proportions.
         None if !is_cropped && resize_mode == ResizeMode::Shortest => return refuse("do_center_crop", false),
         None if is_cropped => image_size,
@@ -250,17 +216,21 @@ fn read_processor(text: &str, image_size: usize) -> Result<ImagePreprocessing> {
         return refuse("size", format!("{resized} with a crop of {kept}"));
     }
     let resize_to = (resized != image_size).then_some(resized);
-    if let Some(factor) = file.rescale_factor.filter(|factor| (factor * 255.0 - 1.0).abs() > 1e-6) {
+    if let Some(factor) = file.find("rescale_factor")?.filter(|factor: &f64| (factor * 255.0 - 1.0).abs() > 1e-6) {
         return refuse("rescale_factor", factor);
     }
-    let interpolation = match file.resample {
-        None | Some(3) => Interpolation::Bicubic,
-        Some(2) => Interpolation::Bilinear,
-        Some(other) => return refuse("resample", other),
+    let interpolation = match file.map.get("resample") {
+        None | Some(Value::Null) => Interpolation::Bicubic,
+        Some(value) => match value.as_i64() {
+            Some(3) => Interpolation::Bicubic,
+            Some(2) => Interpolation::Bilinear,
+            Some(other) => return refuse("resample", other),
+            None => return Err(file.wrong("resample", "3 (bicubic) or 2 (bilinear)")),
+        },
     };
-    let (mean, std) = match file.do_normalize {
-        Some(false) => ([0.0; 3], [1.0; 3]),
-        _ => (file.image_mean.map_or(IMAGE_MEAN, Channels::each), file.image_std.map_or(IMAGE_STD, Channels::each)),
+    let (mean, std) = match file.get("do_normalize", true)? {
+        false => ([0.0; 3], [1.0; 3]),
+        true => (file.channels("image_mean", IMAGE_MEAN)?, file.channels("image_std", IMAGE_STD)?),
     };
     Ok(ImagePreprocessing { mean, std, resize_mode, interpolation, resize_to })
 }

@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
-use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{
-    config::{ConfigFileError, Result},
+    config::{ConfigFileError, Known, Result, Section},
     format::{Described, Format},
-    open_clip::{MERGES, refuse_unknown},
+    open_clip::read_tokenizer,
     table::{Constant, Entry, Form, Table},
 };
 use crate::{
@@ -31,128 +30,12 @@ pub(super) const FORMAT: Format = Format {
     constants,
 };
 
-#[derive(Deserialize)]
-struct MoeVieFile {
-    embed_dim: usize,
-    vision_cfg: MoeVieVision,
-    text_cfg: MoeVieText,
-    #[serde(flatten)]
-    rest: Map<String, Value>,
-}
-
-/// Left out, a setting has the value that MoE-ViE's code gives it.
-#[derive(Deserialize)]
-#[serde(default)]
-struct MoeVieVision {
-    layers: usize,
-    width: usize,
-    head_width: usize,
-    mlp_ratio: f64,
-    patch_size: Side,
-    image_size: Option<Side>,
-    attn_pooler_heads: usize,
-    no_ln_pre: bool,
-    use_ln_post: bool,
-    gpu_align: bool,
-    mixture_of_expert: bool,
-    num_of_expert: usize,
-    moe_layers: Option<Vec<i64>>,
-    split: usize,
-    k: usize,
-    relative_pos_embed_type: Option<String>,
-    global_layers: Option<i64>,
-    #[serde(flatten)]
-    rest: Map<String, Value>,
-}
-
-#[derive(Deserialize)]
-#[serde(default)]
-struct MoeVieText {
-    context_length: usize,
-    vocab_size: usize,
-    tokenizer_kwargs: Option<TokenizerKwargs>,
-    width: usize,
-    heads: usize,
-    layers: usize,
-    mlp_ratio: f64,
-    use_ln_post: bool,
-    gpu_align: bool,
-    #[serde(flatten)]
-    rest: Map<String, Value>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct TokenizerKwargs {
-    bpe_path: Option<String>,
-}
-
-/// Of a square, or of an area of two equal sides.
-#[derive(Clone, Copy, Deserialize)]
-#[serde(untagged)]
-enum Side {
-    Square(usize),
-    Both([usize; 2]),
-}
-
-impl Side {
-    fn of_square(self, field: &str) -> Result<usize> {
-        match self {
-            Self::Square(side) => Ok(side),
-            Self::Both([height, width]) if height == width => Ok(width),
-            Self::Both(sides) => Err(unsupported(field, format!("{sides:?}"), "images and patches are squares")),
-        }
-    }
-}
-
-impl Default for MoeVieVision {
-    fn default() -> Self {
-        Self {
-            layers: 12,
-            width: 768,
-            head_width: 64,
-            mlp_ratio: 4.0,
-            patch_size: Side::Square(16),
-            image_size: None,
-            attn_pooler_heads: 8,
-            no_ln_pre: false,
-            use_ln_post: true,
-            gpu_align: false,
-            mixture_of_expert: false,
-            num_of_expert: 1,
-            moe_layers: None,
-            split: 1,
-            k: 1,
-            relative_pos_embed_type: None,
-            global_layers: None,
-            rest: Map::new(),
-        }
-    }
-}
-
-impl Default for MoeVieText {
-    fn default() -> Self {
-        Self {
-            context_length: 77,
-            vocab_size: CLIP_VOCAB_SIZE,
-            tokenizer_kwargs: None,
-            width: 512,
-            heads: 8,
-            layers: 12,
-            mlp_ratio: 4.0,
-            use_ln_post: true,
-            gpu_align: false,
-            rest: Map::new(),
-        }
-    }
-}
-
 fn unsupported(field: &str, value: impl std::fmt::Display, why: &str) -> ConfigFileError {
     ConfigFileError(format!("`{field}` = {value} is not supported: {why}"))
 }
 
 /// Settings that MoE-ViE's code takes and does not read, or of which nothing depends once weights are loaded.
-const WITHOUT_EFFECT: [(&str, Option<&str>); 7] = [
+const WITHOUT_EFFECT: [Known; 7] = [
     ("quick_gelu", None),
     ("init_logit_scale", None),
     ("init_logit_bias", None),
@@ -162,55 +45,104 @@ const WITHOUT_EFFECT: [(&str, Option<&str>); 7] = [
     ("final_ln_after_pool", None),
 ];
 
+/// Left out, a setting has the value that MoE-ViE's code gives it.
 fn read(text: &str) -> Result<Described> {
-    let MoeVieFile { embed_dim, vision_cfg: v, text_cfg: t, rest } = serde_json::from_str(text)?;
-    refuse_unknown("model", &rest, &WITHOUT_EFFECT[..5])?;
-    refuse_unknown("vision_cfg", &v.rest, &WITHOUT_EFFECT[5..])?;
-    refuse_unknown("text_cfg", &t.rest, &[])?;
-    let d_ff = hidden_width(v.width, v.mlp_ratio, v.gpu_align);
-    let rotary = match v.relative_pos_embed_type.as_deref() {
-        Some("rope_2d") => Some(RotaryPositions::new()),
-        None | Some("") => None,
-        Some(other) => return Err(unsupported("vision_cfg.relative_pos_embed_type", other, "expected `rope_2d` or nothing")),
+    let root: Map<String, Value> = serde_json::from_str(text)?;
+    let model = Section { name: "model", map: &root };
+    let part = |name| {
+        let missing = || ConfigFileError(format!("`{name}` is missing: this is not the configuration of a MoE-ViE"));
+        model.section(name, name)?.ok_or_else(missing)
+    };
+    let (v, t) = (part("vision_cfg")?, part("text_cfg")?);
+    let width = v.get("width", 768)?;
+    let heads = usize::checked_div(width, v.get("head_width", 64)?).unwrap_or(0);
+    let layers = v.get("layers", 12)?;
+    let d_ff = hidden_width(width, v.get("mlp_ratio", 4.0)?, v.get("gpu_align", false)?);
+    let rotary = match v.get("relative_pos_embed_type", String::new())?.as_str() {
+        "rope_2d" => Some(RotaryPositions::new()),
+        "" => None,
+        other => return Err(unsupported("vision_cfg.relative_pos_embed_type", other, "expected `rope_2d` or nothing")),
     };
     // In the other blocks of theirs, each patch looks at itself alone.
-    if v.global_layers != Some(-1) && v.global_layers != i64::try_from(v.layers).ok() {
-        let value = v.global_layers.map_or("nothing".to_string(), |layers| layers.to_string());
+    let global: Option<i64> = v.find("global_layers")?;
+    if global != Some(-1) && global != i64::try_from(layers).ok() {
+        let value = global.map_or("nothing".to_string(), |layers| layers.to_string());
         let why = "only models are in which each block looks at all patches, with -1";
         return Err(unsupported("vision_cfg.global_layers", value, why));
     }
-    let heads = v.width.checked_div(v.head_width).unwrap_or(0);
-    let sparse = experts(&v)?.map(|experts| experts.config(d_ff));
-    let blocks = encoder(v.width, heads, v.layers, d_ff).with_rotary(rotary).with_sparse(sparse);
-    let image_size = v.image_size.map(|side| side.of_square("vision_cfg.image_size")).transpose()?;
-    let patch_size = v.patch_size.of_square("vision_cfg.patch_size")?;
-    let vision = vision(blocks, image_size.unwrap_or(224), patch_size, v.attn_pooler_heads)
-        .with_norm_pre(!v.no_ln_pre)
-        .with_norm_post(v.use_ln_post);
-    let text = TextConfig::new(encoder(t.width, t.heads, t.layers, hidden_width(t.width, t.mlp_ratio, t.gpu_align)))
-        .with_vocab_size(t.vocab_size)
-        .with_context_length(t.context_length)
-        .with_norm_final(t.use_ln_post);
-    let merges = t.tokenizer_kwargs.and_then(|kwargs| kwargs.bpe_path);
-    let merges = merges.or((t.vocab_size != CLIP_VOCAB_SIZE).then(|| MERGES.to_string()));
+    let sparse = experts(&v, layers)?.map(|experts| experts.config(d_ff));
+    let blocks = encoder(width, heads, layers, d_ff).with_rotary(rotary).with_sparse(sparse);
+    let (image_size, patch_size) = (v.side("image_size", 224)?, v.side("patch_size", 16)?);
+    let vision = vision(blocks, image_size, patch_size, v.get("attn_pooler_heads", 8)?)
+        .with_norm_pre(!v.get("no_ln_pre", false)?)
+        .with_norm_post(v.get("use_ln_post", true)?);
+    let width = t.get("width", 512)?;
+    let d_ff = hidden_width(width, t.get("mlp_ratio", 4.0)?, t.get("gpu_align", false)?);
+    let text = TextConfig::new(encoder(width, t.get("heads", 8)?, t.get("layers", 12)?, d_ff))
+        .with_vocab_size(t.get("vocab_size", CLIP_VOCAB_SIZE)?)
+        .with_context_length(t.get("context_length", 77)?)
+        .with_norm_final(t.get("use_ln_post", true)?);
+    let embed_dim = model.needed("embed_dim")?;
+    model.refuse_others(&["embed_dim", "vision_cfg", "text_cfg"], &WITHOUT_EFFECT[..5])?;
+    v.refuse_others(&VISION, &WITHOUT_EFFECT[5..])?;
+    t.refuse_others(&TEXT, &[])?;
+    let tokenizer = read_tokenizer(&t, &text)?;
     let config = ClipConfig::new(vision, text, embed_dim);
-    let config = if image_size.is_none() { of_published_size(config)? } else { config };
-    Ok(Described { merges, ..config.into() })
+    let is_sized = v.map.get("image_size").is_some_and(|size| !size.is_null());
+    let config = if is_sized { config } else { of_published_size(config)? };
+    Ok(Described { tokenizer, ..config.into() })
 }
 
+// What is read of each section.
+
+const VISION: [&str; 17] = [
+    "layers",
+    "width",
+    "head_width",
+    "mlp_ratio",
+    "patch_size",
+    "image_size",
+    "attn_pooler_heads",
+    "no_ln_pre",
+    "use_ln_post",
+    "gpu_align",
+    "mixture_of_expert",
+    "num_of_expert",
+    "moe_layers",
+    "split",
+    "k",
+    "relative_pos_embed_type",
+    "global_layers",
+];
+
+const TEXT: [&str; 10] = [
+    "context_length",
+    "vocab_size",
+    "hf_tokenizer_name",
+    "tokenizer_kwargs",
+    "width",
+    "heads",
+    "layers",
+    "mlp_ratio",
+    "use_ln_post",
+    "gpu_align",
+];
+
 /// The experts that the configuration names, if blocks have any.
-fn experts(v: &MoeVieVision) -> Result<Option<MoeVieExperts>> {
+fn experts(v: &Section, layers: usize) -> Result<Option<MoeVieExperts>> {
     // Their code asks for each block whether the list has it.
-    let is_block = |index: &i64| usize::try_from(*index).ok().filter(|index| *index < v.layers);
-    let mut blocks: Vec<usize> = v.moe_layers.iter().flatten().filter_map(is_block).collect();
+    let is_block = |index: i64| usize::try_from(index).ok().filter(|index| *index < layers);
+    let named: Vec<i64> = v.get("moe_layers", Vec::new())?;
+    let mut blocks: Vec<usize> = named.into_iter().filter_map(is_block).collect();
     blocks.sort_unstable();
     blocks.dedup();
-    if !v.mixture_of_expert || blocks.is_empty() {
+    let (count, split, k) = (v.get("num_of_expert", 1)?, v.get("split", 1)?, v.get("k", 1)?);
+    if !v.get("mixture_of_expert", false)? || blocks.is_empty() {
         return Ok(None);
     }
-    let experts = MoeVieExperts { count: v.num_of_expert, split: v.split, k: v.k, blocks };
+    let experts = MoeVieExperts { count, split, k, blocks };
     if experts.numbers().is_none() {
-        let numbers = format!("{}, `k` = {} and `split` = {}", v.num_of_expert, v.k, v.split);
+        let numbers = format!("{count}, `k` = {k} and `split` = {split}");
         return Err(unsupported(
             "vision_cfg.num_of_expert",
             numbers,
@@ -345,7 +277,7 @@ mod tests {
         let text = r#""width": 64"#;
         for (vision, expected) in [
             (r#""global_layer": 3"#, "`vision_cfg.global_layer` = 3 is not supported"),
-            (r#""image_size": [32, 64]"#, "`vision_cfg.image_size` = [32, 64] is not supported: images and patches are squares"),
+            (r#""image_size": [32, 64]"#, "`vision_cfg.image_size` = 32 x 64 is not supported: images and patches are squares"),
             (
                 r#""moe_layers": [1], "k": 0"#,
                 "`vision_cfg.num_of_expert` = 8, `k` = 0 and `split` = 4 is not supported: one of each is the shared expert, and none is left to choose",
@@ -353,6 +285,8 @@ mod tests {
         ] {
             assert_eq!(error(vision, text), expected);
         }
+        assert_eq!(error(r#""width": "64""#, text), "`vision_cfg.width` = \"64\": expected a whole number");
+        assert_eq!(error(r#""moe_layers": 3"#, text), "`vision_cfg.moe_layers` = 3: expected a list of whole numbers");
         assert_eq!(error(r#""width": 64"#, r#""pool": "mean""#), "`text_cfg.pool` = \"mean\" is not supported");
         let replaced = |from: &str, to: &str| match read(&file(r#""width": 64"#, text).replace(from, to)) {
             Ok(_) => panic!("{to} is accepted"),

@@ -1,64 +1,87 @@
 //! What a file calls the tensors of a format.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::tensors::TensorFiles;
+use super::{CheckpointError, tensors::TensorFiles};
 
-/// Tensors of other writers' files that hold no parameter: masks, positions, and the sizes that OpenAI wrote among its weights.
-pub(super) const HARMLESS: [&str; 6] = [
+/// Tensors of other writers' files that hold no parameter: masks, positions, counters, and the sizes that OpenAI wrote among its weights.
+const HARMLESS: [&str; 8] = [
     "attn_mask",
     "text_model.embeddings.position_ids",
     "vision_model.embeddings.position_ids",
     "input_resolution",
     "context_length",
     "vocab_size",
+    "n_averaged",
+    "num_batches_tracked",
 ];
 
-/// How the names in a file differ from a format's keys.
-#[derive(Debug, Default)]
+/// What wrappers of a module inside of a model put into its names: `torch.compile`, activation checkpointing, FSDP.
+const WRAPPERS: [&str; 3] = ["_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."];
+
+const TOKEN_EMBEDDING: &str = "token_embedding.weight";
+
+/// What a file calls the tensor of each key.
+#[derive(Debug)]
 pub(super) struct Naming {
-    /// What wrappers put before every name (`module.`, `_orig_mod.`).
-    prefix: String,
-    /// Whether the text tower's names begin with `text.`, as in open_clip's `CustomTextCLIP`.
-    text: bool,
+    names: BTreeMap<String, String>,
 }
 
 impl Naming {
-    /// The naming under which the file has the `expected` keys, if there is one.
-    pub(super) fn of(files: &TensorFiles, expected: &BTreeSet<&str>) -> Self {
-        let mut naming = Self::default();
-        let has = |naming: &Self, key: &str| files.names().any(|name| naming.key_of(name) == key);
-        if !expected.iter().any(|key| has(&naming, key)) {
-            naming.prefix = common_prefix(files.names());
+    /// The naming under which the file has the most of the `expected` keys: behind what a wrapper of the whole model puts in front (`module.`,
+    /// `model.`), which a few names may lack. The text tower's names may begin with `text.`, as in open_clip's `CustomTextCLIP`.
+    ///
+    /// # Errors
+    /// When two names stand for one key.
+    pub(super) fn of(files: &TensorFiles, expected: &BTreeSet<&str>) -> Result<Self, CheckpointError> {
+        let plain: Vec<(String, &str)> = files.names().map(|name| (unwrapped(name), name)).collect();
+        let prefix = prefix(plain.iter().map(|(name, _)| name.as_str()), expected);
+        let bare = |name: &str| name.strip_prefix(&prefix).unwrap_or(name).to_string();
+        let mut keys: Vec<(String, &str)> = plain.iter().map(|(plain, name)| (bare(plain), *name)).collect();
+        let has = |key: &str| keys.iter().any(|(name, _)| name == key);
+        if expected.contains(TOKEN_EMBEDDING) && !has(TOKEN_EMBEDDING) && has(&format!("text.{TOKEN_EMBEDDING}")) {
+            keys.iter_mut().for_each(|(key, _)| *key = key.strip_prefix("text.").unwrap_or(key).to_string());
         }
-        let token_embedding = "token_embedding.weight";
-        naming.text = expected.contains(token_embedding)
-            && !has(&naming, token_embedding)
-            && has(&naming, &format!("text.{token_embedding}"));
-        naming
+        let mut names = BTreeMap::new();
+        for (key, name) in keys.into_iter().filter(|(key, _)| !HARMLESS.contains(&key.as_str())) {
+            if names.insert(key.clone(), name.to_string()).is_some() {
+                return Err(CheckpointError::Duplicate { path: files.path.clone(), tensor: key });
+            }
+        }
+        Ok(Self { names })
     }
 
-    /// The key of a tensor in the file.
-    pub(super) fn key_of<'a>(&self, name: &'a str) -> &'a str {
-        let key = name.strip_prefix(&self.prefix).unwrap_or(name);
-        if self.text { key.strip_prefix("text.").unwrap_or(key) } else { key }
+    /// The keys of all tensors that may hold parameters, and their names in the file.
+    pub(super) fn all(&self) -> impl Iterator<Item = (&String, &String)> {
+        self.names.iter()
     }
 
-    /// What the file calls the tensor of a key.
-    pub(super) fn stored(&self, key: &str) -> String {
-        let is_text = self.text && !key.starts_with("visual.") && key != "logit_scale";
-        format!("{}{}{key}", self.prefix, if is_text { "text." } else { "" })
+    /// What the file calls the tensor of a key, if it has it.
+    pub(super) fn find(&self, key: &str) -> Option<&str> {
+        self.names.get(key).map(String::as_str)
+    }
+
+    /// What the file calls the tensor of a key that it has.
+    pub(super) fn stored(&self, key: &str) -> &str {
+        self.find(key).unwrap_or_else(|| panic!("`{key}` was found in the file"))
     }
 }
 
-/// What all names begin with, up to its last dot.
-fn common_prefix<'a>(mut names: impl Iterator<Item = &'a str>) -> String {
-    let Some(first) = names.next() else { return String::new() };
-    let common = names.fold(first, |common, name| {
-        let same = common.bytes().zip(name.bytes()).take_while(|(a, b)| a == b).count();
-        // Names of another writer may not be ASCII: never cut inside a letter.
-        let same = (0..=same).rev().find(|end| common.is_char_boundary(*end)).unwrap_or(0);
-        &common[..same]
-    });
-    common.rfind('.').map_or(String::new(), |dot| common[..=dot].to_string())
+fn unwrapped(name: &str) -> String {
+    WRAPPERS.into_iter().fold(name.to_string(), |name, wrapper| name.replace(wrapper, ""))
+}
+
+/// What stands in front of the most of the expected keys; of several, the shortest.
+fn prefix<'a>(names: impl Iterator<Item = &'a str>, expected: &BTreeSet<&str>) -> String {
+    let mut found: BTreeMap<&str, usize> = BTreeMap::new();
+    for name in names {
+        for at in std::iter::once(0).chain(name.match_indices('.').map(|(dot, _)| dot + 1)) {
+            let (before, key) = name.split_at(at);
+            if expected.contains(key) || key.strip_prefix("text.").is_some_and(|key| expected.contains(key)) {
+                *found.entry(before).or_default() += 1;
+            }
+        }
+    }
+    let most = found.into_iter().max_by_key(|(prefix, count)| (*count, std::cmp::Reverse(prefix.len())));
+    most.map(|(prefix, _)| prefix.to_string()).unwrap_or_default()
 }

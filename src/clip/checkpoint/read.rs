@@ -11,7 +11,7 @@ use safetensors::Dtype;
 use super::{
     CheckpointError,
     format::{Found, Towers, described_by, found_in, no_weights},
-    naming::{HARMLESS, Naming},
+    naming::Naming,
     numbers,
     params::{self, Loaded},
     positions::{interpolated, side_of},
@@ -125,38 +125,28 @@ fn load_weights<M: Module>(
     let mut expected = keys(&entries);
     // What a whole checkpoint holds beside the tower that is asked for.
     let mut ignored = if found.towers == Towers::Both { keys(&others) } else { BTreeSet::new() };
-    let naming = Naming::of(files, &expected.union(&ignored).map(String::as_str).collect());
-    let stored: BTreeSet<&str> = files.names().collect();
+    let naming = Naming::of(files, &expected.union(&ignored).map(String::as_str).collect())?;
     let scales = |entries: &[Entry], keys: &BTreeSet<String>| {
-        let is_int8 = |entry: &&Entry| {
-            let name = naming.stored(&entry.key);
-            stored.contains(&*name) && is_int8(entry, &files.info(&name))
-        };
+        let is_int8 = |entry: &&Entry| naming.find(&entry.key).is_some_and(|name| is_int8(entry, &files.info(name)));
         entries.iter().filter(is_int8).map(|entry| entry.scales().0).chain(keys.iter().cloned()).collect::<BTreeSet<String>>()
     };
     expected = scales(&entries, &expected);
     ignored = scales(&others, &ignored);
     let constants = (format.constants)(config);
     ignored.extend(constants.iter().map(|constant| constant.key.clone()));
-    let mut found = BTreeSet::new();
-    for key in files.names().map(|name| naming.key_of(name)).filter(|key| !HARMLESS.contains(key)) {
-        if !found.insert(key) {
-            return Err(CheckpointError::Duplicate { path: files.path.clone(), tensor: key.to_string() });
-        }
-    }
-    let missing: Vec<String> = expected.iter().filter(|key| !stored.contains(&*naming.stored(key))).cloned().collect();
-    let is_unexpected = |key: &&&str| !expected.contains(**key) && !ignored.contains(**key);
-    let unexpected: Vec<String> = found.iter().filter(is_unexpected).map(|key| key.to_string()).collect();
+    let missing: Vec<String> = expected.iter().filter(|key| naming.find(key).is_none()).cloned().collect();
+    let is_unexpected = |(key, _): &(&String, &String)| !expected.contains(*key) && !ignored.contains(*key);
+    let unexpected: Vec<String> = naming.all().filter(is_unexpected).map(|(_, name)| name.clone()).collect();
     if !missing.is_empty() || !unexpected.is_empty() {
         return Err(CheckpointError::Keys { path: files.path.clone(), missing, unexpected });
     }
     let ahead = usize::from(config.vision.class_token);
     // All shapes before the first number: what does not fit costs no memory.
     for entry in &entries {
-        let info = files.info(&naming.stored(&entry.key));
+        let info = files.info(naming.stored(&entry.key));
         if is_int8(entry, &info) {
             let (key, expected) = entry.scales();
-            let scales = files.info(&naming.stored(&key));
+            let scales = files.info(naming.stored(&key));
             if scales.shape != expected || scales.dtype != Dtype::F32 {
                 return Err(match scales.dtype {
                     Dtype::F32 => CheckpointError::Shape {
@@ -197,18 +187,20 @@ fn load_weights<M: Module>(
             }
         }
     }
-    for constant in constants.iter().filter(|constant| stored.contains(&*naming.stored(&constant.key))) {
-        check_constant(files, &naming.stored(&constant.key), constant)?;
+    for constant in &constants {
+        if let Some(name) = naming.find(&constant.key) {
+            check_constant(files, name, constant)?;
+        }
     }
     let mut entries: BTreeMap<String, Entry> = entries.into_iter().map(|entry| (entry.path.clone(), entry)).collect();
     let model = params::replace(init(config), |path| {
         let path = format!("{}{path}", towers.prefix());
         let entry = entries.remove(&path).unwrap_or_else(|| panic!("no format names the parameter `{path}`"));
         let name = naming.stored(&entry.key);
-        let info = files.info(&name);
-        let bytes = files.read(&name, entry.part())?;
+        let info = files.info(name);
+        let bytes = files.read(name, entry.part())?;
         let values = if is_int8(&entry, &info) {
-            let scales = files.read(&naming.stored(&entry.scales().0), entry.part())?;
+            let scales = files.read(naming.stored(&entry.scales().0), entry.part())?;
             entry.scaled(numbers::decode_int8(&bytes), &numbers::decode(Dtype::F32, &scales).expect("it is a number type"))
         } else {
             numbers::decode(info.dtype, &bytes).ok_or_else(|| CheckpointError::Dtype {

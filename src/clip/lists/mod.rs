@@ -3,15 +3,16 @@
 mod folders;
 mod published;
 mod table;
+mod text;
 
 pub use folders::{ClassifiedImages, ImageFolder};
 pub use table::Columns;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
+use text::read_text;
 
 /// Images, and captions that each belong to one of them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -73,14 +74,15 @@ impl CaptionedImages {
     ///
     /// - a table with a line of names (comma, tab, semicolon or `|` between columns): images in a column called `path`, `filepath`, `image`,
     ///   `file_name` or the like, captions in `caption`, `title`, `text` or the like, in any case, or in those that `options` name. A caption's
-    ///   cell may hold a JSON list of captions, and columns may be numbered (`caption_1`, `caption_2`). Kaggle's forms of Flickr8k and
+    ///   cell may hold a JSON list of captions, and columns may be numbered (`caption_1`, `caption_2`; pandas'
+    ///   `caption`, `caption.1`). Kaggle's forms of Flickr8k and
     ///   Flickr30k are such tables;
     /// - JSON lines, or one JSON list, of objects with such fields; a caption may be a text or a list of texts;
     /// - COCO's `captions_*.json`;
     /// - Karpathy and Fei-Fei's `dataset_coco.json`, `dataset_flickr30k.json`, `dataset_flickr8k.json`;
     /// - Flickr30k's `results_20130124.token` and Flickr8k's `Flickr8k.token.txt`: `NAME#NUMBER`, a tab, and a caption in every line.
     ///
-    /// Several lines may name one image, which then has several captions. Images are in the order in which they are named first; those without
+    /// Paths may have been written on Windows. Several lines may name one image, which then has several captions. Images are in the order in which they are named first; those without
     /// a caption are left out of published lists. Published lists must name files inside of their folder; paths of a list of your own are as
     /// written.
     ///
@@ -127,7 +129,7 @@ impl CaptionedImages {
     /// When the file cannot be read, or names images that are not in the list (the first three are named); the list is then as it was.
     pub fn keep_named(&mut self, names: impl AsRef<Path>) -> Result<(), ListError> {
         let path = names.as_ref();
-        let mut names: BTreeSet<String> = lines_in(path)?.into_iter().collect();
+        let mut names: BTreeSet<String> = lines_in(path)?.iter().map(|name| path_of(name).to_string_lossy().into_owned()).collect();
         let text = |part: Option<&std::ffi::OsStr>| part.unwrap_or_default().to_string_lossy().into_owned();
         let mut named = BTreeSet::new();
         let mut kept = Vec::new();
@@ -173,10 +175,10 @@ impl CaptionedImages {
     }
 }
 
-/// A path of a list, which may have been written on Windows.
+/// A path of a list, which may have been written on Windows, without parts that change nothing: `./a.jpg` and `a.jpg` are one image.
 fn path_of(text: &str) -> PathBuf {
-    let is_of_windows = text.contains('\\') && !text.contains('/') && !cfg!(windows);
-    if is_of_windows { text.replace('\\', "/").into() } else { text.into() }
+    let path = if cfg!(windows) { text.to_string() } else { text.replace('\\', "/") };
+    Path::new(&path).components().filter(|part| *part != Component::CurDir).collect()
 }
 
 /// The rows of the split that is asked for.
@@ -194,38 +196,15 @@ fn some_of<'a>(names: impl IntoIterator<Item = &'a String>) -> String {
     names.into_iter().take(8).map(String::as_str).collect::<Vec<_>>().join(", ")
 }
 
-/// A text without its byte order mark.
-fn read_text(path: &Path) -> Result<String, ListError> {
-    let bytes = fs::read(path).map_err(|source| ListError::Io { path: path.to_path_buf(), source })?;
-    // What spreadsheets call Unicode.
-    let utf16 = match bytes.first_chunk() {
-        Some([0xff, 0xfe]) => Some(u16::from_le_bytes as fn([u8; 2]) -> u16),
-        Some([0xfe, 0xff]) => Some(u16::from_be_bytes as fn([u8; 2]) -> u16),
-        _ => None,
-    };
-    if let Some(unit) = utf16 {
-        let units: Vec<u16> = bytes[2..].as_chunks().0.iter().map(|bytes| unit(*bytes)).collect();
-        return String::from_utf16(&units).map_err(|_| format_error(path, "no whole UTF-16: save the file as UTF-8".into()));
-    }
-    let text = String::from_utf8(bytes).map_err(|error| {
-        let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
-        let line = 1 + good.iter().filter(|byte| **byte == b'\n').count();
-        format_error(path, format!("line {line} is no UTF-8: save the file in this encoding"))
-    })?;
-    Ok(match text.strip_prefix('\u{feff}') {
-        Some(text) => text.to_string(),
-        None => text,
-    })
-}
-
 /// A text in every line: labels, captions. Blanks at the ends of lines, a byte order mark and empty lines at the end do not count.
 ///
 /// # Errors
-/// When the file cannot be read, is no UTF-8 or UTF-16, or has an empty line before its last one.
+/// When the file cannot be read, is no UTF-8 or UTF-16, holds no text, or has an empty line before its last one.
 pub fn lines_in(path: impl AsRef<Path>) -> Result<Vec<String>, ListError> {
     let path = path.as_ref();
     let lines: Vec<String> = read_text(path)?.trim_end().lines().map(|line| line.trim().to_string()).collect();
     match lines.iter().position(String::is_empty) {
+        None if lines.is_empty() => Err(format_error(path, "an empty file: a text is expected in every line".into())),
         Some(line) => Err(format_error(path, format!("line {} is empty: every line is a text", line + 1))),
         None => Ok(lines),
     }

@@ -1,6 +1,6 @@
 //! Lists as data sets publish them.
 
-use std::{collections::BTreeMap, path::Component};
+use std::{collections::BTreeMap, fmt, path::Component};
 
 use serde::Deserialize;
 
@@ -15,7 +15,7 @@ struct Images {
 
 #[derive(Deserialize)]
 struct Image {
-    id: Option<u64>,
+    id: Option<Id>,
     file_name: Option<String>,
     filename: Option<String>,
     #[serde(default)]
@@ -32,8 +32,25 @@ struct Sentence {
 
 #[derive(Deserialize)]
 struct CocoCaption {
-    image_id: u64,
-    caption: String,
+    image_id: Id,
+    caption: Option<String>,
+}
+
+/// A number, or a text.
+#[derive(Deserialize, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[serde(untagged)]
+enum Id {
+    Number(u64),
+    Text(String),
+}
+
+impl fmt::Display for Id {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Number(number) => number.fmt(f),
+            Self::Text(text) => text.fmt(f),
+        }
+    }
 }
 
 /// The images of a published list; `None` when the text is of another kind.
@@ -72,13 +89,18 @@ fn json(text: &str) -> Result<Vec<Row>, String> {
 }
 
 fn coco(images: Vec<Image>, captions: Vec<CocoCaption>) -> Result<Vec<Row>, String> {
-    let id = |image: &Image| image.id.ok_or("an image without `id`");
+    let id = |image: &Image| image.id.clone().ok_or("an image without `id`");
     let mut captions_of = BTreeMap::new();
     for image in &images {
-        captions_of.insert(id(image)?, Vec::new());
+        let id = id(image)?;
+        if captions_of.insert(id.clone(), Vec::new()).is_some() {
+            return Err(format!("two images have the `id` {id}: captions could belong to either"));
+        }
     }
-    for CocoCaption { image_id, caption } in captions {
+    for (place, CocoCaption { image_id, caption }) in captions.into_iter().enumerate() {
         let own = captions_of.get_mut(&image_id).ok_or_else(|| format!("a caption names image {image_id}, which is not there"))?;
+        let caption =
+            caption.ok_or_else(|| format!("annotation {} (of image {image_id}) has no `caption`: remove it", place + 1))?;
         own.push(caption.trim().to_string());
     }
     let row = |image: Image| {
@@ -98,14 +120,15 @@ fn karpathy(image: Image) -> Result<Row, String> {
 fn numbered(line: &str) -> Option<(&str, &str)> {
     let (name, caption) = line.split_once('\t')?;
     let (name, number) = name.trim().rsplit_once('#')?;
-    number.bytes().all(|byte| byte.is_ascii_digit()).then_some((name, caption))
+    let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+    is_number.then_some((name, caption))
 }
 
 fn flickr(text: &str) -> Result<Vec<Row>, String> {
     let row = |(index, line): (usize, &str)| {
         let (name, caption) =
             numbered(line).ok_or_else(|| format!("line {}: expected `NAME#NUMBER`, a tab and a caption", index + 1))?;
-        Ok(Row { image: name.into(), captions: vec![caption.trim().to_string()], split: None })
+        Ok(Row { image: path_of(name), captions: vec![caption.trim().to_string()], split: None })
     };
     text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).map(row).collect()
 }

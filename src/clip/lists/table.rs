@@ -1,5 +1,11 @@
 //! Lists of images and captions that people write themselves: tables and JSON.
 
+use std::fmt;
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error, MapAccess, Visitor},
+};
 use serde_json::{Map, Value};
 
 use super::{Row, path_of};
@@ -7,7 +13,7 @@ use super::{Row, path_of};
 /// What a column of images may be called, in lower case.
 const IMAGE: [&str; 10] =
     ["path", "filepath", "file_path", "image", "image_path", "image_name", "file_name", "filename", "file", "img"];
-/// What a column of captions may be called; numbers may follow.
+/// What a column of captions may be called; numbers may follow (`caption_1`, `caption 1`, pandas' `caption.1`).
 const CAPTION: [&str; 8] = ["caption", "title", "text", "comment", "captions", "sentence", "description", "raw"];
 /// What may stand between columns.
 const DELIMITERS: [char; 4] = ['\t', ',', ';', '|'];
@@ -31,7 +37,17 @@ struct Places {
 }
 
 impl Columns {
-    fn places(&self, names: &[String]) -> Option<Places> {
+    /// The places of the columns among these names; `kind` is what errors call them.
+    fn places(&self, names: &[String], kind: &str) -> Result<Places, String> {
+        let places = self.find(names).ok_or_else(|| format!("{kind} are {}", self.not_among(names)))?;
+        let image = &names[places.image];
+        match names.iter().filter(|name| *name == image).count() {
+            1 => Ok(places),
+            _ => Err(format!("`{image}` is there twice among {kind}: keep one of them")),
+        }
+    }
+
+    fn find(&self, names: &[String]) -> Option<Places> {
         let place = |name: &str| names.iter().position(|found| found == name);
         let image = match &self.image {
             Some(image) => place(&plain(image)),
@@ -42,7 +58,7 @@ impl Columns {
                 // One of the usual names, or all of its numbered ones.
                 let of = |usual: &str| {
                     let numbered = |name: &str| {
-                        let rest = name.strip_prefix(usual).map(|rest| rest.trim_start_matches(['_', ' ']));
+                        let rest = name.strip_prefix(usual).map(|rest| rest.trim_start_matches(['_', ' ', '.', '-', '#']));
                         rest.is_some_and(|rest| rest.bytes().all(|byte| byte.is_ascii_digit()))
                     };
                     (0..names.len()).filter(|column| numbered(&names[*column])).collect::<Vec<usize>>()
@@ -80,27 +96,36 @@ fn plain(name: &str) -> String {
 
 impl Places {
     /// A row from the texts of its columns; `at` says where it is.
-    fn row(&self, at: &str, texts: impl Fn(usize) -> Vec<String>) -> Result<Row, String> {
-        let one = |place: usize| texts(place).into_iter().next().unwrap_or_default();
-        let image = one(self.image);
-        let captions: Vec<String> = self.captions.iter().flat_map(|place| texts(*place)).filter(|text| !text.is_empty()).collect();
-        if captions.iter().any(|text| is_list_of_python(text)) {
-            return Err(format!("{at}: captions as a list of Python; write them as a JSON list, with double quotes"));
-        }
+    fn row(&self, at: &str, texts: impl Fn(usize) -> Result<Vec<String>, String>) -> Result<Row, String> {
+        let texts = |place: usize| texts(place).map_err(|reason| format!("{at}: {reason}"));
+        let one = |place: usize| Ok::<_, String>(texts(place)?.into_iter().next().unwrap_or_default());
+        let image = one(self.image)?;
+        let captions: Vec<Vec<String>> = self.captions.iter().map(|place| texts(*place)).collect::<Result<_, _>>()?;
+        let captions: Vec<String> = captions.into_iter().flatten().filter(|text| !text.is_empty()).collect();
         if image.is_empty() || captions.is_empty() {
             return Err(format!("{at}: no {}", if image.is_empty() { "image" } else { "caption" }));
         }
-        let (image, folder) = (path_of(&image), path_of(&self.folder.map(one).unwrap_or_default()));
+        let folder = self.folder.map(one).transpose()?.unwrap_or_default();
+        let (image, folder) = (path_of(&image), path_of(&folder));
         // Some lists have the whole path where others have the folder.
         let image = if folder.ends_with(&image) { folder } else { folder.join(image) };
-        Ok(Row { image, captions, split: self.split.map(one).filter(|split| !split.is_empty()) })
+        Ok(Row { image, captions, split: self.split.map(one).transpose()?.filter(|split| !split.is_empty()) })
     }
 }
 
 /// The rows of a list of one's own; all of its first bad lines in the error.
 pub(super) fn rows(text: &str, columns: &Columns) -> Result<Vec<Row>, String> {
     let rows = match text.trim_start().chars().next() {
-        Some('{') => json_lines(text, columns),
+        None => return Err("an empty file".into()),
+        Some('{') => match serde_json::from_str::<Map<String, Value>>(text) {
+            // One object of several lines.
+            Ok(object) if text.trim().contains('\n') => {
+                let names: Vec<String> = object.keys().take(8).map(|name| format!("`{name}`")).collect();
+                let expected = "expected a JSON list of objects, or an object in every line";
+                return Err(format!("one JSON object, with the fields {}: {expected}", names.join(", ")));
+            }
+            _ => json_lines(text, columns),
+        },
         Some('[') => json_list(text, columns)?,
         _ => table(text, columns)?,
     };
@@ -114,42 +139,96 @@ pub(super) fn rows(text: &str, columns: &Columns) -> Result<Vec<Row>, String> {
 }
 
 fn table(text: &str, columns: &Columns) -> Result<Vec<Result<Row, String>>, String> {
+    let first = |text: &str| text.lines().find(|line| !line.trim().is_empty()).unwrap_or_default().trim().to_lowercase();
+    // Excel's word for what stands between columns; an empty line in its place keeps the numbers of the others.
+    let is_excels = first(text).strip_prefix("sep=").is_some_and(|delimiter| delimiter.chars().count() <= 1);
+    let text =
+        if is_excels { text.trim_start().split_once('\n').map_or("", |(line, _)| &text.trim_start()[line.len()..]) } else { text };
     let header = text.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
-    let names = |delimiter: char| -> Vec<String> { header.split(delimiter).map(plain).collect() };
-    let fits = DELIMITERS.into_iter().find_map(|delimiter| Some((delimiter, columns.places(&names(delimiter))?)));
-    let Some((delimiter, places)) = fits else {
-        let most = DELIMITERS.into_iter().map(names).max_by_key(Vec::len).unwrap_or_default();
-        return Err(format!("the columns of its first line are {}", columns.not_among(&most)));
+    let names = |delimiter: char| -> Vec<String> {
+        let line = without_blanks_behind(delimiter, header).unwrap_or_else(|_| header.to_string());
+        let record = reader(delimiter, &line).into_records().next().and_then(Result::ok).unwrap_or_default();
+        record.iter().map(plain).collect()
     };
-    let count = names(delimiter).len();
+    let fits = DELIMITERS.into_iter().find_map(|delimiter| columns.find(&names(delimiter)).map(|_| delimiter));
+    let delimiter = fits.or_else(|| DELIMITERS.into_iter().max_by_key(|delimiter| names(*delimiter).len())).unwrap_or(',');
+    let names = names(delimiter);
+    let places = columns.places(&names, "the columns of its first line")?;
     let text = without_blanks_behind(delimiter, text)?;
-    let mut reader = csv::ReaderBuilder::new()
+    let row = |record: Result<csv::StringRecord, csv::Error>| {
+        let record = match record {
+            Ok(record) => record,
+            Err(error) => return Some(Err(error.to_string())),
+        };
+        let line = record.position().map_or(0, csv::Position::line);
+        let mut cells: Vec<&str> = record.iter().collect();
+        // Spreadsheets write rows of nothing, and empty cells behind the last one.
+        if cells.iter().all(|cell| cell.is_empty()) {
+            return None;
+        }
+        while cells.len() > names.len() && cells.last().is_some_and(|cell| cell.is_empty()) {
+            cells.pop();
+        }
+        // Kaggle's Flickr30k lacks a separator between the number of a caption and the caption.
+        if delimiter == '|' && cells.len() + 1 == names.len() {
+            let numbered = cells.last().and_then(|cell| cell.split_once(' '));
+            if let Some((number, caption)) = numbered.filter(|(number, _)| number.bytes().all(|byte| byte.is_ascii_digit())) {
+                cells.pop();
+                cells.extend([number, caption.trim()]);
+            }
+        }
+        if cells.len() != names.len() {
+            return Some(Err(format!("line {line}: {} columns, but the first line has {}", cells.len(), names.len())));
+        }
+        Some(places.row(&format!("line {line}"), |place| of_cell(cells[place])))
+    };
+    let is_empty =
+        |record: &Result<csv::StringRecord, csv::Error>| record.as_ref().is_ok_and(|cells| cells.iter().all(str::is_empty));
+    Ok(reader(delimiter, &text).into_records().skip_while(is_empty).skip(1).filter_map(row).collect())
+}
+
+fn reader(delimiter: char, text: &str) -> csv::Reader<&[u8]> {
+    csv::ReaderBuilder::new()
         .delimiter(delimiter as u8)
         // Captions of Kaggle's `|` lists have lone quotes.
         .quoting(delimiter != '|')
         .flexible(true)
+        .has_headers(false)
         .trim(csv::Trim::All)
-        .from_reader(text.as_bytes());
-    let row = |record: Result<csv::StringRecord, csv::Error>| {
-        let record = record.map_err(|error| error.to_string())?;
-        let line = record.position().map_or(0, csv::Position::line);
-        if record.len() != count {
-            return Err(format!("line {line}: {} columns, but the first line has {count}", record.len()));
-        }
-        places.row(&format!("line {line}"), |place| of_cell(record.get(place).unwrap_or_default()))
-    };
-    Ok(reader.records().map(row).collect())
-}
-
-/// Whether a caption is what Python's `str` makes of a list of texts.
-fn is_list_of_python(text: &str) -> bool {
-    (text.starts_with("['") || text.starts_with("[\"")) && text.ends_with(']') && serde_json::from_str::<Value>(text).is_err()
+        .from_reader(text.as_bytes())
 }
 
 /// The texts of a cell: one, or those of a JSON list.
-fn of_cell(cell: &str) -> Vec<String> {
-    let list: Option<Vec<String>> = cell.starts_with('[').then(|| serde_json::from_str(cell).ok()).flatten();
-    list.map_or_else(|| vec![cell.to_string()], |list| list.iter().map(|text| text.trim().to_string()).collect())
+fn of_cell(cell: &str) -> Result<Vec<String>, String> {
+    let list: Option<Value> = cell.starts_with('[').then(|| serde_json::from_str(cell).ok()).flatten();
+    // What Python's `str` makes of a list of texts.
+    let is_list_of_python = (cell.starts_with("['") || cell.starts_with("[\"")) && cell.ends_with(']');
+    match list {
+        Some(list) => of_value(&list),
+        None if is_list_of_python => Err("captions as a list of Python; write them as a JSON list, with double quotes".into()),
+        None => Ok(vec![cell.to_string()]),
+    }
+}
+
+/// The texts of a JSON value: one, or those of a list.
+fn of_value(value: &Value) -> Result<Vec<String>, String> {
+    match value {
+        Value::Null => Ok(Vec::new()),
+        Value::String(text) => Ok(vec![text.trim().to_string()]),
+        Value::Array(texts) if texts.iter().all(Value::is_string) => {
+            Ok(texts.iter().filter_map(Value::as_str).map(|text| text.trim().to_string()).collect())
+        }
+        Value::Array(texts) => {
+            let other = texts.iter().find(|text| !text.is_string()).unwrap_or(value);
+            Err(format!("{} is in a list of texts: expected a text", shown(other)))
+        }
+        other => Err(format!("{} is no text: expected one, or a list of them", shown(other))),
+    }
+}
+
+/// The beginning of a value.
+fn shown(value: &Value) -> String {
+    value.to_string().chars().take(60).collect()
 }
 
 /// The text without the blanks at the beginning of fields: a quote behind them opens a quoted field, too.
@@ -206,18 +285,42 @@ fn json_lines(text: &str, columns: &Columns) -> Vec<Result<Row, String>> {
 }
 
 fn json_list(text: &str, columns: &Columns) -> Result<Vec<Result<Row, String>>, String> {
-    let objects: Vec<Map<String, Value>> =
-        serde_json::from_str(text).map_err(|error| format!("not the JSON that was expected: {error}"))?;
+    let objects: Vec<Fields> = serde_json::from_str(text).map_err(|error| format!("not the JSON that was expected: {error}"))?;
     Ok(objects.iter().enumerate().map(|(index, object)| of_object(&format!("entry {}", index + 1), object, columns)).collect())
 }
 
-fn of_object(at: &str, object: &Map<String, Value>, columns: &Columns) -> Result<Row, String> {
-    let names: Vec<String> = object.keys().map(|name| plain(name)).collect();
-    let places = columns.places(&names).ok_or_else(|| format!("{at}: its fields are {}", columns.not_among(&names)))?;
-    let values: Vec<&Value> = object.values().collect();
-    places.row(at, |place| match values.get(place) {
-        Some(Value::String(text)) => vec![text.trim().to_string()],
-        Some(Value::Array(texts)) => texts.iter().filter_map(Value::as_str).map(|text| text.trim().to_string()).collect(),
-        _ => Vec::new(),
-    })
+fn of_object(at: &str, Fields(fields): &Fields, columns: &Columns) -> Result<Row, String> {
+    let names: Vec<String> = fields.iter().map(|(name, _)| plain(name)).collect();
+    let places = columns.places(&names, "its fields").map_err(|reason| format!("{at}: {reason}"))?;
+    places.row(at, |place| of_value(&fields[place].1).map_err(|reason| format!("`{}`: {reason}", fields[place].0)))
+}
+
+/// An object in which each name is there once: of two values, a reader would take one without a word.
+struct Fields(Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Fields {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Each;
+
+        impl<'de> Visitor<'de> for Each {
+            type Value = Fields;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("an object of an image and its captions")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields, A::Error> {
+                let mut fields: Vec<(String, Value)> = Vec::new();
+                while let Some((name, value)) = map.next_entry::<String, Value>()? {
+                    if fields.iter().any(|(other, _)| *other == name) {
+                        return Err(A::Error::custom(format!("`{name}` is there twice")));
+                    }
+                    fields.push((name, value));
+                }
+                Ok(Fields(fields))
+            }
+        }
+
+        deserializer.deserialize_map(Each)
+    }
 }

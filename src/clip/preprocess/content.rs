@@ -1,5 +1,7 @@
 //! What the bytes of an image's file tell that its decoder does not.
 
+use std::borrow::Cow;
+
 /// The depth and the kind of colours of a PNG.
 fn png_colours(bytes: &[u8]) -> Option<[u8; 2]> {
     let is_png = bytes.starts_with(b"\x89PNG\r\n\x1a\n");
@@ -42,21 +44,67 @@ fn bmp_has_palette(bytes: &[u8]) -> Option<bool> {
 
 /// The palette of a GIF's first image.
 fn gif_palette(bytes: &[u8]) -> Option<&[[u8; 3]]> {
+    Some(gif_start(bytes)?.palette).filter(|palette| !palette.is_empty())
+}
+
+/// Where a GIF's first image lies on its canvas (left, top, right, bottom), and the colour around it: the transparent one or, as there, the
+/// first of its palette.
+pub(super) fn gif_surroundings(bytes: &[u8]) -> Option<([u32; 4], [u8; 3])> {
+    let GifStart { palette, transparent, at } = gif_start(bytes).filter(|_| bytes.starts_with(b"GIF"))?;
+    let number = |at: usize| bytes.get(at..at + 2).map(|bytes| u32::from(u16::from_le_bytes([bytes[0], bytes[1]])));
+    let (left, top) = (number(at + 1)?, number(at + 3)?);
+    let colour = palette.get(usize::from(transparent.unwrap_or(0)))?;
+    Some(([left, top, left + number(at + 5)?, top + number(at + 7)?], *colour))
+}
+
+/// What stands before the pixels of a GIF's first image.
+struct GifStart<'a> {
+    /// Empty where there is none.
+    palette: &'a [[u8; 3]],
+    transparent: Option<u8>,
+    /// Where the image's description is.
+    at: usize,
+}
+
+fn gif_start(bytes: &[u8]) -> Option<GifStart<'_>> {
     let table = |at: usize, flags: u8| {
         let entries = (flags & 0x80 > 0).then_some(2usize << (flags & 7))?;
         bytes.get(at..)?.as_chunks().0.get(..entries)
     };
     let whole = table(13, *bytes.get(10)?);
     let mut at = 13 + whole.map_or(0, |palette| 3 * palette.len());
+    let mut transparent = None;
     // Over extensions, which are made of blocks that say their length, to the first image, which may have a palette of its own.
     while *bytes.get(at)? == 0x21 {
+        if let Some([0xf9, 4..=255, flags, _, _, index]) = bytes.get(at + 1..at + 7) {
+            transparent = (flags & 1 > 0).then_some(*index);
+        }
         at += 2;
         while *bytes.get(at)? > 0 {
             at += 1 + usize::from(bytes[at]);
         }
         at += 1;
     }
-    bytes.get(at + 9).and_then(|flags| table(at + 10, *flags)).or(whole)
+    let own = bytes.get(at + 9).and_then(|flags| table(at + 10, *flags));
+    Some(GifStart { palette: own.or(whole).unwrap_or_default(), transparent, at })
+}
+
+/// A PNG that ends before its last chunk, which holds nothing, with that one; all other files as they are.
+pub(super) fn with_its_end(bytes: &[u8]) -> Cow<'_, [u8]> {
+    const END: &[u8] = b"\0\0\0\0IEND\xaeB`\x82";
+    let mut at = 8;
+    while png_colours(bytes).is_some() {
+        let Some(length) = bytes.get(at..at + 4) else { break };
+        let length = u32::from_be_bytes([length[0], length[1], length[2], length[3]]) as usize;
+        if bytes.get(at + 4..at + 8) == Some(b"IEND") {
+            break;
+        }
+        at = at.saturating_add(12).saturating_add(length);
+        if at == bytes.len() {
+            return [bytes, END].concat().into();
+        }
+    }
+    bytes.into()
 }
 
 /// Whether what a decoder takes for alpha can only be a colour that the file declares transparent (tRNS): its pixels have no alpha.
@@ -109,6 +157,25 @@ mod tests {
         colours[7] = [1, 2, 3];
         assert!(has_palette(&short(8, &colours)));
         assert!(has_palette(&short(1, &[[0; 3], [255; 3]])));
+    }
+
+    #[test]
+    fn around_a_small_first_image_is_what_pillow_puts_there() {
+        // 4 x 4 pixels, of which the first image has the middle 2 x 2; four colours.
+        let gif = |control: &[u8]| {
+            let mut file = b"GIF89a\x04\0\x04\0\x91\x02\0".to_vec();
+            file.extend([[10, 20, 30], [200, 0, 0], [0, 200, 0], [0, 0, 200]].as_flattened());
+            file.extend(control);
+            file.extend(b"\x2c\x01\0\x01\0\x02\0\x02\0\0\x02\x03\x4c\x12\x05\0;");
+            file
+        };
+        // Pillow 13 gives index 0 without a transparent colour, whatever the background (here 2), and that colour otherwise.
+        for (control, around) in [(b"" as &[u8], [10, 20, 30]), (b"\x21\xf9\x04\x01\0\0\x03\0", [0, 0, 200])] {
+            let square = ImagePreprocessor::new(4).decode(&gif(control)).unwrap();
+            assert_eq!(square[..3], around);
+            assert_eq!(square[45..], around);
+            assert_ne!(square[15..18], around, "the image itself");
+        }
     }
 
     #[test]

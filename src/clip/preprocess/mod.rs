@@ -285,7 +285,14 @@ mod tests {
     fn what_is_no_image_or_too_large_is_named() {
         let preprocessor = ImagePreprocessor::new(8);
         let error = |bytes: &[u8]| preprocessor.decode(bytes).unwrap_err().to_string();
-        assert!(error(b"I am no picture").contains("is no readable image"));
+        assert!(error(b"I am no picture").contains("is no readable image: it begins as no image of a known kind does"));
+        assert!(error(b"").ends_with("it is empty"));
+        assert!(
+            error(b"version https://git-lfs.github.com/spec/v1\noid").contains("it is a pointer of Git LFS in place of the file")
+        );
+        assert!(error(b"\0\0\0\x18ftypheic\0\0\0\0mif1").contains("a HEIC photo, which is not read: save it as JPEG or PNG"));
+        assert!(error(b"<!DOCTYPE html>").contains("a web page"));
+        assert!(error(b"P6\n1 1\n255\n...").ends_with("Pnm images are not read: save it as PNG or JPEG"));
         // A PNG that claims 40,000 x 40,000 pixels, with its checksum, and the beginning of its data.
         let mut png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR".to_vec();
         png.extend([40_000u32.to_be_bytes(), 40_000u32.to_be_bytes()].concat());

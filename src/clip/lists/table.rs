@@ -142,8 +142,7 @@ fn table(text: &str, columns: &Columns) -> Result<Vec<Result<Row, String>>, Stri
     let first = |text: &str| text.lines().find(|line| !line.trim().is_empty()).unwrap_or_default().trim().to_lowercase();
     // Excel's word for what stands between columns; an empty line in its place keeps the numbers of the others.
     let is_excels = first(text).strip_prefix("sep=").is_some_and(|delimiter| delimiter.chars().count() <= 1);
-    let text =
-        if is_excels { text.trim_start().split_once('\n').map_or("", |(line, _)| &text.trim_start()[line.len()..]) } else { text };
+    let text = if is_excels { text.trim_start().trim_start_matches(|c| c != '\n') } else { text };
     let header = text.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
     let names = |delimiter: char| -> Vec<String> {
         let line = without_blanks_behind(delimiter, header).unwrap_or_else(|_| header.to_string());

@@ -50,7 +50,10 @@ fn gif_palette(bytes: &[u8]) -> Option<&[[u8; 3]]> {
 /// Where a GIF's first image lies on its canvas (left, top, right, bottom), and the colour around it: the transparent one or, as there, the
 /// first of its palette.
 pub(super) fn gif_surroundings(bytes: &[u8]) -> Option<([u32; 4], [u8; 3])> {
-    let GifStart { palette, transparent, at } = gif_start(bytes).filter(|_| bytes.starts_with(b"GIF"))?;
+    if !bytes.starts_with(b"GIF") {
+        return None;
+    }
+    let GifStart { palette, transparent, at } = gif_start(bytes)?;
     let number = |at: usize| bytes.get(at..at + 2).map(|bytes| u32::from(u16::from_le_bytes([bytes[0], bytes[1]])));
     let (left, top) = (number(at + 1)?, number(at + 3)?);
     let colour = palette.get(usize::from(transparent.unwrap_or(0)))?;

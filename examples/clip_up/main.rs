@@ -205,7 +205,11 @@ fn run() -> Result<(), Box<dyn Error>> {
     let out = args.out.clone().unwrap_or(PathBuf::from(if args.quick { "out/clip_up_quick" } else { "out/clip_up" }));
     fs::create_dir_all(&out).map_err(|error| format!("{}: {error}", out.display()))?;
     let checkpointing = Checkpointing::new(out.join("checkpoints"), args.eval_every);
-    check_kept_run(&args, &out, checkpointing.kept_run()?)?;
+    if args.overwrite {
+        checkpointing.discard()?;
+    } else {
+        check_kept_run(&args, &out, checkpointing.kept_run()?)?;
+    }
 
     let dense = ClipCheckpoint::load_with(&args.dense, &LoadOptions::new().with_image_size(args.image_size), &device).map_err(|error| {
         format!("{error}\n(the published package holds no data: `data/clip-emoji` is in the repository, and `--example pretrain` makes one)")
@@ -241,9 +245,6 @@ fn run() -> Result<(), Box<dyn Error>> {
     let batch_size = args.batch_size.unwrap_or(most.clamp(1, batch.batch_size));
     println!("batches of {batch_size}, highest learning rate {dense_lr} (dense) and {sparse_lr} (sparse)");
     let batch = batch.with_batch_size(batch_size);
-    if args.overwrite && checkpointing.folder.is_dir() {
-        fs::remove_dir_all(&checkpointing.folder)?;
-    }
     let mut progress = Progress::new(&arms, args.steps);
     let trained = train(TrainInput {
         arms,
@@ -333,7 +334,7 @@ fn check_kept_run(args: &Args, out: &Path, kept: Option<KeptRun>) -> Result<(), 
         Some(KeptRun { step, .. }) if args.resume && step >= args.steps => {
             Err(format!("the run in {out} has done {step} steps already: name more with --steps").into())
         }
-        Some(KeptRun { step, steps }) if !args.resume && !args.overwrite => Err(format!(
+        Some(KeptRun { step, steps }) if !args.resume => Err(format!(
             "{out} holds a run that has done {step} of {steps} steps: go on with --resume, begin anew with --overwrite, or take another --out"
         )
         .into()),

@@ -22,7 +22,7 @@ mod support;
 
 use std::{
     error::Error,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
@@ -203,8 +203,8 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
     let steps = run.steps;
     say(format!("{steps} steps of {} pairs; {}", args.batch_size, describe(&config)));
     let checkpointing = Checkpointing { keep: args.keep, ..Checkpointing::new(out.join("checkpoints"), args.checkpoint_every()) };
-    if is_first {
-        keep_adapter_options(out, checkpointing.kept_run()?.is_some(), adapters.as_ref())?;
+    if is_first && checkpointing.kept_run()?.is_some() {
+        check_adapter_options(out, adapters.as_ref())?;
     }
     let training = device.clone().autodiff();
     let input = |observer| TrainInput {
@@ -219,7 +219,8 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
     };
     let trained = if is_first {
         let log = out.join("log.jsonl");
-        let mut progress = Progress::new(steps, args.batch_size, log.clone(), out.join("report.html"));
+        let keep_adapters = || keep_adapter_options(out, adapters.as_ref());
+        let mut progress = Progress::new(steps, args.batch_size, log.clone(), out.join("report.html"), &keep_adapters);
         let mut log = JsonLog::new(log, vec!["model".into()], args.log_every, &mut progress)
             .map_err(|error| format!("{}: {error}", out.display()))?;
         let trained = train(input(&mut log as &mut dyn Observer)).map_err(|error| what_is_kept(error, args, &checkpointing))?;
@@ -274,29 +275,31 @@ fn what_is_kept(error: TrainError, args: &Args, checkpointing: &Checkpointing) -
     }
 }
 
-/// Writes rank and scale of the adapters, which no checkpoint holds, or compares them with those of the run that goes on.
-fn keep_adapter_options(out: &Path, goes_on: bool, options: Option<&LoraOptions>) -> Result<(), Box<dyn Error>> {
+/// Refuses adapters of other options than those of the run that goes on, which no checkpoint holds.
+fn check_adapter_options(out: &Path, options: Option<&LoraOptions>) -> Result<(), Box<dyn Error>> {
     let path = out.join("adapters.json");
-    if goes_on {
-        let kept = match path.exists() {
-            true => Some(LoraOptions::load(&path).map_err(|error| format!("{}: {error}", path.display()))?),
-            false => None,
-        };
-        if kept.as_ref() != options {
-            let text = |options: Option<&LoraOptions>| match options {
-                Some(LoraOptions { rank, alpha }) => format!("adapters of rank {rank} and alpha {alpha}"),
-                None => "no adapters".into(),
-            };
-            let (folder, kept, asked) = (out.display(), text(kept.as_ref()), text(options));
-            return Err(
-                format!("{folder}: the run in this folder has {kept}, and {asked} are asked for: take another --out").into()
-            );
-        }
+    let kept = match path.exists() {
+        true => Some(LoraOptions::load(&path).map_err(|error| format!("{}: {error}", path.display()))?),
+        false => None,
+    };
+    if kept.as_ref() == options {
+        return Ok(());
     }
+    let text = |options: Option<&LoraOptions>| match options {
+        Some(LoraOptions { rank, alpha }) => format!("adapters of rank {rank} and alpha {alpha}"),
+        None => "no adapters".into(),
+    };
+    let (folder, kept, asked) = (out.display(), text(kept.as_ref()), text(options));
+    Err(format!("{folder}: the run in this folder has {kept}, and {asked} are asked for: take another --out").into())
+}
+
+/// Writes rank and scale of the adapters of a run that begins.
+fn keep_adapter_options(out: &Path, options: Option<&LoraOptions>) -> io::Result<()> {
+    let path = out.join("adapters.json");
     match options {
-        Some(options) => Ok(write_atomic(path, options.to_string().as_bytes())?),
+        Some(options) => write_atomic(path, options.to_string().as_bytes()),
         // Of a run that never began.
-        None if path.exists() => Ok(fs::remove_file(path)?),
+        None if path.exists() => fs::remove_file(path),
         None => Ok(()),
     }
 }

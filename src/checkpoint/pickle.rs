@@ -121,7 +121,7 @@ fn torch_script(path: &Path) -> CheckpointError {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let reason = format!(
         "it is a TorchScript archive, as OpenAI's are; write its weights alone, in Python: `import torch; \
-         d = torch.jit.load(\"{name}\", map_location=\"cpu\").state_dict(); torch.save(d, \"{name}\")`"
+         d = torch.jit.load(\"{name}\", map_location=\"cpu\").state_dict(); torch.save(d, \"weights.pt\")`, and put that file in its place"
     );
     CheckpointError::Pickle { path: path.to_path_buf(), reason }
 }

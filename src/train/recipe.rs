@@ -235,8 +235,10 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
             Ok(next) => next,
             Err(error) => {
                 // The steps that were done are not lost with the data. Other ranks may have their data still.
-                if let Some(checkpointing) = checkpointing.filter(|_| step > first_step && !ranks.has_others()) {
-                    save(checkpointing, &setting, &identity, &runs, step)?;
+                let is_kept = step == first_step || step.is_multiple_of(every);
+                if let Some(checkpointing) = checkpointing.filter(|_| !is_kept && !ranks.has_others())
+                    && save(checkpointing, &setting, &identity, &runs, step).is_ok()
+                {
                     observer.on_checkpoint(step);
                 }
                 return Err(error.into());
@@ -275,6 +277,11 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
                 observer.on_checkpoint(done);
             }
         }
+    }
+    // A run may end where its data did, which was not planned.
+    let is_evaluated = |run: &Run| run.history.last().is_some_and(|(step, _)| *step == config.steps);
+    for (index, run) in runs.iter_mut().enumerate().filter(|(_, run)| evaluates && !is_evaluated(run)) {
+        run.evaluate(index, config.steps, &setting, observer)?;
     }
     runs.into_iter().map(|run| run.finish(&setting)).collect()
 }

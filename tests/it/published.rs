@@ -104,6 +104,9 @@ fn older_names_of_weights() {
     let text = error(folder.path());
     let expected = "no weights: expected open_clip_model.safetensors or open_clip_pytorch_model.safetensors or ";
     assert!(text.contains(expected), "{text}");
+    fs::write(path("flax_model.msgpack"), "").unwrap();
+    let text = error(folder.path());
+    assert!(text.ends_with("there is `flax_model.msgpack`, of TensorFlow or Flax, which is not read: save the model from PyTorch"));
     fs::write(path("epoch_latest.pt"), "").unwrap();
     let text = error(folder.path());
     assert!(text.ends_with("; there is `epoch_latest.pt`: if it holds them, give it one of these names"), "{text}");

@@ -419,11 +419,37 @@ fn data_that_ends_leaves_the_steps_that_were_done() {
     let error = setup.run(&Solo, Some(&checkpointing), &mut ()).unwrap_err().to_string();
     assert!(error.starts_with("pipe ended after 19 samples"), "{error}");
     assert_eq!(checkpointing.kept_run().unwrap(), Some(KeptRun { step: 3, steps: 8 }));
-    // And may end there.
+    // And may end there, evaluated.
     let again = pipe();
     setup.stream = &again;
     setup.config.steps = 3;
     setup.run(&Solo, Some(&checkpointing), &mut ()).unwrap();
+    let test = load_samples(&TarShards::open(shards(folder.path())).unwrap(), &ImagePreprocessor::new(8)).unwrap().0;
+    let input = TrainInput {
+        arms: vec![setup.arm.clone()],
+        data: TrainData::Stream { stream: &again, threads: 1 },
+        test: Some(&test),
+        config: &setup.config,
+        checkpointing: Some(&checkpointing),
+        ranks: &Solo,
+        device: &setup.device,
+        observer: &mut (),
+    };
+    assert_eq!(train(input).unwrap()[0].history.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [3]);
+    // What is kept already is not written again.
+    let state = folder.path().join("run/step-00000003/state.json");
+    let written = || fs::metadata(&state).unwrap().modified().unwrap();
+    let (before, third) = (written(), pipe());
+    setup.stream = &third;
+    setup.config.steps = 8;
+    let often = Checkpointing::new(folder.path().join("run"), 3);
+    assert!(setup.run(&Solo, Some(&often), &mut ()).is_err());
+    assert_eq!(written(), before);
+    // Begun anew, whatever is there.
+    fs::write(folder.path().join("run/step-00000003/state.json"), "{}").unwrap();
+    assert!(often.kept_run().is_err());
+    often.discard().unwrap();
+    assert_eq!(often.kept_run().unwrap(), None);
 }
 
 #[test]
@@ -445,6 +471,14 @@ fn what_is_frozen_keeps_its_balancing_biases() {
     assert_eq!(biases(&start)[0], biases(&trained)[0]);
     assert_ne!(biases(&start)[1], biases(&trained)[1]);
     setup.arm.frozen = None;
+    let mut one = start.clone();
+    if let burn_moe::transformer::FeedForward::Moe(moe) = &mut one.text.encoder.blocks[1].feed_forward {
+        moe.router.weight = moe.router.weight.clone().set_require_grad(false);
+    }
+    setup.arm.model = one;
+    let trained = setup.run(&Solo, None, &mut ()).unwrap().model;
+    assert_ne!(biases(&start)[0], biases(&trained)[0]);
+    assert_eq!(biases(&start)[1], biases(&trained)[1]);
     setup.arm.model = start.clone().with_lora(&LoraOptions::new().with_rank(2));
     let trained = setup.run(&Solo, None, &mut ()).unwrap().model;
     assert_eq!(biases(&start), biases(&trained));

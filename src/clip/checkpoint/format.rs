@@ -144,18 +144,21 @@ fn blocks_in(weights: &Path, blocks: &str) -> std::result::Result<Option<usize>,
 
 /// What is said of a folder without the weights of a format.
 pub(super) fn no_weights(folder: &Path, format: Format) -> CheckpointError {
-    let is_other = |name: &String| {
-        let ending = name.rsplit_once('.').map_or("", |(_, ending)| ending);
-        ["safetensors", "bin", "pt", "pth", "ckpt", "h5", "msgpack"].contains(&ending)
+    let of_endings = |endings: &[&str]| {
+        let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        let names = files.map(|file| file.file_name().to_string_lossy().into_owned());
+        let is_one = |name: &String| endings.contains(&name.rsplit_once('.').map_or("", |(_, ending)| ending));
+        let mut found: Vec<String> = names.filter(is_one).map(|name| format!("`{name}`")).collect();
+        found.sort();
+        found.truncate(3);
+        found.join(", ")
     };
-    let names =
-        std::fs::read_dir(folder).into_iter().flatten().flatten().map(|file| file.file_name().to_string_lossy().into_owned());
-    let mut others: Vec<String> = names.filter(is_other).map(|name| format!("`{name}`")).collect();
-    others.sort();
-    others.truncate(3);
     let mut expected = format.weights.join(" or ");
+    let [others, of_others] = [&["safetensors", "bin", "pt", "pth", "ckpt"][..], &["h5", "msgpack"]].map(of_endings);
     if !others.is_empty() {
-        expected += &format!("; there is {}: if it holds them, give it one of these names", others.join(", "));
+        expected += &format!("; there is {others}: if it holds them, give it one of these names");
+    } else if !of_others.is_empty() {
+        expected += &format!("; there is {of_others}, of TensorFlow or Flax, which is not read: save the model from PyTorch");
     }
     CheckpointError::NoWeights { folder: folder.to_path_buf(), expected }
 }

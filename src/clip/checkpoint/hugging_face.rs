@@ -160,7 +160,7 @@ fn encoder(section: &Section, [width, heads, layers, hidden]: [usize; 4]) -> Res
 fn size(file: &Section, setting: &str) -> Result<Option<(usize, ResizeMode)>> {
     let expected = "a whole number, `{\"shortest_edge\": …}` or `{\"height\": …, \"width\": …}`";
     match file.map.get(setting) {
-        Some(Value::Object(map)) if map.contains_key("shortest_edge") => {
+        Some(Value::Object(map)) if map.get("shortest_edge").is_some_and(|side| !side.is_null()) => {
             let name = format!("{}.{setting}", file.name);
             let section = Section { name: &name, map };
             section.refuse_others(&["shortest_edge"], &[])?;
@@ -200,7 +200,7 @@ fn read_processor(text: &str, image_size: usize) -> Result<ImagePreprocessing> {
     let resize_mode = resized.map_or(ResizeMode::Shortest, |(_, mode)| mode);
     let resized = resized.map_or(image_size, |(side, _)| side);
     let is_cropped = file.get("do_center_crop", true)?;
-    let crop = size(&file, "crop_size")?.filter(|_| is_cropped);
+    let crop = if is_cropped { size(&file, "crop_size")? } else { None };
     let kept = match crop {
         Some((side, _)) => side,
         // Without a crop, a photo keeps its proportions.

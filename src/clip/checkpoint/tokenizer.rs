@@ -71,6 +71,8 @@ fn transformers(folder: &Path, vocab_size: usize) -> Result<Option<bool>, Checkp
     let class = class.unwrap_or_default();
     // A class that reads any `tokenizer.json`.
     let is_general = class.starts_with("PreTrainedTokenizer") || class == "TokenizersBackend";
+    // Which one that is, is compared with this feature alone.
+    let is_unknown = is_general && cfg!(feature = "preprocess");
     if !class.is_empty() && !class.starts_with("CLIPTokenizer") && !is_general {
         return Ok(Some(false));
     }
@@ -78,7 +80,7 @@ fn transformers(folder: &Path, vocab_size: usize) -> Result<Option<bool>, Checkp
         [are_merges(&folder.join("merges.txt"), vocab_size)?, is_tokenizer_json(&folder.join("tokenizer.json"), vocab_size)?];
     let others = ["vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"];
     Ok(match told {
-        [None, None] => (is_general || others.iter().any(|name| folder.join(name).is_file())).then_some(false),
+        [None, None] => (is_unknown || others.iter().any(|name| folder.join(name).is_file())).then_some(false),
         told => Some(!told.contains(&Some(false))),
     })
 }

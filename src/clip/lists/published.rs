@@ -88,15 +88,19 @@ fn json(text: &str) -> Result<Vec<Row>, String> {
     }
 }
 
-fn coco(images: Vec<Image>, captions: Vec<CocoCaption>) -> Result<Vec<Row>, String> {
+fn coco(mut images: Vec<Image>, captions: Vec<CocoCaption>) -> Result<Vec<Row>, String> {
     let id = |image: &Image| image.id.clone().ok_or("an image without `id`");
-    let mut captions_of = BTreeMap::new();
+    let (mut captions_of, mut files) = (BTreeMap::new(), BTreeMap::new());
     for image in &images {
         let id = id(image)?;
-        if captions_of.insert(id.clone(), Vec::new()).is_some() {
+        captions_of.insert(id.clone(), Vec::new());
+        let file = image.file_name.clone();
+        if files.insert(id.clone(), file.clone()).is_some_and(|other| other != file) {
             return Err(format!("two images have the `id` {id}: captions could belong to either"));
         }
     }
+    // One that is named twice is one.
+    images.retain(|image| image.id.as_ref().is_some_and(|id| files.remove(id).is_some()));
     for (place, CocoCaption { image_id, caption }) in captions.into_iter().enumerate() {
         let own = captions_of.get_mut(&image_id).ok_or_else(|| format!("a caption names image {image_id}, which is not there"))?;
         let caption =

@@ -17,9 +17,9 @@ pub(super) fn read_text(path: &Path) -> Result<String, ListError> {
         return Err(format_error(path, format!("line {line} holds a zero byte, which no text has: save the file as UTF-8")));
     }
     // Macs of long ago end lines with a carriage return alone.
-    if text.contains('\r') {
-        text = text.replace("\r\n", "\n").replace('\r', "\n");
+    if !text.contains('\n') {
+        text = text.replace('\r', "\n");
     }
     // Files that were joined have a mark at each joint.
-    Ok(text.replace("\n\u{feff}", "\n"))
+    Ok(if text.contains("\n\u{feff}") { text.replace("\n\u{feff}", "\n") } else { text })
 }

@@ -26,6 +26,8 @@ const FORMAT: u32 = 2;
 /// What a checkpoint's folder begins with, and what one that is being written does.
 const NAME: &str = "step-";
 const UNFINISHED: &str = ".step-";
+/// What the first versions kept beside their checkpoints.
+const OLDER: &str = "latest.json";
 
 /// Where a run is kept, so that it can go on after it was stopped, or for longer than was planned.
 ///
@@ -64,6 +66,26 @@ impl Checkpointing {
         Ok(self.latest()?.map(|(_, state)| KeptRun { step: state.step, steps: state.steps }))
     }
 
+    /// Removes the checkpoints in the folder, of whatever version, so that another run can begin there.
+    ///
+    /// # Errors
+    /// When another process keeps its run there, or they cannot be removed.
+    pub fn discard(&self) -> Result<(), TrainError> {
+        if !self.folder.exists() {
+            return Ok(());
+        }
+        let _lock = self.lock()?;
+        let is_part = |path: &PathBuf| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with(NAME) || name.starts_with(UNFINISHED) || name == OLDER
+        };
+        for path in self.entries()?.into_iter().filter(is_part) {
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.map_err(|error| bad(&path, error.to_string()))?;
+        }
+        Ok(())
+    }
+
     /// Keeps other processes out of the folder until the file is dropped.
     pub(super) fn lock(&self) -> Result<File, TrainError> {
         let open = || {
@@ -84,7 +106,7 @@ impl Checkpointing {
     /// The checkpoint with the most steps.
     fn latest(&self) -> Result<Option<(PathBuf, State)>, TrainError> {
         let Some((_, folder)) = self.checkpoints()?.pop() else {
-            let old = self.folder.join("latest.json");
+            let old = self.folder.join(OLDER);
             return if old.is_file() {
                 Err(bad(&old, "a run that another version of burn-moe kept, which cannot go on: take another folder".into()))
             } else {
@@ -95,7 +117,8 @@ impl Checkpointing {
         let text = fs::read_to_string(&path).map_err(|error| bad(&path, error.to_string()))?;
         let Format { format } = serde_json::from_str(&text).map_err(|error| bad(&path, error.to_string()))?;
         if format != FORMAT {
-            let reason = format!("it has form {format}, of another version of burn-moe; this one reads form {FORMAT}");
+            let reason =
+                format!("it has form {format}, of another version of burn-moe; this one reads form {FORMAT}: take another folder");
             return Err(bad(&path, reason));
         }
         let state = serde_json::from_str(&text).map_err(|error| bad(&path, error.to_string()))?;
@@ -191,7 +214,7 @@ pub(super) fn fingerprint(config: &TrainConfig, identity: &Identity, runs: &[Run
 }
 
 /// The first setting that differs between two fingerprints, in words.
-fn difference(then: &str, now: &str) -> String {
+fn difference(then: &str, now: &str) -> Option<String> {
     fn first(path: String, then: &Value, now: &Value) -> Option<(String, Value, Value)> {
         let inner = |key: &dyn std::fmt::Display| if path.is_empty() { key.to_string() } else { format!("{path}.{key}") };
         match (then, now) {
@@ -207,12 +230,12 @@ fn difference(then: &str, now: &str) -> String {
         }
     }
     let parsed = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
-    match first(String::new(), &parsed(then), &parsed(now)) {
-        Some((path, ..)) if path == "start" => "it started from another model".into(),
-        Some((path, ..)) if path == "data.images" => "it has other images or captions".into(),
-        Some((path, then, now)) => format!("`{path}` was {then} and is {now} now"),
-        None => "it was kept by another version".into(),
-    }
+    let (path, then, now) = first(String::new(), &parsed(then), &parsed(now))?;
+    Some(match path.as_str() {
+        "start" => "it started from another model".into(),
+        "data.images" => "it has other images or captions".into(),
+        _ => format!("`{path}` was {then} and is {now} now"),
+    })
 }
 
 /// How a model routes, in words: settings that no parameter shows.
@@ -297,9 +320,7 @@ pub(super) fn resume(
     let Some((folder, state)) = checkpointing.latest()? else { return Ok(None) };
     let config = setting.config;
     let other_run = |reason: String| bad(&checkpointing.folder, reason);
-    let now = fingerprint(config, identity, runs);
-    if state.fingerprint != now {
-        let difference = difference(&state.fingerprint, &now);
+    if let Some(difference) = difference(&state.fingerprint, &fingerprint(config, identity, runs)) {
         return Err(other_run(format!(
             "the run in this folder has another configuration: {difference}. Go on with what it was started with, or take another folder"
         )));

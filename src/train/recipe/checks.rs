@@ -3,7 +3,7 @@
 use super::{Arm, TrainConfig, TrainData, TrainError, step::is_noisy};
 use crate::{
     clip::{EndOfText, ImagePreprocessing, TokenizerKind},
-    routing::router::RouterScore,
+    routing::{assignment::AssignmentConfig, router::RouterScore},
     train::ranks::Ranks,
     transformer::FeedForward,
 };
@@ -46,10 +46,13 @@ pub(super) fn check_losses(arm: &Arm) -> Result<(), TrainError> {
     for (feed_forward, weights) in
         towers.into_iter().flat_map(|(encoder, weights)| encoder.blocks.iter().map(move |block| (&block.feed_forward, weights)))
     {
-        let (score, noise) = match feed_forward {
-            FeedForward::Dense(_) | FeedForward::SoftMoe(_) => continue,
-            FeedForward::Moe(moe) => (moe.router.score, moe.router.noise),
-        };
+        let FeedForward::Moe(moe) = feed_forward else { continue };
+        let (score, noise) = (moe.router.score, moe.router.noise);
+        let [num_experts, ..] = moe.experts.dims();
+        let chooses = matches!(&moe.assignment, AssignmentConfig::TokenChoice(tokens) if tokens.top_k < num_experts);
+        if !chooses && weights.load > 0.0 {
+            return refused("weight of the load loss", "0 where tokens do not choose some of the experts", weights.load);
+        }
         if score != RouterScore::Softmax && weights.router_z > 0.0 {
             return refused("weight of the router z-loss", "0 without softmax scores", weights.router_z);
         }

@@ -134,9 +134,7 @@ impl Run {
         let model = self.model.take().expect("no other step is going on");
         let mut model = self.optimizer.step(rates, model, gradients).clamp_logit_scale();
         for (encoder, totals) in [&mut model.vision.encoder, &mut model.text.encoder].into_iter().zip(&totals) {
-            if trains_routers(encoder) {
-                *encoder = encoder.clone().update_balancing_bias_by(totals);
-            }
+            move_balancing_biases(encoder, &totals.requested);
         }
         if let (Some(kept), Some(decay)) = (self.average.take(), self.config.average_at(step)) {
             self.average = Some(average(kept, &model, decay));
@@ -227,13 +225,15 @@ impl Run {
     }
 }
 
-/// Whether routers are trained; those that are frozen keep their balancing biases, too.
-fn trains_routers(encoder: &Encoder) -> bool {
-    let is_trained = |feed_forward: &FeedForward| match feed_forward {
-        FeedForward::Moe(moe) => moe.router.weight.val().is_require_grad(),
-        FeedForward::Dense(_) | FeedForward::SoftMoe(_) => false,
-    };
-    encoder.blocks.iter().any(|block| is_trained(&block.feed_forward))
+/// Moves the balancing biases of the routed blocks, whose loads these are; a router that is frozen keeps its bias.
+fn move_balancing_biases(encoder: &mut Encoder, loads: &[Vec<usize>]) {
+    let routers = encoder.blocks.iter_mut().filter_map(|block| match &mut block.feed_forward {
+        FeedForward::Moe(moe) => Some(&mut moe.router),
+        FeedForward::Dense(_) | FeedForward::SoftMoe(_) => None,
+    });
+    for (router, load) in routers.zip(loads).filter(|(router, _)| router.weight.val().is_require_grad()) {
+        *router = router.clone().update_balancing_bias(load);
+    }
 }
 
 /// The model with leaves on `device`, which may be one that checkpoints gradients.

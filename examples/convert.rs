@@ -12,7 +12,7 @@ use std::{error::Error, path::PathBuf, process::ExitCode};
 use burn::tensor::Device;
 use burn_moe::clip::checkpoint::{ClipCheckpoint, LoadOptions};
 use clap::{Parser, ValueEnum};
-use support::Stored;
+use support::{Stored, refuse_checkpoint};
 
 #[derive(Parser)]
 #[command(
@@ -32,6 +32,9 @@ struct Args {
     /// Where the checkpoint goes
     #[arg(long)]
     out: PathBuf,
+    /// Write over a checkpoint that is in --out
+    #[arg(long)]
+    overwrite: bool,
     /// How numbers are stored
     #[arg(long, value_enum, default_value = "f32")]
     precision: Stored,
@@ -50,6 +53,10 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
+    refuse_checkpoint(&args.out, args.overwrite)?;
+    if matches!((args.to, args.precision), (Layout::HuggingFace | Layout::OpenClip, Stored::Int8)) {
+        return Err("--precision int8 is for --to burn-moe: the other layouts have no place for weights in 8 bits".into());
+    }
     let checkpoint =
         ClipCheckpoint::load_with(&args.model, &LoadOptions::new().with_image_size(args.image_size), &Device::default())?;
     let precision = args.precision.into();

@@ -10,7 +10,7 @@
 
 mod support;
 
-use std::{error::Error, fs, path::PathBuf, process::ExitCode, time::Instant};
+use std::{error::Error, path::PathBuf, process::ExitCode, time::Instant};
 
 use burn_moe::clip::{
     ImageEmbedder, TextEmbedder,
@@ -21,7 +21,7 @@ use burn_moe::clip::{
 use clap::Parser;
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Map, json};
-use support::{ImageArgs, ListArgs, ModelArgs, images_in, progress, report_skipped, write_atomic};
+use support::{ImageArgs, ListArgs, ModelArgs, images_in, prepare_file, progress, report_skipped, write_atomic};
 
 #[derive(Parser)]
 #[command(
@@ -91,6 +91,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     if names_file == args.out {
         return Err("--out is for the embeddings, a safetensors file; their names go beside it, with the ending .json".into());
     }
+    prepare_file(&args.out)?;
     let device = args.model.device()?;
     let Input { images, mut texts, list } = Input::of(&args)?;
     let mut tensors = Vec::new();
@@ -143,9 +144,6 @@ fn run() -> Result<(), Box<dyn Error>> {
     let bytes: Vec<_> = bytes.collect();
     let views = bytes.iter().map(|(name, shape, bytes)| Ok((*name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)));
     let views: Vec<_> = views.collect::<Result<_, safetensors::SafeTensorError>>()?;
-    if let Some(folder) = args.out.parent() {
-        fs::create_dir_all(folder)?;
-    }
     write_atomic(&args.out, &safetensors::serialize(views, None)?)?;
     write_atomic(names_file, serde_json::to_string_pretty(&names)?.as_bytes())?;
     println!("written to {}", args.out.display());

@@ -15,6 +15,7 @@ use std::{
     process::ExitCode,
 };
 
+use burn_moe::clip::preprocess::ImagePreprocessor;
 use burn_moe::train::{
     data::{EmojiPack, EmojiVendor, ImageTextSet},
     stream::SampleError,
@@ -73,12 +74,18 @@ fn run() -> Result<(), Box<dyn Error>> {
             let (list, folder) = args.columns.read(list)?;
             let mut captions: Vec<Vec<String>> = vec![Vec::new(); list.images.len()];
             list.captions.into_iter().for_each(|(caption, image)| captions[image].push(caption));
+            // What training could not read is not packed.
+            let preprocessor = ImagePreprocessor::new(16);
             let sample = |(image, captions): (PathBuf, Vec<String>)| -> Result<Sample, SampleError> {
                 let path = folder.join(&image);
-                let bad = |error: &dyn Error| SampleError { sample: path.display().to_string(), reason: error.to_string() };
+                let bad = |error: &dyn Error| SampleError {
+                    sample: path.display().to_string(),
+                    reason: error.to_string().trim_start().into(),
+                };
                 let bytes = fs::read(&path).map_err(|error| bad(&error))?;
                 // By its content, as the readers of shards go by names.
                 let kind = image::guess_format(&bytes).map_err(|error| bad(&error))?;
+                preprocessor.decode(&bytes).map_err(|error| bad(&error))?;
                 let ending = kind.extensions_str().first().copied().unwrap_or("png");
                 Ok((bytes, ending.to_string(), captions))
             };

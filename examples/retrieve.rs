@@ -10,7 +10,7 @@
 
 mod support;
 
-use std::{error::Error, fs, io::Cursor, path::PathBuf, process::ExitCode};
+use std::{error::Error, io::Cursor, path::PathBuf, process::ExitCode};
 
 use burn::tensor::{Device, Tensor};
 use burn_moe::{
@@ -18,7 +18,7 @@ use burn_moe::{
     train::data::{EmojiPack, EmojiVendor, ImageTextSet, Language},
 };
 use clap::Parser;
-use support::{ImageArgs, ModelArgs, file_url, images_in, progress, report_skipped, write_atomic};
+use support::{ImageArgs, ModelArgs, file_url, images_in, prepare_file, progress, report_skipped, write_atomic};
 
 #[derive(Parser)]
 #[command(about = "Finds images by a text", after_help = "Example: retrieve --images photos \"a dog on a beach\"")]
@@ -52,6 +52,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
+    prepare_file(&args.out)?;
     let device = args.model.device()?;
     let gallery = Gallery::open(&args)?;
     let mut page = format!("<!doctype html>\n<meta charset=\"utf-8\">\n<title>{0}</title>\n<h1>{0}</h1>\n", escaped(&args.query));
@@ -76,9 +77,6 @@ fn run() -> Result<(), Box<dyn Error>> {
     }
     page += "<style>body { font-family: sans-serif } section { display: inline-block; width: 48%; min-width: 400px; vertical-align: top }\n\
              figure { display: inline-block; margin: 8px; max-width: 200px } figcaption { font-size: small }</style>\n";
-    if let Some(folder) = args.out.parent() {
-        fs::create_dir_all(folder)?;
-    }
     write_atomic(&args.out, page.as_bytes())?;
     println!("{} is the page", args.out.display());
     Ok(())

@@ -32,7 +32,7 @@ use burn_moe::{
     },
 };
 use clap::{Parser, ValueEnum};
-use support::{ListArgs, Stored, device_by_name, report_skipped, write_atomic};
+use support::{ListArgs, Stored, device_by_name, refuse_checkpoint, report_skipped, write_atomic};
 
 #[derive(Parser)]
 #[command(
@@ -46,6 +46,9 @@ struct Args {
     /// Folder of the sparse one
     #[arg(long, default_value = "out/upcycled")]
     out: PathBuf,
+    /// Write over a checkpoint that is in --out
+    #[arg(long)]
+    overwrite: bool,
     /// Side of the images in pixels, if it should be another than the checkpoint's: its position embeddings are then interpolated
     #[arg(long)]
     image_size: Option<usize>,
@@ -90,7 +93,7 @@ struct LayerArgs {
     /// The last N blocks become sparse
     #[arg(long, conflicts_with = "every")]
     last: Option<usize>,
-    /// Slots per expert in training, in parts of an even load; 0 for as many as are chosen
+    /// Slots per expert in training, over an even share of all choices: 1 holds a perfectly even load; 0 for no limit, so that nothing is dropped
     #[arg(long, default_value_t = 1.0)]
     capacity: f64,
     /// Which choices get a slot first where there are too few
@@ -108,7 +111,7 @@ struct LayerArgs {
     /// What the bias of an expert moves by: the sign of what its load lacks to the mean, or that over the loads' standard deviation
     #[arg(long, value_enum, default_value = "sign", requires = "balancing_rate")]
     balancing_rule: Rule,
-    /// How much of the mean direction of the bias stays at each step
+    /// Momentum of the direction in which the bias moves: so much of the mean direction so far stays at each step
     #[arg(long, default_value_t = 0.0, requires = "balancing_rate")]
     balancing_momentum: f64,
     /// The largest size of a bias; no limit unless given
@@ -333,6 +336,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         return Err(format!("{first} holds a text tower: --image-size is for images").into());
     }
     args.check_lists()?;
+    refuse_checkpoint(&args.out, args.overwrite)?;
     let report = match towers {
         Towers::Both => clip(&args, &device, &mut clock)?,
         Towers::Vision => vision(&args, &device, &mut clock)?,

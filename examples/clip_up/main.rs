@@ -120,7 +120,8 @@ struct Args {
     /// A tower that both models leave as it is in the dense checkpoint; `image` is LiT. It does not become sparse
     #[arg(long)]
     freeze: Option<Frozen>,
-    /// Slots per expert in training, in parts of the tokens (2 is the even share of two choices); without it, every choice has one
+    /// Slots per expert in training, over an even share of all choices: 1 holds a perfectly even load; without it there is no limit, and nothing is
+    /// dropped
     #[arg(long)]
     capacity: Option<f64>,
     /// Experts of each sparse block
@@ -172,7 +173,7 @@ impl Args {
     }
 
     fn sparse_config(&self, dense: &ClipConfig) -> Result<ClipConfig, Box<dyn Error>> {
-        let capacity = self.capacity.map_or(Capacity::Dropless, Capacity::OfTokens);
+        let capacity = self.capacity.map_or(Capacity::Dropless, Capacity::OfBalancedLoad);
         let tokens = TokenChoiceConfig::new().with_training_capacity(capacity);
         let experts = SparseEncoderConfig::new()
             .with_blocks(BlockSelection::EveryNth(self.every))

@@ -24,6 +24,32 @@ pub(crate) fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> io::Result<(
     fs::write(&aside, bytes).and_then(|()| fs::rename(&aside, path)).inspect_err(|_| drop(fs::remove_file(&aside)))
 }
 
+/// Refuses a folder that holds a checkpoint, so that none is lost.
+pub(crate) fn refuse_checkpoint(folder: &Path, overwrite: bool) -> Result<(), Box<dyn Error>> {
+    let configs = ["config.json", "open_clip_config.json", "burn_moe_config.json", "moevie_config.json"];
+    match configs.into_iter().find(|name| !overwrite && folder.join(name).exists()) {
+        Some(name) => {
+            let folder = folder.display();
+            Err(format!("{folder} holds a checkpoint ({name}): take another --out, or write over it with --overwrite").into())
+        }
+        None => Ok(()),
+    }
+}
+
+/// Makes the folder that a file goes into, and refuses a path that no file can be written to, before the work for it is done.
+pub(crate) fn prepare_file(path: &Path) -> Result<(), Box<dyn Error>> {
+    let bad = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+    if path.is_dir() {
+        return Err(bad(&"it is a folder, and a file is to be written").into());
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    fs::create_dir_all(folder).map_err(|error| bad(&error))?;
+    // Written and removed: permissions alone do not tell.
+    let trial = folder.join(format!(".{}.tmp", std::process::id()));
+    fs::write(&trial, b"").and_then(|()| fs::remove_file(&trial)).map_err(|error| bad(&error))?;
+    Ok(())
+}
+
 /// The emoji pack's languages of these codes; the code `all` names every one.
 #[cfg(feature = "train")]
 pub(crate) fn languages_by_code(codes: &[String]) -> Result<Vec<burn_moe::train::data::Language>, Box<dyn Error>> {

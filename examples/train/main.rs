@@ -34,7 +34,7 @@ use burn::config::Config;
 use burn::module::{Module, ParamGroup};
 use burn::tensor::Device;
 use burn_moe::{
-    LoraOptions, UpcycleFromDense, UpcycleOptions,
+    Capacity, LoraOptions, UpcycleFromDense, UpcycleOptions,
     clip::{
         Clip, ClipConfig,
         checkpoint::{ClipCheckpoint, LoadOptions, Precision},
@@ -42,6 +42,7 @@ use burn_moe::{
         preprocess::{ImagePreprocessor, Orientation},
         tokenizer::ClipTokenizer,
     },
+    routing::Phase,
     train::{
         Arm, Checkpointing, JsonLog, KeptRun, Observer, TrainData, TrainError, TrainInput, TrainedArm,
         data::{DataError, ImageTextSet, LoadedImages, load_images},
@@ -50,6 +51,7 @@ use burn_moe::{
         stream::{ListedImages, Part, Samples, Stream, StreamConfig, load_samples, open_samples},
         train,
     },
+    transformer::FeedForward,
 };
 use clap::Parser;
 use progress::Progress;
@@ -138,6 +140,11 @@ fn start(args: &Args, device: &Device, speaks: bool) -> Result<Start, Box<dyn Er
         ClipCheckpoint::load_with(&args.dense, &LoadOptions::new().with_image_size(args.image_size), device)?;
     let Start { config, model } = if config.is_sparse() {
         args.check_sparse()?;
+        if speaks && limits_slots(&model) {
+            println!(
+                "note: this checkpoint limits the slots of experts in training, so choices are dropped where loads are uneven (`upcycle_checkpoint --capacity 0` sets no limit)"
+            );
+        }
         Start { config, model }
     } else if args.keep_dense {
         Start { config, model }
@@ -163,6 +170,16 @@ fn start(args: &Args, device: &Device, speaks: bool) -> Result<Start, Box<dyn Er
     Ok(Start { config, model: model.fork(device) })
 }
 
+/// Whether experts have a limited number of slots in training.
+fn limits_slots(model: &Clip) -> bool {
+    let blocks = model.vision.encoder.blocks.iter().chain(&model.text.encoder.blocks);
+    let mut capacities = blocks.filter_map(|block| match &block.feed_forward {
+        FeedForward::Moe(moe) => Some(moe.assignment.capacity(Phase::Training)),
+        FeedForward::Dense(_) | FeedForward::SoftMoe(_) => None,
+    });
+    capacities.any(|capacity| capacity != Capacity::Dropless)
+}
+
 /// One rank.
 fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: Start) -> Result<(), Box<dyn Error>> {
     let is_first = ranks.part().rank == 0;
@@ -185,6 +202,13 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
         }
         _ => open_samples(&args.data, &args.list_options())?,
     };
+    if args.names_list() && samples.shards() < args.batch_size {
+        let (images, batch) = (samples.shards(), args.batch_size);
+        return Err(format!(
+            "the list has {images} images, and a batch of {batch} would hold some of them twice, as wrong answers for each other: take a smaller --batch-size"
+        )
+        .into());
+    }
     let stream = StreamConfig::new(args.batch_size)
         .with_shuffle(args.shuffle)
         .with_context_length(config.text.context_length)
@@ -257,7 +281,8 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
             experts::draw(&out.join(EXPERTS), &known, test)?;
         }
         report(out)?;
-        println!("captions that did not fit the context and were cut: {truncated} of this rank since the run began");
+        let of_rank = if ranks.part().ranks > 1 { " (of the first rank)" } else { "" };
+        println!("captions that did not fit the context and were cut, since the run began: {truncated}{of_rank}");
         println!("the model is in {}, the log and the report beside it", out.join("model").display());
     }
     Ok(())

@@ -148,7 +148,8 @@ pub(crate) struct Args {
     /// Of a dense checkpoint, experts of each token [default: 2]
     #[arg(long, conflicts_with = "keep_dense")]
     top_k: Option<usize>,
-    /// Of a dense checkpoint, slots per expert in training, in parts of the tokens of a micro-batch; without it, every choice has one
+    /// Of a dense checkpoint, slots per expert in training, over an even share of all choices of a micro-batch: 1 holds a perfectly even load; without
+    /// it there is no limit, and nothing is dropped
     #[arg(long, conflicts_with = "keep_dense")]
     capacity: Option<f64>,
     /// Side of the images in pixels, if it should be another than the checkpoint's
@@ -222,7 +223,7 @@ impl Args {
     }
 
     pub(crate) fn sparse_config(&self, dense: &ClipConfig) -> Result<ClipConfig, Box<dyn Error>> {
-        let capacity = self.capacity.map_or(Capacity::Dropless, Capacity::OfTokens);
+        let capacity = self.capacity.map_or(Capacity::Dropless, Capacity::OfBalancedLoad);
         let tokens = TokenChoiceConfig::new().with_top_k(self.top_k.unwrap_or(2)).with_training_capacity(capacity);
         let experts = SparseEncoderConfig::new()
             .with_blocks(BlockSelection::EveryNth(self.sparse_every.unwrap_or(2)))
@@ -282,11 +283,21 @@ impl Args {
         Ok((samples as usize).div_ceil(self.batch_size.max(1)))
     }
 
+    /// Whether the data is a list of images and captions.
+    pub(crate) fn names_list(&self) -> bool {
+        self.data.iter().any(|name| is_list(name))
+    }
+
     /// Refuses numbers that cannot be used, and options that would do nothing, before anything is read.
     pub(crate) fn check(&self) -> Result<(), Box<dyn Error>> {
-        let is_list = |name: &str| PathBuf::from(name).is_file() && !name.to_lowercase().ends_with(".tar");
         let has_list_options = self.images.is_some() || self.list_options() != ListOptions::default();
-        if has_list_options && !self.data.iter().any(|name| is_list(name)) {
+        if let [only] = &self.data[..]
+            && has_list_options
+            && !PathBuf::from(only).exists()
+        {
+            return Err(format!("{only}: there is no such file").into());
+        }
+        if has_list_options && !self.names_list() {
             return Err("--images, --split, --image-column and --caption-column are about a list, and --data names none".into());
         }
         let eval = self.eval.as_deref().unwrap_or_default();
@@ -357,6 +368,10 @@ impl Args {
         }
         Ok(numbers)
     }
+}
+
+fn is_list(name: &str) -> bool {
+    PathBuf::from(name).is_file() && !name.to_lowercase().ends_with(".tar")
 }
 
 /// One of several devices of a kind.

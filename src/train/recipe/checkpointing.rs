@@ -234,6 +234,7 @@ fn difference(then: &str, now: &str) -> Option<String> {
     Some(match path.as_str() {
         "start" => "it started from another model".into(),
         "data.images" => "it has other images or captions".into(),
+        path if path.contains(".routing") => "its model has other layers, or routes in another way".into(),
         _ => format!("`{path}` was {then} and is {now} now"),
     })
 }

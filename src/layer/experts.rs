@@ -195,9 +195,10 @@ impl ExpertMlp {
     /// - rows, output: `[R, D]`
     ///
     /// # Panics
-    /// When the dispatcher has another number of experts or of rows.
+    /// When rows have another width, or the dispatcher has another number of experts or of rows.
     pub fn forward_rows(&self, rows: Tensor<2>, dispatcher: &Dispatcher) -> Tensor<2> {
-        let ([num_experts, _, _], [found, _]) = (self.dims(), rows.dims());
+        let ([num_experts, d_model, _], [found, width]) = (self.dims(), rows.dims());
+        assert!(width == d_model, "rows of width {width} do not fit experts of width {d_model}");
         let (experts, expected) = (dispatcher.num_experts(), dispatcher.num_rows());
         assert!(experts == num_experts, "a plan of {experts} experts does not fit {num_experts} experts");
         assert!(found == expected, "{found} rows do not fit a plan of {expected} rows");
@@ -312,6 +313,16 @@ mod tests {
     fn slots_must_be_those_of_every_expert() {
         let device = Device::default();
         ExpertMlpConfig::new(4, 8, 2).init(&device).forward(Tensor::zeros([3, 5, 4], &device));
+    }
+
+    #[test]
+    #[should_panic(expected = "rows of width 6 do not fit experts of width 4")]
+    fn rows_must_be_as_wide_as_the_experts() {
+        let device = Device::default();
+        let plan =
+            crate::routing::DispatchPlan::from_choices(2, Tensor::from_data([[0], [1]], &device), Tensor::ones([2, 1], &device));
+        let rows = Tensor::zeros([2, 6], &device);
+        ExpertMlpConfig::new(4, 8, 2).init(&device).forward_rows(rows, &Dispatcher::new(&plan, &Tensor::zeros([2, 4], &device)));
     }
 
     #[test]

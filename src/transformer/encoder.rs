@@ -179,7 +179,7 @@ impl Encoder {
     /// - output: `[B, D]`
     ///
     /// # Panics
-    /// When a shape does not fit.
+    /// When a shape does not fit, or a place is one of padding that is not computed.
     pub fn forward_at(&self, x: Tensor<3>, marks: TokenMarks, causal: bool, at: Tensor<2, Int>) -> Tensor<2> {
         run_pass(self.first_map(), || self.run_at(x, marks, causal, at))
     }
@@ -218,6 +218,17 @@ mod tests {
     #[should_panic(expected = "`n_heads` (3) must divide `d_model` (8)")]
     fn heads_must_divide_the_width() {
         EncoderConfig::new(8, 3, 2, 16).init(&Device::default());
+    }
+
+    #[test]
+    #[cfg(feature = "flex")]
+    #[should_panic(expected = "token 0 of sample 0 is padding: 0 of its tokens are not")]
+    fn what_is_taken_of_a_sample_is_no_padding() {
+        let device = Device::flex();
+        let valid = Tensor::from_data([[false, false], [true, false]], &device);
+        let marks = TokenMarks { valid: Some(valid), ..TokenMarks::default() };
+        let encoder = EncoderConfig::new(8, 2, 2, 16).init(&device);
+        encoder.forward_at(Tensor::ones([2, 2, 8], &device), marks, true, Tensor::from_data([[0], [0]], &device));
     }
 
     #[test]

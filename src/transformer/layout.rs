@@ -89,7 +89,17 @@ impl Layout {
     }
 
     /// The rows of one token of each sample, which is not padding: `[B, 1] -> [B]`.
+    ///
+    /// # Panics
+    /// When it is padding, which has no row in a packed layout.
     pub(super) fn rows_at(&self, at: &Tensor<2, Int>) -> Tensor<1, Int> {
+        if self.is_packed() {
+            let at: Vec<i64> = at.clone().into_data().iter::<i64>().collect();
+            for (sample, (at, bounds)) in at.iter().zip(self.samples.windows(2)).enumerate() {
+                let rows = bounds[1] - bounds[0];
+                assert!((0..rows as i64).contains(at), "token {at} of sample {sample} is padding: {rows} of its tokens are not");
+            }
+        }
         let first = self.samples[..self.batch].iter().map(|&row| row as i32).collect();
         int_tensor(first, &at.device()) + at.clone().reshape([self.batch])
     }

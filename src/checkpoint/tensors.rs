@@ -19,8 +19,8 @@ use super::{
 };
 use crate::support::content::other_kind;
 
-/// A header longer than this belongs to no file: that of a ViT-L/14 has 60 kB, those of language models' shards have some more.
-const LONGEST_HEADER: u64 = 4 << 20;
+/// A header longer than this belongs to no file: that of a ViT-L/14 has 60 kB, that of Qwen3-235B as one file 5 MB.
+const LONGEST_HEADER: u64 = 16 << 20;
 
 /// An index longer than this belongs to no model: that of DeepSeek-V3, with its 256 experts in 58 blocks, has 9 MB.
 const LONGEST_INDEX: u64 = 16 << 20;

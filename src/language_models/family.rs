@@ -86,10 +86,16 @@ impl Family {
         match self {
             Self::Mixtral => &["router_jitter_noise"],
             Self::Qwen2Moe => &["shared_expert_intermediate_size", "num_local_experts"],
-            Self::DeepseekV3 | Self::Glm4Moe => {
-                &["n_shared_experts", "routed_scaling_factor", "topk_group", "topk_method", "scoring_func", "moe_layer_freq"]
-            }
-            Self::GptOss => &["experts_per_token"],
+            Self::DeepseekV3 | Self::Glm4Moe => &[
+                "n_shared_experts",
+                "routed_scaling_factor",
+                "n_group",
+                "topk_group",
+                "topk_method",
+                "scoring_func",
+                "moe_layer_freq",
+            ],
+            Self::GptOss => &["experts_per_token", "swiglu_limit", "swiglu_alpha"],
             Self::Qwen3Moe | Self::Olmoe | Self::GraniteMoe => &[],
         }
     }
@@ -209,7 +215,8 @@ fn refuse_unknown(settings: &Settings, family: Family) -> Result<(), String> {
     ];
     let is_known =
         |name: &str| harmless.contains(&name) || family.num_experts().contains(&name) || family.known_settings().contains(&name);
-    let is_about_experts = |name: &str| ["expert", "moe_", "router", "topk"].iter().any(|part| name.contains(part));
+    let parts = ["expert", "moe_", "router", "topk", "routed", "routing", "scoring", "n_group", "swiglu", "shared_"];
+    let is_about_experts = |name: &str| parts.iter().any(|part| name.contains(part));
     for name in settings.names().filter(|name| is_about_experts(name) && !is_known(name)) {
         let is_off = |value: &Value| *value == json!(false) || value.as_f64() == Some(0.0) || *value == json!([]);
         if let Some(value) = settings.value(name).filter(|value| !is_off(value)) {
@@ -225,6 +232,10 @@ fn deepseek_choice(settings: &Settings, family: Family) -> Result<(f64, Option<E
         Family::DeepseekV3 => (2.5, 8, 4),
         _ => (1.0, 1, 1),
     };
+    // For transformers, nothing stands for these.
+    if let Some(name) = ["routed_scaling_factor", "n_group", "topk_group"].into_iter().find(|name| settings.is_null(name)) {
+        return Err(format!("`{name}` = null: expected a number (without groups, `n_group` and `topk_group` are 1)"));
+    }
     let scale = settings.number("routed_scaling_factor", scale)?;
     let groups = ExpertGroups::new(settings.count("n_group", Some(groups))?, settings.count("topk_group", Some(per_token))?);
     // Choosing all groups is choosing among all experts.

@@ -146,6 +146,15 @@ fn settings_that_are_not_known_are_refused_by_name() {
         ("qwen2_moe", "decoder_sparse_step", json!(0), "`decoder_sparse_step` must be at least 1, got 0"),
         ("deepseek_v3", "scoring_func", json!("softmax"), "`scoring_func` = \"softmax\" is not supported: expected \"sigmoid\""),
         ("deepseek_v3", "topk_method", json!("greedy"), "`topk_method` = \"greedy\" is not supported"),
+        (
+            "mixtral",
+            "scoring_func",
+            json!("sigmoid"),
+            "`scoring_func` = \"sigmoid\" is not a setting of `mixtral` that is known here",
+        ),
+        ("qwen3_moe", "shared_intermediate_size", json!(8), "`shared_intermediate_size` = 8 is not a setting of `qwen3_moe`"),
+        ("deepseek_v3", "n_group", Value::Null, "`n_group` = null: expected a number"),
+        ("deepseek_v3", "routed_scaling_factor", Value::Null, "`routed_scaling_factor` = null: expected a number"),
         ("deepseek_v3", "n_group", json!(3), "must divide `num_experts` (8)"),
         ("deepseek_v3", "topk_group", json!(1), "fewer experts than each token chooses"),
         ("glm4_moe", "routed_scaling_factor", json!(0.0), "`gate_scale` is 0"),
@@ -176,6 +185,14 @@ fn tensors_that_do_not_fit_are_named() {
     let mut folder = Folder::of("mixtral");
     folder.tensors = folder.tensors.into_iter().map(|(name, tensor)| (name.replace("layers.0", "layers.2"), tensor)).collect();
     assert!(folder.error().contains("no tensor is named `model.layers.0.mlp.*` or `model.layers.0.block_sparse_moe.*`"));
+
+    // A tower beside it has blocks, too, and in memory transformers keeps the experts otherwise.
+    let mut folder = Folder::of("mixtral");
+    folder.tensors.insert("vision_tower.layers.0.mlp.fc1.weight".into(), removed.clone());
+    load_moe_layer(folder.write(), 0, &Device::default()).unwrap();
+    folder.tensors.retain(|name, _| !name.contains("experts."));
+    folder.tensors.insert(format!("{moe}.experts.gate_up_proj"), removed);
+    assert!(folder.error().contains("write them by its `save_pretrained`"), "{}", folder.error());
 
     let mut folder = Folder::of("mixtral");
     let other = folder.tensors.iter().filter(|(name, _)| name.starts_with(moe));

@@ -131,18 +131,18 @@ struct StrategyArgs {
     /// How experts are made
     #[arg(long, value_enum, default_value = "copy")]
     strategy: Strategy,
-    /// Of copy-with-noise: standard deviation of the noise, in parts of the weight's
-    #[arg(long, default_value_t = 0.01)]
-    noise: f64,
-    /// Of drop: share of the hidden units that start anew
-    #[arg(long, default_value_t = 0.5)]
-    drop_ratio: f64,
-    /// Of granular: parts of the hidden units; --experts and --top-k count the parts
-    #[arg(long, default_value_t = 2)]
-    shards: usize,
-    /// Of cluster-aware: share of the squared singular values that is kept
-    #[arg(long, default_value_t = 0.9)]
-    energy: f64,
+    /// Of copy-with-noise: standard deviation of the noise, over that of the weight [default: 0.01]
+    #[arg(long)]
+    noise: Option<f64>,
+    /// Of drop: share of the hidden units that start anew [default: 0.5]
+    #[arg(long)]
+    drop_ratio: Option<f64>,
+    /// Of granular: parts of the hidden units; --experts and --top-k count the parts [default: 2]
+    #[arg(long)]
+    shards: Option<usize>,
+    /// Of cluster-aware: share of the squared singular values that is kept [default: 0.9]
+    #[arg(long)]
+    energy: Option<f64>,
     /// Of cluster-aware: a list of images and captions, of which the first --calibration are read; of --router centroids: one for each --dense
     #[arg(long)]
     list: Vec<PathBuf>,
@@ -251,19 +251,37 @@ impl LayerArgs {
         SparseEncoderConfig::new()
             .with_blocks(blocks)
             .with_num_experts(self.experts)
-            .with_d_ff(parts.then(|| d_ff / making.shards.max(1)))
+            .with_d_ff(parts.then(|| d_ff / making.shards().max(1)))
             .with_layer(RoutedLayerConfig::new().with_router(router).with_assignment(tokens.into()).into())
     }
 }
 
 impl StrategyArgs {
+    fn shards(&self) -> usize {
+        self.shards.unwrap_or(2)
+    }
+
+    /// Refuses settings of another strategy than the one that is asked for.
+    fn check(&self) -> Result<(), String> {
+        let settings = [
+            ("--noise", self.noise.is_some(), Strategy::CopyWithNoise, "copy-with-noise"),
+            ("--drop-ratio", self.drop_ratio.is_some(), Strategy::Drop, "drop"),
+            ("--shards", self.shards.is_some(), Strategy::Granular, "granular"),
+            ("--energy", self.energy.is_some(), Strategy::ClusterAware, "cluster-aware"),
+        ];
+        match settings.into_iter().find(|(_, is_named, strategy, _)| *is_named && self.strategy != *strategy) {
+            Some((setting, _, _, strategy)) => Err(format!("{setting} is for --strategy {strategy}, and another one is asked for")),
+            None => Ok(()),
+        }
+    }
+
     fn strategy(&self) -> UpcycleStrategy {
         match self.strategy {
             Strategy::Copy => UpcycleStrategy::Copy,
-            Strategy::CopyWithNoise => UpcycleStrategy::CopyWithNoise { relative_std: self.noise },
-            Strategy::Drop => UpcycleStrategy::Drop { ratio: self.drop_ratio },
-            Strategy::Granular => UpcycleStrategy::Granular { shards: self.shards },
-            Strategy::ClusterAware => UpcycleStrategy::ClusterAware { energy: self.energy },
+            Strategy::CopyWithNoise => UpcycleStrategy::CopyWithNoise { relative_std: self.noise.unwrap_or(0.01) },
+            Strategy::Drop => UpcycleStrategy::Drop { ratio: self.drop_ratio.unwrap_or(0.5) },
+            Strategy::Granular => UpcycleStrategy::Granular { shards: self.shards() },
+            Strategy::ClusterAware => UpcycleStrategy::ClusterAware { energy: self.energy.unwrap_or(0.9) },
         }
     }
 
@@ -336,6 +354,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         return Err(format!("{first} holds a text tower: --image-size is for images").into());
     }
     args.check_lists()?;
+    args.making.check()?;
     refuse_checkpoint(&args.out, args.overwrite)?;
     let report = match towers {
         Towers::Both => clip(&args, &device, &mut clock)?,

@@ -206,9 +206,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let out = args.out.clone().unwrap_or(PathBuf::from(if args.quick { "out/clip_up_quick" } else { "out/clip_up" }));
     fs::create_dir_all(&out).map_err(|error| format!("{}: {error}", out.display()))?;
     let checkpointing = Checkpointing::new(out.join("checkpoints"), args.eval_every);
-    if args.overwrite {
-        checkpointing.discard()?;
-    } else {
+    if !args.overwrite {
         check_kept_run(&args, &out, checkpointing.kept_run()?)?;
     }
 
@@ -246,6 +244,10 @@ fn run() -> Result<(), Box<dyn Error>> {
     let batch_size = args.batch_size.unwrap_or(most.clamp(1, batch.batch_size));
     println!("batches of {batch_size}, highest learning rate {dense_lr} (dense) and {sparse_lr} (sparse)");
     let batch = batch.with_batch_size(batch_size);
+    // Not before it is known that there is something to train.
+    if args.overwrite {
+        checkpointing.discard()?;
+    }
     let mut progress = Progress::new(&arms, args.steps);
     let trained = train(TrainInput {
         arms,

@@ -108,7 +108,7 @@ pub(super) fn copy_soft(
 ) -> Result<(SoftMoeFeedForward, UpcycledLayer), UpcycleError> {
     if let UpcycleStrategy::Granular { .. } | UpcycleStrategy::ClusterAware { .. } = strategy {
         let reason = "a soft layer chooses no experts".into();
-        return Err(UpcycleError::Strategy { strategy: format!("{strategy:?}"), reason });
+        return Err(UpcycleError::Strategy { strategy: strategy.to_string(), reason });
     }
     let [num_experts, _, _] = soft.experts.dims();
     fill(&mut soft.experts, num_experts, weights, strategy, None)?;
@@ -158,7 +158,7 @@ fn check(
     calibration: Option<&Tensor<2>>,
 ) -> Result<(), UpcycleError> {
     let [num_experts, d_model, d_ff] = experts.dims();
-    let refused = |reason: String| Err(UpcycleError::Strategy { strategy: format!("{strategy:?}"), reason });
+    let refused = |reason: String| Err(UpcycleError::Strategy { strategy: strategy.to_string(), reason });
     let shards = match strategy {
         UpcycleStrategy::Granular { shards } => {
             if shards == 0 || !num_experts.is_multiple_of(shards) || !top_k.is_multiple_of(shards) {

@@ -107,6 +107,18 @@ pub enum UpcycleStrategy {
     },
 }
 
+impl std::fmt::Display for UpcycleStrategy {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Self::Copy => f.write_str("copy"),
+            Self::CopyWithNoise { relative_std } => write!(f, "copy with noise of {relative_std}"),
+            Self::Drop { ratio } => write!(f, "drop of {ratio}"),
+            Self::Granular { shards } => write!(f, "granular with {shards} shards"),
+            Self::ClusterAware { energy } => write!(f, "cluster-aware with an energy of {energy}"),
+        }
+    }
+}
+
 /// A batch on which a dense and a sparse model are compared, or that experts are made from; on any device.
 #[derive(Clone, Debug)]
 pub enum Probe {
@@ -164,10 +176,9 @@ impl UpcycleOptions {
     /// The calibration batch, if the strategy reads it.
     fn calibration_batch(&self) -> Result<Option<&Probe>, UpcycleError> {
         match (self.strategy, &self.calibration) {
-            (UpcycleStrategy::ClusterAware { .. }, None) => Err(UpcycleError::Strategy {
-                strategy: format!("{:?}", self.strategy),
-                reason: "it needs a calibration batch".into(),
-            }),
+            (UpcycleStrategy::ClusterAware { .. }, None) => {
+                Err(UpcycleError::Strategy { strategy: self.strategy.to_string(), reason: "it needs a calibration batch".into() })
+            }
             (UpcycleStrategy::ClusterAware { .. }, batch) => Ok(batch.as_ref()),
             _ => Ok(None),
         }

@@ -334,7 +334,7 @@ fn strategies_that_do_not_fit_are_refused() {
     };
     assert_eq!(
         error(UpcycleStrategy::Granular { shards: 4 }),
-        "strategy `Granular { shards: 4 }` is refused: it must divide the 8 experts and the 2 choices of each token"
+        "strategy `granular with 4 shards` is refused: it must divide the 8 experts and the 2 choices of each token"
     );
     assert_eq!(
         error(UpcycleStrategy::Granular { shards: 2 }),
@@ -342,7 +342,7 @@ fn strategies_that_do_not_fit_are_refused() {
     );
     assert_eq!(
         error(UpcycleStrategy::Drop { ratio: 1.5 }),
-        "strategy `Drop { ratio: 1.5 }` is refused: the number is out of range"
+        "strategy `drop of 1.5` is refused: the number is out of range"
     );
     assert!(error(UpcycleStrategy::CopyWithNoise { relative_std: f64::NAN }).contains("out of range"));
 }
@@ -564,13 +564,13 @@ fn a_clip_is_upcycled_by_the_clusters_of_its_own_tokens() {
     assert!(upcycled.report.max_deviation.unwrap() < 1e-5);
     let missing = UpcycleOptions { calibration: None, ..options.clone() };
     let error = sparse().upcycle_from_dense(&dense, &missing).unwrap_err().to_string();
-    assert_eq!(error, "strategy `ClusterAware { energy: 1.0 }` is refused: it needs a calibration batch");
+    assert_eq!(error, "strategy `cluster-aware with an energy of 1` is refused: it needs a calibration batch");
     let few = Probe::ImagesAndTexts {
         images: numbers([6, 3, 8, 8], 1, &device),
         tokens: Tensor::<2, Int>::from_data([[1, 2, 3, 49, 0, 0]], &device),
     };
     let error = sparse().upcycle_from_dense(&dense, &options.with_calibration(few)).unwrap_err().to_string();
-    assert_eq!(error, "strategy `ClusterAware { energy: 1.0 }` is refused: 4 calibration tokens make no 8 clusters");
+    assert_eq!(error, "strategy `cluster-aware with an energy of 1` is refused: 4 calibration tokens make no 8 clusters");
 }
 
 #[test]
@@ -587,7 +587,7 @@ fn a_soft_layer_of_copies_computes_the_dense_network_of_its_mixtures() {
     let soft = SoftMoeFeedForwardConfig::new(6, 12, 4).init(&device);
     let options = UpcycleOptions::default().with_strategy(UpcycleStrategy::Granular { shards: 2 });
     let error = soft.upcycle_from_dense(&dense, &options).unwrap_err().to_string();
-    assert_eq!(error, "strategy `Granular { shards: 2 }` is refused: a soft layer chooses no experts");
+    assert_eq!(error, "strategy `granular with 2 shards` is refused: a soft layer chooses no experts");
 }
 
 #[test]

@@ -450,7 +450,7 @@ fn models_that_do_not_fit_are_named() {
     );
     assert_eq!(
         error(layer(4), &two, &centroids.clone().with_probes(probes(tokens([1, 1, 6], 1, &device)))),
-        "dense model 1: strategy `Centroids` is refused: 1 valid tokens of the probe make no 2 centroids"
+        "dense model 1: strategy `centroids` is refused: 1 valid tokens of the probe make no 2 centroids"
     );
     let not_a_number = Probe::Tokens { tokens: Tensor::full([1, 2, 6], f32::NAN, &device), valid: None };
     assert_eq!(

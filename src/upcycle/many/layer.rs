@@ -94,7 +94,7 @@ pub(super) fn centroids_of_model(tokens: Tensor<2>, count: usize) -> Result<Tens
     let [found, _] = tokens.dims();
     if found < count {
         let reason = format!("{found} valid tokens of the probe make no {count} centroids");
-        return Err(UpcycleError::Strategy { strategy: format!("{:?}", RouterStart::Centroids), reason });
+        return Err(UpcycleError::Strategy { strategy: "centroids".into(), reason });
     }
     centroids(tokens.cast(FloatDType::F32), count)
 }

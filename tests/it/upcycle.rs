@@ -340,10 +340,7 @@ fn strategies_that_do_not_fit_are_refused() {
         error(UpcycleStrategy::Granular { shards: 2 }),
         "`w_in` is [6, 24] in the dense module and [6, 48] in the sparse one"
     );
-    assert_eq!(
-        error(UpcycleStrategy::Drop { ratio: 1.5 }),
-        "strategy `drop of 1.5` is refused: the number is out of range"
-    );
+    assert_eq!(error(UpcycleStrategy::Drop { ratio: 1.5 }), "strategy `drop of 1.5` is refused: the number is out of range");
     assert!(error(UpcycleStrategy::CopyWithNoise { relative_std: f64::NAN }).contains("out of range"));
 }
 

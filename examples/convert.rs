@@ -9,10 +9,9 @@ mod support;
 
 use std::{error::Error, path::PathBuf, process::ExitCode};
 
-use burn::tensor::Device;
 use burn_moe::clip::checkpoint::{ClipCheckpoint, LoadOptions};
 use clap::{Parser, ValueEnum};
-use support::{Stored, refuse_checkpoint};
+use support::{Stored, device_by_name, refuse_checkpoint};
 
 #[derive(Parser)]
 #[command(
@@ -57,8 +56,8 @@ fn run() -> Result<(), Box<dyn Error>> {
     if matches!((args.to, args.precision), (Layout::HuggingFace | Layout::OpenClip, Stored::Int8)) {
         return Err("--precision int8 is for --to burn-moe: the other layouts have no place for weights in 8 bits".into());
     }
-    let checkpoint =
-        ClipCheckpoint::load_with(&args.model, &LoadOptions::new().with_image_size(args.image_size), &Device::default())?;
+    let options = LoadOptions::new().with_image_size(args.image_size);
+    let checkpoint = ClipCheckpoint::load_with(&args.model, &options, &device_by_name("cpu")?)?;
     let precision = args.precision.into();
     match args.to {
         Layout::HuggingFace => checkpoint.save_hugging_face(&args.out, precision)?,

@@ -2,7 +2,7 @@
 //!
 //! ```sh
 //! cargo run --release --example cost                           # the presets
-//! cargo run --release --example cost -- --model data/clip-emoji --experts 16 --batch 256
+//! cargo run --release --example cost -- --model data/clip-emoji --experts 16 --batch-size 256
 //! ```
 
 mod support;

@@ -52,7 +52,7 @@ struct Args {
     #[arg(long, default_value_t = 20_000)]
     steps: usize,
     /// The highest learning rate
-    #[arg(long, default_value_t = 1e-3)]
+    #[arg(long, visible_alias = "lr", default_value_t = 1e-3)]
     learning_rate: f64,
     /// Weight decay, times the learning rate at each step
     #[arg(long, default_value_t = 0.05)]

@@ -25,7 +25,15 @@
 //!   `store`), and the training recipe: `train` (feature `train`).
 //!
 //! # Guides
-//! See [`guide`]: `own_model`, `own_router`, `routing`, `upcycling`, `training` and others. Measurements are in `docs/results.md`.
+//! See [`guide`]: `own_model`, `own_router`, `routing`, `upcycling`, `training` and others. Measurements are in the file `docs/results.md` of the
+//! repository and of the package.
+//!
+//! # Cargo features
+//! - `flex` (default): burn's CPU backend, and this crate's kernels for it.
+//! - `wgpu`, `vulkan`, `metal`, `cuda`, `webgpu`: burn's GPU backends, and this crate's kernels for them; `fusion` beside one of them.
+//! - `clip` (default): CLIP's towers. `store` (default): checkpoints, and layers of published language models (`language_models`).
+//! - `train` (default): the training recipe and its data; it includes `preprocess`: images, texts, lists and evaluation.
+//! - `mpi`: training by several processes.
 #![warn(clippy::print_stdout)]
 
 #[cfg(feature = "store")]

@@ -30,6 +30,9 @@ pub struct RoutingStats {
 
 impl RoutingStats {
     /// Reads one routing; waits for its device.
+    ///
+    /// # Panics
+    /// On a device that the host cannot wait for, as in a browser: see [`new_async`](Self::new_async).
     pub fn new(routing: &Routing) -> Self {
         read_sync(Self::new_async(routing))
     }

@@ -15,6 +15,7 @@ use burn_moe::{
     kernels::Kernels,
     loss::load_balancing_loss,
     stats::RoutingStats,
+    transformer::MlpConfig,
 };
 
 #[path = "it/outcome.rs"]
@@ -168,6 +169,15 @@ fn tokens_that_are_not_finite_touch_no_other() {
         };
         assert_same(&without(found), &without(expected), 1e-5, &format!("{score:?} {bad}"));
     }
+}
+
+/// As on the CPU, where a maximum would make 0 of it.
+#[test]
+fn relu_keeps_what_is_not_a_number() {
+    let mlp = MlpConfig::new(4, 8).with_activation(Activation::Relu).init(&gpu());
+    let out = mlp.forward(Tensor::<2>::from_floats([[f32::NAN; 4], [1.0; 4]], &gpu()));
+    let is_nan: Vec<bool> = values(&out).into_iter().map(f32::is_nan).collect();
+    assert_eq!(is_nan, [true, true, true, true, false, false, false, false]);
 }
 
 #[test]

@@ -159,6 +159,7 @@ enum Towers {
 /// The tower that is not trained.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Frozen {
+    #[value(alias = "vision")]
     Image,
     Text,
 }

@@ -91,7 +91,7 @@ pub(crate) struct Args {
     #[arg(long)]
     pub(crate) eval_split: Option<String>,
     /// Steps between evaluations
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, visible_alias = "eval-every", default_value_t = 1000)]
     pub(crate) every: usize,
     /// Steps between checkpoints; as between evaluations unless given
     #[arg(long)]
@@ -127,7 +127,7 @@ pub(crate) struct Args {
     /// the end; the weights themselves are then in `model-last`
     #[arg(long)]
     average: Option<f64>,
-    /// A tower that stays as it is; `vision` is LiT. It does not become sparse
+    /// A tower that stays as it is; `vision` (or `image`) is LiT. It does not become sparse
     #[arg(long)]
     freeze: Option<Frozen>,
     /// Share of the patches of each image that training does not look at
@@ -175,6 +175,7 @@ pub(crate) struct Args {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Frozen {
+    #[value(alias = "image")]
     Vision,
     Text,
 }

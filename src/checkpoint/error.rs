@@ -103,6 +103,14 @@ pub enum CheckpointError {
         /// The side of the model's images, in pixels.
         expected: usize,
     },
+    /// Two tensors of a file are the same one of the model, by their names.
+    #[error("{} has `{}` and `{}`, which would be the same weights of the model: keep one of them", path.display(), tensors[0], tensors[1])]
+    SameTensor {
+        /// The file.
+        path: PathBuf,
+        /// Their names in the file.
+        tensors: [String; 2],
+    },
     /// The header names a tensor twice.
     #[error("{} has `{tensor}` twice", path.display())]
     Duplicate {

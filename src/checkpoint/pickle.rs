@@ -18,8 +18,12 @@ const LONGEST_PICKLE: u64 = 2 << 20;
 /// Bytes of the end of a zip file in which its list of files is looked for.
 const LONGEST_LIST: u64 = 1 << 20;
 
-/// Where training programs put the weights beside the state of their optimiser.
-const STATE_DICTS: [&str; 3] = ["state_dict.", "model_state_dict.", "model."];
+/// Where training programs put the weights beside other things.
+const STATE_DICTS: [&str; 3] = ["state_dict.", "model_state_dict.", MODEL];
+
+/// What a wrapper of the model may put in front of its weights, too: then nothing else is beside them but the state of training.
+const MODEL: &str = "model.";
+const OF_TRAINING: [&str; 6] = ["optim", "lr_scheduler", "scheduler", "scaler", "ema", "rng"];
 
 /// The tensors of a file.
 pub(crate) struct Pickle {
@@ -61,7 +65,11 @@ impl Pickle {
         }
         let reader = PytorchReader::new(path).map_err(|error| bad(error.to_string()))?;
         let tensors: BTreeMap<String, Tensor> = reader.into_tensors().into_iter().collect();
-        let prefix = STATE_DICTS.into_iter().find(|prefix| tensors.keys().any(|name| name.starts_with(prefix)));
+        let is_beside = |name: &String| name.starts_with(MODEL) || OF_TRAINING.iter().any(|start| name.starts_with(start));
+        let holds = |prefix: &str| {
+            tensors.keys().any(|name| name.starts_with(prefix)) && (prefix != MODEL || tensors.keys().all(is_beside))
+        };
+        let prefix = STATE_DICTS.into_iter().find(|prefix| holds(prefix));
         let tensors = match prefix {
             None => tensors,
             Some(prefix) => tensors.into_iter().filter_map(|(name, t)| Some((name.strip_prefix(prefix)?.to_string(), t))).collect(),

@@ -90,6 +90,9 @@ impl ImageEmbedder {
 
     /// Embeds image files. The next batch is decoded while the last one is computed; `progress` is called with the number of images that are done.
     /// Images that cannot be read are skipped.
+    ///
+    /// # Panics
+    /// When the preprocessor makes images of another size than the tower takes.
     pub fn images(&self, paths: Vec<PathBuf>, mut progress: impl FnMut(usize)) -> ImageEmbeddings {
         let mut rows = Rows::new(&self.tower.projection);
         let (count, mut done) = (paths.len(), 0);

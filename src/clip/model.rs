@@ -23,14 +23,14 @@ pub struct Clip {
     pub logit_scale: Param<Tensor<1>>,
 }
 
-/// What a [`Clip`] returns for `B` images and as many texts.
+/// What a [`Clip`] returns for `B` images and `B'` texts.
 #[derive(Debug, Clone)]
 pub struct ClipOutput {
     /// Normalised, `[B, P]`.
     pub image_embeds: Tensor<2>,
-    /// Normalised, `[B, P]`.
+    /// Normalised, `[B', P]`.
     pub text_embeds: Tensor<2>,
-    /// Scaled cosine similarities, images by texts.
+    /// Scaled cosine similarities, images by texts, `[B, B']`.
     pub logits_per_image: Tensor<2>,
     /// One per routed block of the vision tower.
     pub image_routings: Vec<Routing>,
@@ -54,12 +54,18 @@ impl ClipConfig {
 }
 
 impl Clip {
-    /// Embeds images, `[B, channels, image_size, image_size]`.
+    /// Embeds images, `[B, channels, image_size, image_size] -> [B, P]`; not normalised.
+    ///
+    /// # Panics
+    /// When the images do not have the size the tower was made for.
     pub fn encode_image(&self, images: Tensor<4>) -> VisionOutput {
         self.vision.forward(images)
     }
 
-    /// Embeds texts, `[B, N]` token ids.
+    /// Embeds texts, `[B, N] -> [B, P]`, from token ids; not normalised.
+    ///
+    /// # Panics
+    /// When texts are longer than the tower's context.
     pub fn encode_text(&self, tokens: Tensor<2, Int>) -> TextOutput {
         self.text.forward(tokens)
     }
@@ -78,7 +84,7 @@ impl Clip {
     }
 
     /// Scaled similarities and normalised embeddings of what the towers returned: what [`forward`](Self::forward) ends with, for towers that you
-    /// ran yourself, with routers of your own for instance.
+    /// ran yourself, with routers of your own for instance: of `B` images and `B'` texts.
     pub fn compare(&self, image: VisionOutput, text: TextOutput) -> ClipOutput {
         let (image_embeds, text_embeds) = (normalize(image.embedding), normalize(text.embedding));
         let logits_per_image = image_embeds.clone().matmul(text_embeds.clone().transpose()) * self.scale().unsqueeze();
@@ -92,6 +98,9 @@ impl Clip {
 
     /// Moves the balancing biases of both towers by what one training step routed; see
     /// [`BalancingOptions`](crate::BalancingOptions).
+    ///
+    /// # Panics
+    /// When a tower does not have as many routed blocks as there are routings of it.
     pub fn update_balancing_bias(mut self, image_routings: &[Routing], text_routings: &[Routing]) -> Self {
         self.vision.encoder = self.vision.encoder.update_balancing_bias(image_routings);
         self.text.encoder = self.text.encoder.update_balancing_bias(text_routings);

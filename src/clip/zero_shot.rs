@@ -49,6 +49,9 @@ impl ZeroShotClassifier {
     }
 
     /// Cosine similarities of images, `[B, P] -> [B, C]`; need not be normalised.
+    ///
+    /// # Panics
+    /// When embeddings are not of width `P`.
     pub fn similarities(&self, images: Tensor<2>) -> Tensor<2> {
         normalize(images).matmul(self.weights.clone())
     }

@@ -77,7 +77,10 @@ pub(super) fn load(
         // A vision tower has blocks, too.
         let keys: BTreeSet<String> = parameters.iter().map(|parameter| parameter.key(0)).collect();
         let holds_one = |prefix: &str| files.names().any(|name| name.strip_prefix(prefix).is_some_and(|key| keys.contains(key)));
-        prefixes.retain(|prefix| holds_one(prefix));
+        // Where none does, all are named.
+        if prefixes.iter().any(|prefix| holds_one(prefix)) {
+            prefixes.retain(|prefix| holds_one(prefix));
+        }
     }
     let prefix = match prefixes.iter().collect::<Vec<_>>()[..] {
         [prefix] => *prefix,

@@ -144,7 +144,8 @@ impl MoeFeedForward {
     /// - output: as the input
     ///
     /// # Panics
-    /// When the last axis is not `D`, or a mask has neither the leading axes of the input nor `[T]`.
+    /// When the last axis is not `D`, a mask has neither the leading axes of the input nor `[T]`, or tokens are protected and experts choose. In a
+    /// browser on `webgpu` also where the host assigns slots ([kernels](crate::guide::kernels)).
     #[track_caller]
     pub fn forward<const R: usize>(&self, input: impl Into<MoeInput<R>>) -> MoeOutput<R> {
         let [_, d_model, _] = self.experts.dims();
@@ -228,6 +229,9 @@ impl MoeFeedForward {
 
     /// Moves the router's balancing bias by what one training step routed; see
     /// [`BalancingOptions`](crate::BalancingOptions). A router without one stays as it is.
+    ///
+    /// # Panics
+    /// When the routing is of another number of experts.
     pub fn update_balancing_bias(mut self, routing: &Routing) -> Self {
         self.router = self.router.update_balancing_bias(routing.plan.requested());
         self

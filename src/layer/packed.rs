@@ -85,10 +85,15 @@ impl Reparameterization for PackedWeight {
     }
 }
 
-/// Not a number in the shape of a weight, in the memory of one.
+/// Not a number, and none that an operation makes: a model that has diverged is not taken for one without weights. Its highest bits alone
+/// say so, which 16 bits keep, too.
+#[cfg(feature = "flex")]
+const PLACEHOLDER: f32 = f32::from_bits(0x7FEA_0000);
+
+/// [`PLACEHOLDER`] in the shape of a weight, in the memory of one value.
 #[cfg(feature = "flex")]
 fn placeholder<const D: usize>(dims: [usize; D], device: &Device) -> Tensor<D> {
-    Tensor::<D>::full([1; D], f32::NAN, device).expand(dims)
+    Tensor::<D>::from_data(TensorData::new(vec![PLACEHOLDER], [1; D]), device).expand(dims)
 }
 
 #[cfg(feature = "flex")]
@@ -98,7 +103,7 @@ fn is_placeholder<const D: usize>(base: &Tensor<D>) -> bool {
         "burn's `quantize_weights` cannot quantize packed weights: make them plain first, by `materialize`"
     );
     let first = base.clone().slice(std::array::from_fn::<_, D, _>(|_| Slice::from(0..1)));
-    first.into_data().iter::<f32>().next().is_some_and(f32::is_nan)
+    first.into_data().iter::<f32>().next().is_some_and(|value| value.abs().to_bits() == PLACEHOLDER.to_bits())
 }
 
 /// A parameter with packed weights, `[E, D, F]` or of one map `[1, D, F]`.

@@ -54,9 +54,10 @@ pub struct SoftMoeFeedForward {
 pub struct SoftMoeOutput<const R: usize> {
     /// Same shape as the input.
     pub output: Tensor<R>,
-    /// Slot logits, `[T, E · S]`, f32.
+    /// Slot logits, `[T, E · S]`, f32; NaN for a token that is not finite.
     pub logits: Tensor<2>,
-    /// The weight of each slot in each token's output, `[T, E · S]`, f32; rows sum to one.
+    /// The weight of each slot in each token's output, `[T, E · S]`, f32; rows sum to one, but for a token that is not finite, whose row is
+    /// NaN.
     pub weights: Tensor<2>,
 }
 

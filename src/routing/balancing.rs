@@ -80,7 +80,10 @@ impl BalancingRule {
 
 impl BalancingOptions {
     /// Refuses numbers outside their range.
-    pub(super) fn validate(&self) -> Result<(), ConfigError> {
+    ///
+    /// # Errors
+    /// The first such field, with its value.
+    pub fn validate(&self) -> Result<(), ConfigError> {
         let refused = |field, value, reason| Err(ConfigError::OutOfRange { field, value, reason });
         if !(self.rate.is_finite() && self.rate >= 0.0) {
             return refused("router.balancing.rate", self.rate, "a rate must be finite and not negative");

@@ -43,7 +43,7 @@ pub struct Dispatcher {
 }
 
 impl Dispatcher {
-    /// For tokens of the device and number type of `tokens` that go by `plan`.
+    /// For tokens of the device and number type of `tokens`, `[T, D]`, that go by `plan`.
     ///
     /// # Panics
     /// When the plan was made for another number of tokens.

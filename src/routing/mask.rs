@@ -19,6 +19,9 @@ impl TokenMask {
     }
 
     /// The flags, `[T]`; waits for their device at the first call.
+    ///
+    /// # Panics
+    /// On a device that the host cannot wait for, as in a browser, before [`read_async`](Self::read_async).
     pub fn as_slice(&self) -> &[bool] {
         self.host.get_or_init(|| read_sync(self.read()))
     }

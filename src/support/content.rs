@@ -1,16 +1,14 @@
 //! Files that are something else than their names say.
 
 /// What files of other kinds begin with, and what they are.
-const KINDS: [(&[u8], &str); 14] = [
+const KINDS: [(&[u8], &str); 12] = [
     (b"version https://git-lfs", "a pointer of Git LFS in place of the file, which `git lfs pull` fetches"),
-    (b"PAR1", "a Parquet file: write it again as CSV, in Python with `pandas.read_parquet(…).to_csv(…, index=False)`"),
     (b"PK\x03\x04", "a zip file: unpack it, or, if it is a spreadsheet (.xlsx), save that as CSV"),
     (b"\x1f\x8b", "packed with gzip: unpack it (`gunzip`)"),
-    (b"BZh", "packed with bzip2: unpack it (`bunzip2`)"),
     (b"\xfd7zXZ", "packed with xz: unpack it (`unxz`)"),
     (b"\x28\xb5\x2f\xfd", "packed with Zstandard: unpack it (`unzstd`)"),
     (b"7z\xbc\xaf", "a 7-Zip archive: unpack it"),
-    (b"Rar!", "a RAR archive: unpack it"),
+    (b"Rar!\x1a\x07", "a RAR archive: unpack it"),
     (b"\xd0\xcf\x11\xe0", "an old Excel or Word file: save it as CSV"),
     (b"ARROW1", "an Arrow file: write it again as CSV"),
     (b"\x89HDF", "an HDF5 file, which is not read"),
@@ -30,12 +28,22 @@ pub(crate) fn other_kind(bytes: &[u8]) -> Option<String> {
     if let Some((_, what)) = KINDS.iter().find(|(start, _)| bytes.starts_with(start)) {
         return Some(what.to_string());
     }
+    // Letters alone may be a text.
+    if bytes.starts_with(b"PAR1") && bytes.iter().take(512).any(|byte| *byte < b'\t') {
+        return Some(
+            "a Parquet file: write it again as CSV, in Python with `pandas.read_parquet(…).to_csv(…, index=False)`".into(),
+        );
+    }
+    if bytes.starts_with(b"BZh") && bytes.get(4..10) == Some(b"1AY&SY") {
+        return Some("packed with bzip2: unpack it (`bunzip2`)".into());
+    }
     if bytes.get(4..8) == Some(b"ftyp") {
         let what = match bytes.get(8..12) {
             Some(b"avif" | b"avis") => "an AVIF picture, which is not read: save it as JPEG or PNG",
             Some(b"heic" | b"heix" | b"heim" | b"heis" | b"hevc" | b"mif1" | b"msf1") => {
                 "a HEIC photo, which is not read: save it as JPEG or PNG"
             }
+            Some(b"crx ") => "a camera's raw file, which is not read: save it as JPEG or PNG",
             _ => "a video, which is not read",
         };
         return Some(what.into());
@@ -44,7 +52,7 @@ pub(crate) fn other_kind(bytes: &[u8]) -> Option<String> {
     let text = text.trim_start_matches('\u{feff}').trim_start();
     let lower = text.to_lowercase();
     if PAGES.iter().any(|page| lower.starts_with(page)) {
-        let is_drawing = lower.contains("<svg");
+        let is_drawing = lower.contains("<svg") || lower.contains("<!doctype svg");
         return Some(match is_drawing {
             true => "an SVG drawing, which is not read: save it as PNG".into(),
             false => "a web page (HTML or XML) in place of the file: fetch the file again".into(),
@@ -72,12 +80,20 @@ mod tests {
             (b"{\"error\":\"Access restricted\"}", "what a server answered"),
             (b"PK\x03\x04 and so on", "spreadsheet"),
             (b"\x1f\x8b\x08", "gunzip"),
+            (b"BZh91AY&SY\x9f", "bunzip2"),
+            (b"PAR1\x15\x04\x15", "Parquet"),
+            (b"Rar!\x1a\x07\x01\0", "RAR"),
+            (b"\0\0\0\x18ftypcrx ", "raw file"),
+            (b"<?xml version=\"1.0\"?><!DOCTYPE svg PUBLIC>", "SVG"),
             (b"\0\0\0\x18ftypheic", "HEIC"),
             (b"\0\0\0\x18ftypavif", "AVIF"),
         ] {
             assert!(other_kind(bytes).is_some_and(|kind| kind.contains(part)), "{part}: {:?}", other_kind(bytes));
         }
         // Captions may begin as pages and refusals do.
+        for bytes in [b"PAR1 and a kinase\n" as &[u8], b"BZh, said the bee\n", b"Rar!\n"] {
+            assert_eq!(other_kind(bytes), None);
+        }
         for bytes in [b"<3 dogs\n" as &[u8], b"404 on a door\n", b"Not found in the dark\n", b"Access to the beach\n"] {
             assert_eq!(other_kind(bytes), None);
         }

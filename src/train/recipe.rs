@@ -61,7 +61,7 @@ pub struct TrainConfig {
     #[config(default = 0.0)]
     pub patch_dropout: f64,
     /// Whether each block is computed again in the backward pass, so that only what goes into the blocks is kept: less memory, for one more forward
-    /// pass. Experts and seats are the same in all passes. Default: no
+    /// pass. Experts and slots are the same in all passes. Default: no
     #[config(default = false)]
     pub recompute_blocks: bool,
     /// What the passes are computed with; weights, moments and sums of gradients are 32-bit floats in any case. Default:
@@ -218,6 +218,8 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
     };
     let first_step = resumed.map_or(0, |kept| kept.step);
     check_ranks(&runs, ranks, first_step)?;
+    // Data that cannot be used is refused before anything is computed.
+    let mut pieces = Pieces::new(&data, part, config, first_step)?;
     match resumed {
         Some(kept) => observer.on_resume(kept),
         None => {
@@ -228,7 +230,6 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
         }
     }
     let pools = thread_pools(runs.len(), ranks);
-    let mut pieces = Pieces::new(&data, part, config, first_step)?;
     let mut skipped = Skipped { count: runs[0].progress.skipped, first: Vec::new() };
     for step in first_step..config.steps {
         let (batch, truncated) = match pieces.next_batch(&setting.vocabulary) {

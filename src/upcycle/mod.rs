@@ -126,7 +126,8 @@ pub enum Probe {
     Tokens {
         /// `[B, N, D]`
         tokens: Tensor<3>,
-        /// `[B, N]`, false for padding. For an encoder, leave it out: its tokens look at padding here, and padding differs.
+        /// `[B, N]`, false for padding. `None` for an encoder: its attention does not mask padding here, so that outputs of valid tokens depend on
+        /// what padding holds.
         valid: Option<Tensor<2, Bool>>,
     },
     /// For a CLIP.

@@ -19,7 +19,7 @@ pub struct UpcycleReport {
     pub params_total: usize,
     /// Parameters of the sparse module that one token passes through: of the experts, `K` out of `E`.
     pub params_active: usize,
-    /// Largest absolute difference of the outputs on the probe batch, over valid tokens; `None` without a probe, and for several dense
+    /// Largest absolute difference of the outputs on the probe batch, over valid tokens; of a CLIP or a tower, of the normalised embeddings. `None` without a probe, and for several dense
     /// models, which have their own deviations.
     pub max_deviation: Option<f64>,
     /// The dense models, where there were several; see [`UpcycleFromMany`](super::UpcycleFromMany).

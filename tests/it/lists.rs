@@ -222,11 +222,20 @@ fn no_caption_is_lost_without_a_word() {
         ),
         ("a|number|caption\n", "list: the columns of its first line are `a`, `number`, `caption`; expected one of "),
         ("image|number|caption\na.jpg|x y\n", "list: line 2: 2 columns, but the first line has 3"),
+        ("image|caption_1|caption_2\na.jpg|2 dogs play\n", "list: line 2: 2 columns, but the first line has 3"),
+        ("image|caption|split\na.jpg|3 men\n", "list: line 2: 2 columns, but the first line has 3"),
+        ("path,caption,split,split\na.jpg,x,train,test\n", "list: `split` is there twice among the columns"),
+        (
+            r#"{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "bbox": [1]}]}"#,
+            "list: its annotations have no `caption`, as those of `instances_….json`",
+        ),
     ] {
         assert!(error(text).starts_with(expected), "{}", error(text));
     }
     let twice = error(r#"{"image": "a.jpg", "caption": "a", "caption": "b"}"#);
     assert!(twice.contains("line 1: ") && twice.contains("`caption` is there twice"), "{twice}");
+    let counted = of_split(r#"{"image": "a.jpg", "caption": "x", "split": 1}"#, Some("1")).unwrap();
+    assert_eq!(counted.images, [PathBuf::from("a.jpg")]);
     let images = of_split("path,caption\nimg/train\\a.jpg,x\nimg//train/a.jpg,y\n", None).unwrap().images;
     assert_eq!(images, [PathBuf::from("img/train/a.jpg")]);
 }

@@ -200,6 +200,11 @@ fn records_of_packed_modules_hold_plain_weights_and_loaded_ones_count() {
     let changed = packed.load_record(other.into_record());
     assert!(error(&values(&changed.forward(x()).output), &of_other) < 1e-6);
     assert!(error(&expected, &of_other) > 0.1);
+    // A model that has diverged is loaded, too.
+    let mut diverged = config.init(&device);
+    diverged.experts.w_in = diverged.experts.w_in.map(|weight| weight * f32::NAN);
+    let changed = changed.load_record(diverged.into_record());
+    assert!(values(&changed.forward(x()).output).into_iter().all(f32::is_nan));
 }
 
 #[test]

@@ -6,7 +6,7 @@ use burn::tensor::{Device, Tensor};
 use burn_moe::{
     clip::{
         Clip, ClipConfig, EndOfText, PromptError, TextConfig, TextEmbedder, VisionConfig,
-        checkpoint::{ClipCheckpoint, LoadOptions, Precision},
+        checkpoint::{ClipCheckpoint, LoadOptions, Precision, Towers, VisionCheckpoint, towers_in},
         tokenizer::TokenizerMismatch,
     },
     transformer::EncoderConfig,
@@ -202,7 +202,8 @@ fn prefixes_and_sizes_among_the_weights() {
     let (_, folder_with_twice) = open_clip(&device);
     let path = folder_with_twice.path().join("open_clip_model.safetensors");
     rename(&path, |key| if is_text(key) { format!("text.{key}") } else { key.to_string() }, vec![("ln_final.weight", twice)]);
-    assert!(error(folder_with_twice.path()).ends_with("has `ln_final.weight` twice"));
+    let text = error(folder_with_twice.path());
+    assert!(text.contains("has `ln_final.weight` and `text.ln_final.weight`, which would be the same weights"), "{text}");
     rename(&weights, |key| format!("a.{key}").replace("a.visual", "b.visual"), vec![]);
     let text = error(folder.path());
     assert!(text.contains("missing tensors: ") && text.contains("unexpected tensors: ") && text.contains(", …)"), "{text}");
@@ -267,12 +268,16 @@ fn settings_of_open_clip_that_would_make_another_model_are_named() {
         ("vision_cfg", "pool_type", json!("argmax"), "`vision_cfg.pool_type` = \"argmax\" is not supported"),
         ("vision_cfg", "timm_model_name", json!("vit_small"), "`vision_cfg.timm_model_name` = \"vit_small\" is not supported"),
         ("vision_cfg", "eos_id", json!(49407), "`vision_cfg.eos_id` = 49407 is not supported"),
+        ("vision_cfg", "layers", json!([3, 4, 6, 3]), "`vision_cfg.layers` = [3,4,6,3] is not supported: this is a ResNet"),
     ] {
         let (_, folder) = open_clip(&device);
         edit_open_clip(folder.path(), |file| file["model_cfg"][part][setting] = value);
         let text = error(folder.path());
         assert!(text.contains(expected), "{text}");
     }
+    let (_, folder) = open_clip(&device);
+    edit_open_clip(folder.path(), |file| file["model_cfg"]["init_logit_bias"] = json!(-10));
+    assert!(error(folder.path()).contains("`model_cfg.init_logit_bias` = -10 is not supported: this is a SigLIP"));
     // Texts that are cleaned otherwise have other ids.
     for (setting, value) in [
         ("clean", json!("canonicalize")),
@@ -445,11 +450,23 @@ fn another_tokenizer_with_as_many_ids_is_not_taken_for_clips() {
     assert_eq!(read(), Ok(()));
     named("/home/them/bpe.txt");
     assert_eq!(read(), Ok(()));
-    fs::write(path("bpe.txt"), foreign).unwrap();
-    assert_eq!(read(), Err(other));
+    fs::write(path("bpe.txt"), &foreign).unwrap();
+    assert_eq!(read(), Err(other.clone()));
     named("/home/them/own.txt.gz");
     let text = error(folder.path());
     assert!(text.contains("`bpe_path` = \"/home/them/own.txt.gz\": there is no such file: put it into the folder"), "{text}");
+    // Images need no tokenizer.
+    assert_eq!(towers_in(folder.path()).unwrap(), Towers::Both);
+    VisionCheckpoint::load(folder.path(), None, &device).unwrap();
+    // A tokenizer of transformers has its files in the folder.
+    let named = json!({ "context_length": checkpoint.config.text.context_length });
+    edit_open_clip(folder.path(), |file| {
+        file["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = named;
+        file["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "openai/clip-vit-base-patch32".into();
+    });
+    assert_eq!(read(), Ok(()));
+    fs::write(path("merges.txt"), foreign).unwrap();
+    assert_eq!(read(), Err(other));
 }
 
 #[test]
@@ -474,8 +491,13 @@ fn sizes_and_texts_of_settings_are_named_when_they_are_wrong() {
             json!("8"),
             "`vision_cfg.image_size` = \"8\": expected a whole number, or two for height and width",
         ),
-        ("vision_cfg", "layers", json!([2]), "`vision_cfg.layers` = [2]: expected a whole number"),
-        ("text_cfg", "width", json!(8.5), "`text_cfg.width` = 8.5: expected a whole number"),
+        (
+            "vision_cfg",
+            "layers",
+            json!([2]),
+            "`vision_cfg.layers` = [2] is not supported: this is a ResNet; CLIPs of two transformers, as ViT-B-32, are supported",
+        ),
+        ("text_cfg", "width", json!(8.5), "`text_cfg.width` = 8.5: expected a whole number from 0 on"),
         ("text_cfg", "mlp_ratio", json!("4"), "`text_cfg.mlp_ratio` = \"4\": expected a number"),
         ("text_cfg", "tokenizer_kwargs", json!([1]), "`text_cfg.tokenizer_kwargs` = [1]: expected an object, `{…}`"),
     ] {

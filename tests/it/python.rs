@@ -356,8 +356,8 @@ fn the_python_reader_knows_the_names_that_are_written() {
         found.add(case.name, folder.path());
     }
     let advice = "the sparse checkpoint has changed: make tools/python/burn_moe_clip.py read it, add a case for what is new to tests/it/python.rs, \
-                  and run tools/python/test_burn_moe_clip.py --write-names, which writes tests/fixtures/sparse_names.json again";
-    let known = fs::read_to_string(Path::new(ROOT).join("tests/fixtures/sparse_names.json")).unwrap();
+                  and run tools/python/test_burn_moe_clip.py --write-names, which writes tests/data/sparse_names.json again";
+    let known = fs::read_to_string(Path::new(ROOT).join("tests/data/sparse_names.json")).unwrap();
     let known: Names = serde_json::from_str(&known).unwrap();
     let difference: Vec<_> = found.config.symmetric_difference(&known.config).collect();
     assert!(difference.is_empty(), "{advice}. Settings: {difference:?}");

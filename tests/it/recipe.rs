@@ -13,8 +13,8 @@ use burn_moe::{
         tokenizer::ClipTokenizer,
     },
     train::{
-        Arm, Checkpointing, KeptRun, Observer, OptimizerConfig, StepReport, Tower, TrainConfig, TrainData, TrainInput, TrainedArm,
-        WarmupCosine,
+        Arm, Checkpointing, Evaluation, KeptRun, Observer, OptimizerConfig, StepReport, Tower, TrainConfig, TrainData, TrainInput,
+        TrainedArm, WarmupCosine,
         data::{
             AugmentConfig, Batch, BatchConfig, Batches, Caption, Concept, EmojiPack, EmojiVendor, ImageTextSet, Language,
             load_images,
@@ -462,6 +462,29 @@ fn batches_follow_the_seed_and_hold_no_concept_twice() {
     }
     let lengths: Vec<usize> = batches.iter().map(|b| b.texts.len).collect();
     assert!(lengths.iter().all(|len| (3..=12).contains(len)), "{lengths:?}");
+}
+
+#[test]
+fn batches_that_the_data_does_not_allow_are_refused_before_anything_is_evaluated() {
+    struct NoEvaluation;
+    impl Observer for NoEvaluation {
+        fn on_evaluation(&mut self, _: usize, _: usize, _: &Evaluation) {
+            panic!("evaluated");
+        }
+    }
+    let device = Device::default();
+    let error = train(TrainInput {
+        arms: arms(&device),
+        data: TrainData::Set { set: &colours(), batch: batches().with_batch_size(13) },
+        test: Some(&first_shades()),
+        config: &TrainConfig::new(1),
+        checkpointing: None,
+        ranks: &Solo,
+        device: &device,
+        observer: &mut NoEvaluation,
+    })
+    .unwrap_err();
+    assert!(error.to_string().starts_with("a batch of 13 needs as many concepts"), "{error}");
 }
 
 #[test]

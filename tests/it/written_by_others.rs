@@ -88,6 +88,8 @@ fn pickled_weights_are_those_of_the_safetensors_file() {
         // The content tells the kind, not the name.
         ("open_clip/plain.bin", "open_clip_model.safetensors", 1e-5),
         ("open_clip/training.pt", "open_clip_pytorch_model.bin", 1e-5),
+        // Some names behind a wrapper's prefix.
+        ("open_clip/prefixed.bin", "open_clip_pytorch_model.bin", 1e-5),
         ("open_clip/views.bin", "open_clip_pytorch_model.bin", 1e-5),
         ("open_clip/half.bin", "open_clip_pytorch_model.bin", 2e-2),
     ] {

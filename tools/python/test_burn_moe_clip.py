@@ -2,7 +2,7 @@
 """Whether burn_moe_clip.py computes what the Rust crate computes. Not in CI, which has no PyTorch; versions are in requirements.txt.
 
     python test_burn_moe_clip.py                   # the crate's tests write checkpoints, with what Rust makes of them; then all is compared
-    python test_burn_moe_clip.py --write-names     # the same, and then tests/fixtures/sparse_names.json is what was tested
+    python test_burn_moe_clip.py --write-names     # the same, and then tests/data/sparse_names.json is what was tested
     python test_burn_moe_clip.py --real-size       # B/32 with random weights: times and sizes, of PyTorch and of the exported graph
 """
 
@@ -375,7 +375,7 @@ def main():
     parser.add_argument("--keep", type=pathlib.Path, help="leave the checkpoints in this folder")
     parser.add_argument("--dev", action="store_true", help="build the crate's tests in the dev profile")
     parser.add_argument("--only", help="the case of this name")
-    parser.add_argument("--write-names", action="store_true", help="write tests/fixtures/sparse_names.json when all is well")
+    parser.add_argument("--write-names", action="store_true", help="write tests/data/sparse_names.json when all is well")
     parser.add_argument("--real-size", action="store_true", help="measure B/32 instead")
     parser.add_argument("--inference", type=pathlib.Path, help="with --real-size: the crate's benchmark of this name as it was built, to compare with Rust")
     args = parser.parse_args()
@@ -420,7 +420,7 @@ def main():
         if failed:
             sys.exit(f"{failed} comparisons failed")
         if args.write_names:
-            shutil.copy(folder / "sparse_names.json", ROOT / "tests/fixtures/sparse_names.json")
+            shutil.copy(folder / "sparse_names.json", ROOT / "tests/data/sparse_names.json")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ pub(super) trait Setting: DeserializeOwned {
 }
 
 impl Setting for usize {
-    const EXPECTED: &str = "a whole number";
+    const EXPECTED: &str = "a whole number from 0 on";
 }
 
 impl Setting for i64 {
@@ -169,9 +169,10 @@ impl<'a> Section<'a> {
     }
 
     /// Refuses what was not `read` and is not `known`. A setting that is not known changes nothing when it is off; otherwise the model would be
-    /// another one.
+    /// another one. Null is as left out.
     pub(super) fn refuse_others(&self, read: &[&str], known: &[Known]) -> Result<()> {
-        for (name, value) in self.map.iter().filter(|(name, _)| !read.contains(&name.as_str())) {
+        let others = self.map.iter().filter(|(name, value)| !value.is_null() && !read.contains(&name.as_str()));
+        for (name, value) in others {
             let text = value.as_str().map_or_else(|| value.to_string(), str::to_string);
             let is_good = match known.iter().find(|(known, _)| known == name) {
                 Some((_, values)) => values.is_none_or(|values| values.contains(&&*text)),

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use super::{
     CheckpointError, burn_moe,
     config::{LEFT_OUT, Result, of_possible_size},
-    hugging_face, moe_vie, open_clip,
+    hugging_face, moe_vie,
+    naming::unwrapped,
+    open_clip,
     table::{Constant, Entry},
     tensors::{self, TensorFiles},
     tokenizer::TokenizerFiles,
@@ -138,8 +140,9 @@ fn blocks_in(weights: &Path, blocks: &str) -> std::result::Result<Option<usize>,
         rest.split('.').next()?.parse().ok()
     };
     // `transformer.` is the end of `visual.transformer.`, too.
-    let own = |name: &&str| blocks.starts_with("visual.") || !name.contains("visual.");
-    Ok(files.and_then(|files| files.names().filter(own).filter_map(index).max()).map(|last| last.saturating_add(1)))
+    let own = |name: &String| blocks.starts_with("visual.") || !name.contains("visual.");
+    let last = |files: TensorFiles| files.names().map(unwrapped).filter(own).filter_map(|name| index(&name)).max();
+    Ok(files.and_then(last).map(|last| last.saturating_add(1)))
 }
 
 /// What is said of a folder without the weights of a format.
@@ -179,8 +182,9 @@ fn checked(config: ClipConfig, path: &Path) -> std::result::Result<ClipConfig, C
     Ok(config)
 }
 
-/// The configuration of a folder, where its weights are, and their format.
-pub(super) fn found_in(folder: &Path) -> std::result::Result<Found, CheckpointError> {
+/// The configuration of a folder, where its weights are, and their format. What the tokenizer is matters, and is looked for, where a text tower is
+/// `asked` for.
+pub(super) fn found_in(folder: &Path, asked: Towers) -> std::result::Result<Found, CheckpointError> {
     // Some folders hold the configurations of several formats: the one whose weights are there counts.
     let has = |name: &str| folder.join(name).is_file();
     let has_weights = |name: &&&str| has(name) || tensors::index_of(&folder.join(name)).is_file();
@@ -193,6 +197,7 @@ pub(super) fn found_in(folder: &Path) -> std::result::Result<Found, CheckpointEr
     let text = tensors::read_text(&path, LONGEST_CONFIG)?;
     let Described { mut config, towers, tokenizer } = (format.read)(&text).map_err(|error| error.at(&path))?;
     if towers != Towers::Vision
+        && asked != Towers::Vision
         && let Some(kind) = tokenizer.kind(folder, config.text.vocab_size, &path)?
     {
         config.text.tokenizer = kind;

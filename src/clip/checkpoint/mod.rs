@@ -40,7 +40,7 @@ use write::{save_text, save_weights};
 /// # Errors
 /// As [`ClipCheckpoint::read_config`].
 pub fn towers_in(folder: impl AsRef<Path>) -> Result<Towers, CheckpointError> {
-    Ok(found_in(folder.as_ref())?.towers)
+    Ok(found_in(folder.as_ref(), Towers::Vision)?.towers)
 }
 
 /// A model read from disk, with the configuration that describes it.
@@ -98,7 +98,7 @@ impl ClipCheckpoint {
     /// # Errors
     /// When the configuration is missing, of another kind, or of a tower alone, or has a setting that is not known.
     pub fn read_config(folder: impl AsRef<Path>) -> Result<ClipConfig, CheckpointError> {
-        let found = found_in(folder.as_ref())?;
+        let found = found_in(folder.as_ref(), Towers::Both)?;
         found.expect(Towers::Both)?;
         Ok(found.config)
     }

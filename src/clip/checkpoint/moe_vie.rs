@@ -285,7 +285,7 @@ mod tests {
         ] {
             assert_eq!(error(vision, text), expected);
         }
-        assert_eq!(error(r#""width": "64""#, text), "`vision_cfg.width` = \"64\": expected a whole number");
+        assert_eq!(error(r#""width": "64""#, text), "`vision_cfg.width` = \"64\": expected a whole number from 0 on");
         assert_eq!(error(r#""moe_layers": 3"#, text), "`vision_cfg.moe_layers` = 3: expected a list of whole numbers");
         assert_eq!(error(r#""width": 64"#, r#""pool": "mean""#), "`text_cfg.pool` = \"mean\" is not supported");
         let replaced = |from: &str, to: &str| match read(&file(r#""width": 64"#, text).replace(from, to)) {

@@ -44,8 +44,9 @@ impl Naming {
         }
         let mut names = BTreeMap::new();
         for (key, name) in keys.into_iter().filter(|(key, _)| !HARMLESS.contains(&key.as_str())) {
-            if names.insert(key.clone(), name.to_string()).is_some() {
-                return Err(CheckpointError::Duplicate { path: files.path.clone(), tensor: key });
+            if let Some(other) = names.insert(key, name.to_string()) {
+                let tensors = [other, name.to_string()];
+                return Err(CheckpointError::SameTensor { path: files.path.clone(), tensors });
             }
         }
         Ok(Self { names })
@@ -67,7 +68,8 @@ impl Naming {
     }
 }
 
-fn unwrapped(name: &str) -> String {
+/// A name without what wrappers put into it.
+pub(super) fn unwrapped(name: &str) -> String {
     WRAPPERS.into_iter().fold(name.to_string(), |name, wrapper| name.replace(wrapper, ""))
 }
 

@@ -75,7 +75,7 @@ pub(super) fn load<M: Module>(
     options: &LoadOptions,
     init: impl FnOnce(&ClipConfig) -> M,
 ) -> Result<(ClipConfig, M), CheckpointError> {
-    let found = found_in(folder)?;
+    let found = found_in(folder, towers)?;
     found.expect(towers)?;
     let found = found.with_image_size(options.image_size)?;
     if !found.weights.is_file() && !tensors::index_of(&found.weights).is_file() {

@@ -45,7 +45,7 @@ impl TokenizerFiles {
                 let here = Path::new(name).file_name().map(|name| folder.join(name)).unwrap_or_default();
                 let found = [folder.join(name), here].into_iter().find(|path| path.is_file()).ok_or_else(|| {
                     let reason = format!(
-                        "`bpe_path` = \"{name}\": there is no such file: put it into the folder, or remove the setting if the tokenizer is CLIP's"
+                        "`bpe_path` = \"{name}\": there is no such file: put it into the folder, or remove the setting if the tokenizer is CLIP's; the vision tower alone can be loaded without it"
                     );
                     CheckpointError::ConfigFile { path: config.to_path_buf(), reason }
                 })?;

@@ -101,6 +101,9 @@ fn coco(mut images: Vec<Image>, captions: Vec<CocoCaption>) -> Result<Vec<Row>, 
     }
     // One that is named twice is one.
     images.retain(|image| image.id.as_ref().is_some_and(|id| files.remove(id).is_some()));
+    if !captions.is_empty() && captions.iter().all(|annotation| annotation.caption.is_none()) {
+        return Err("its annotations have no `caption`, as those of `instances_….json`: take `captions_….json`".into());
+    }
     for (place, CocoCaption { image_id, caption }) in captions.into_iter().enumerate() {
         let own = captions_of.get_mut(&image_id).ok_or_else(|| format!("a caption names image {image_id}, which is not there"))?;
         let caption =

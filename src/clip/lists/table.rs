@@ -40,10 +40,13 @@ impl Columns {
     /// The places of the columns among these names; `kind` is what errors call them.
     fn places(&self, names: &[String], kind: &str) -> Result<Places, String> {
         let places = self.find(names).ok_or_else(|| format!("{kind} are {}", self.not_among(names)))?;
-        let image = &names[places.image];
-        match names.iter().filter(|name| *name == image).count() {
-            1 => Ok(places),
-            _ => Err(format!("`{image}` is there twice among {kind}: keep one of them")),
+        // Of usual names of captions, all are read.
+        let named = if self.captions.is_empty() { &[][..] } else { &places.captions };
+        let chosen = [Some(places.image), places.folder, places.split];
+        let mut chosen = chosen.into_iter().flatten().chain(named.iter().copied()).map(|place| &names[place]);
+        match chosen.find(|name| names.iter().filter(|other| other == name).count() > 1) {
+            None => Ok(places),
+            Some(name) => Err(format!("`{name}` is there twice among {kind}: keep one of them")),
         }
     }
 
@@ -168,8 +171,9 @@ fn table(text: &str, columns: &Columns) -> Result<Vec<Result<Row, String>>, Stri
         while cells.len() > names.len() && cells.last().is_some_and(|cell| cell.is_empty()) {
             cells.pop();
         }
-        // Kaggle's Flickr30k lacks a separator between the number of a caption and the caption.
-        if delimiter == '|' && cells.len() + 1 == names.len() {
+        // In Kaggle's Flickr30k, one row lacks the separator between the number of a caption (`comment_number`) and the caption (`comment`).
+        let is_kaggles = matches!(&names[..], [.., number, caption] if *number == format!("{caption}_number"));
+        if delimiter == '|' && is_kaggles && cells.len() + 1 == names.len() {
             let numbered = cells.last().and_then(|cell| cell.split_once(' '));
             if let Some((number, caption)) = numbered.filter(|(number, _)| number.bytes().all(|byte| byte.is_ascii_digit())) {
                 cells.pop();
@@ -291,7 +295,14 @@ fn json_list(text: &str, columns: &Columns) -> Result<Vec<Result<Row, String>>, 
 fn of_object(at: &str, Fields(fields): &Fields, columns: &Columns) -> Result<Row, String> {
     let names: Vec<String> = fields.iter().map(|(name, _)| plain(name)).collect();
     let places = columns.places(&names, "its fields").map_err(|reason| format!("{at}: {reason}"))?;
-    places.row(at, |place| of_value(&fields[place].1).map_err(|reason| format!("`{}`: {reason}", fields[place].0)))
+    places.row(at, |place| {
+        let (name, value) = &fields[place];
+        match value {
+            // A split may be counted.
+            Value::Number(number) if places.split == Some(place) => Ok(vec![number.to_string()]),
+            value => of_value(value).map_err(|reason| format!("`{name}`: {reason}")),
+        }
+    })
 }
 
 /// An object in which each name is there once: of two values, a reader would take one without a word.

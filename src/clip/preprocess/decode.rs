@@ -3,7 +3,7 @@
 use std::{error::Error, io::Cursor, panic::AssertUnwindSafe, path::Path};
 
 use image::{
-    DynamicImage, ExtendedColorType, ImageDecoder, ImageFormat, ImageReader, Limits, Rgba,
+    ColorType, DynamicImage, ExtendedColorType, ImageDecoder, ImageFormat, ImageReader, Limits, Rgba,
     error::{ImageFormatHint, UnsupportedErrorKind},
     metadata::Orientation as Turn,
 };
@@ -71,6 +71,11 @@ fn turned(
         _ => decoder.orientation().unwrap_or(Turn::NoTransforms),
     };
     let is_one_bit = decoder.original_color_type() == ExtendedColorType::L1;
+    // A TIFF of colours in 32 bits, whose range nothing says.
+    let colours = decoder.color_type();
+    if matches!(colours, ColorType::Rgb32F | ColorType::Rgba32F) {
+        return Err(bad(of_these_colours(colours.bits_per_pixel())));
+    }
     let mut image = DynamicImage::from_decoder(decoder).map_err(|error| bad(in_words(&error)))?;
     if let (Some(rgba), Some(([left, top, right, bottom], [r, g, b]))) = (image.as_mut_rgba8(), content::gif_surroundings(bytes)) {
         let is_inside = |x: u32, y: u32| (left..right).contains(&x) && (top..bottom).contains(&y);
@@ -94,14 +99,18 @@ fn in_words(error: &image::ImageError) -> String {
         }
         UnsupportedErrorKind::Format(_) => "it begins as no image of a known kind does".into(),
         UnsupportedErrorKind::Color(colours) | UnsupportedErrorKind::ColorLayout(colours) => {
-            let bits = colours.bits_per_pixel();
-            format!("its kind of colours, of {bits} bits a pixel, is not read: save it again as PNG, or in RGB or grey of 8 bits")
+            of_these_colours(colours.bits_per_pixel())
         }
         _ => {
             let text = error.source().map_or_else(|| error.to_string(), ToString::to_string);
             format!("{}: save it again as PNG", without_braces(&text))
         }
     }
+}
+
+/// What is said of an image whose colours are not read.
+fn of_these_colours(bits: u16) -> String {
+    format!("its kind of colours, of {bits} bits a pixel, is not read: save it again as PNG, or in RGB or grey of 8 bits")
 }
 
 /// A text in which a chunk of a PNG has its name alone.
@@ -148,6 +157,8 @@ mod tests {
         let mut tiff = Cursor::new(Vec::new());
         image::DynamicImage::from(floats).write_to(&mut tiff, ImageFormat::Tiff).unwrap();
         let mut bytes = tiff.into_inner();
+        let error = preprocessor.decode(&bytes).unwrap_err().to_string();
+        assert!(error.contains("of 96 bits a pixel, is not read"), "{error}");
         // The entry of the kind of colours (tag 262, one short): 8 is CIE Lab.
         let entry = bytes.windows(8).position(|entry| entry == [6, 1, 3, 0, 1, 0, 0, 0]).unwrap();
         bytes[entry + 8] = 8;

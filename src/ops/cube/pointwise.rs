@@ -40,7 +40,11 @@ fn activate<N: Size>(x: Vector<f32, N>, #[comptime] activation: Activation) -> V
         }
         Activation::GeluTanh => x * sigmoid::<N>(tanh_argument::<N>(x)),
         Activation::QuickGelu => x * sigmoid::<N>(x * Vector::<f32, N>::new(1.702f32)),
-        Activation::Relu => x.max(Vector::<f32, N>::new(0.0f32)),
+        // Not the maximum, which makes 0 of what is not a number.
+        Activation::Relu => {
+            let zero = Vector::<f32, N>::new(0.0f32);
+            select_many(x.less_than(&zero), zero, x)
+        }
         Activation::Silu => x * sigmoid::<N>(x),
     }
 }

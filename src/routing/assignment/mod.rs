@@ -241,7 +241,7 @@ impl AssignmentConfig {
     ///
     /// # Panics
     /// When a mask does not have `T` flags, the bias does not have `E` entries, there are fewer than `top_k` experts, samples do not divide
-    /// the tokens, or expert choice gets protected tokens.
+    /// the tokens, or expert choice gets protected tokens; in a browser on `webgpu`, where the host would assign the slots.
     #[track_caller]
     pub fn assign(&self, input: &AssignmentInput) -> DispatchPlan {
         input.expect_fits();

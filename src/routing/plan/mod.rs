@@ -18,7 +18,7 @@ use host::{HostSlots, NONE, read_slots};
 /// a gather.
 ///
 /// Positions are data, not parameters: only [`gates`](Self::gates) carries a gradient. If a GPU assigned the slots (token choice), the host reads
-/// them once, at the first call that needs them; in a browser, which cannot wait, after [`read_async`](Self::read_async).
+/// them once, at the first call that needs them; in a browser, which cannot wait, such a call panics before [`read_async`](Self::read_async).
 #[derive(Debug, Clone)]
 pub struct DispatchPlan {
     num_tokens: usize,

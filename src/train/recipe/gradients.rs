@@ -27,19 +27,22 @@ pub(super) fn accumulate<M: Module>(model: &M, total: &mut GradientsParams, mut 
     model.visit(&mut Accumulate(total, &mut more));
 }
 
-/// The root of the sum of squares of all gradients.
+/// The root of the sum of squares of all gradients, which are on one device: it is waited for once.
 pub(in crate::train) fn global_norm<M: Module>(model: &M, gradients: &GradientsParams) -> f64 {
-    struct Squares<'a>(&'a GradientsParams, f64);
+    struct Squares<'a>(&'a GradientsParams, Vec<Tensor<1>>);
     impl ModuleVisitor for Squares<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             if let Some(gradient) = self.0.get::<D>(param.id) {
-                self.1 += f64::from(gradient.cast(DType::F32).square().sum().into_scalar::<f32>());
+                self.1.push(gradient.cast(DType::F32).square().sum());
             }
         }
     }
-    let mut squares = Squares(gradients, 0.0);
+    let mut squares = Squares(gradients, Vec::new());
     model.visit(&mut squares);
-    squares.1.sqrt()
+    if squares.1.is_empty() {
+        return 0.0;
+    }
+    Tensor::cat(squares.1, 0).into_data().iter::<f32>().map(f64::from).sum::<f64>().sqrt()
 }
 
 /// Gradients of norm `norm` brought to at most `most`, with PyTorch's guard against dividing by zero.

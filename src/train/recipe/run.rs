@@ -141,7 +141,8 @@ impl Run {
         }
         self.model = Some(model);
         let layers = self.loads(&totals, &found.kept);
-        let dropped = layers.iter().map(|layer| layer.dropped).sum::<f64>() / layers.len().max(1) as f64;
+        // An empty sum of floats is -0.
+        let dropped = layers.iter().fold(0.0, |sum, layer| sum + layer.dropped) / layers.len().max(1) as f64;
         self.progress.dropped.push(dropped);
         let time = start.elapsed();
         self.time += time;

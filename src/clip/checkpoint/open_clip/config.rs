@@ -32,7 +32,7 @@ const MODEL: [Known; 5] = [
 const VISION: [Known; 11] = [
     ("pool_type", Some(&["tok"])),
     ("pos_embed_type", Some(&["learnable"])),
-    ("block_type", Some(&["default", "null"])),
+    ("block_type", Some(&["default"])),
     ("patch_dropout", None),
     // Of the attention pooling, which a CLIP has not.
     ("attn_pooler_queries", None),
@@ -47,7 +47,7 @@ const VISION: [Known; 11] = [
 
 const TEXT: [Known; 6] = [
     ("proj_type", Some(&["linear"])),
-    ("block_type", Some(&["default", "null"])),
+    ("block_type", Some(&["default"])),
     ("pad_id", None),
     // Of transformers' towers, one of which `hf_model_name` would name.
     ("hf_model_pretrained", None),
@@ -72,6 +72,7 @@ pub(super) fn read(text: &str) -> Result<Described> {
         model.section(name, name)?.ok_or_else(missing)
     };
     let (v, t) = (part("vision_cfg")?, part("text_cfg")?);
+    check_family([&model, &v, &t])?;
     let quick_gelu = model.get("quick_gelu", false)?;
     let activation = if quick_gelu { Activation::QuickGelu } else { Activation::Gelu };
     let encoder = |section: &Section, width: usize, heads: usize| -> Result<EncoderConfig> {
@@ -100,6 +101,26 @@ pub(super) fn read(text: &str) -> Result<Described> {
     Ok(Described { tokenizer, ..ClipConfig::new(vision, text, embed_dim).activation(activation).into() })
 }
 
+/// Refuses models whose towers are not CLIP's transformers, by what they are.
+fn check_family([model, vision, text]: [&Section; 3]) -> Result<()> {
+    const SUPPORTED: &str = "CLIPs of two transformers, as ViT-B-32, are supported";
+    let is_set = |section: &Section, setting: &str| section.map.get(setting).is_some_and(|value| !value.is_null() && value != "");
+    if vision.map.get("layers").is_some_and(Value::is_array) {
+        return Err(vision.unsupported("layers", &format!("this is a ResNet; {SUPPORTED}")));
+    }
+    for (section, setting, what) in [
+        (vision, "timm_model_name", "its vision tower is one of timm's"),
+        (text, "hf_model_name", "its text tower is one of transformers'"),
+        (model, "multimodal_cfg", "this is a CoCa"),
+        (model, "init_logit_bias", "this is a SigLIP"),
+    ] {
+        if is_set(section, setting) {
+            return Err(section.unsupported(setting, &format!("{what}; {SUPPORTED}")));
+        }
+    }
+    Ok(())
+}
+
 /// Texts are read at the highest id, which is the last one of CLIP's tokenizer.
 fn check_pooling(text: &Section, vocab_size: usize) -> Result<()> {
     // The default of open_clip's class.
@@ -121,7 +142,12 @@ pub(in crate::clip::checkpoint) fn read_tokenizer(section: &Section, text: &Text
     if !name.is_empty() && !name.to_lowercase().contains("clip-vit") {
         return Err(section.unsupported("hf_tokenizer_name", "texts are read with CLIP's tokenizer"));
     }
-    let default = if text.vocab_size == CLIP_VOCAB_SIZE { TokenizerFiles::None } else { TokenizerFiles::Merges(MERGES) };
+    let default = match text.vocab_size {
+        // A tokenizer of transformers is read from the folder, whatever it is called.
+        _ if !name.is_empty() => TokenizerFiles::Transformers,
+        CLIP_VOCAB_SIZE => TokenizerFiles::None,
+        _ => TokenizerFiles::Merges(MERGES),
+    };
     let Some(settings) = section.section("tokenizer_kwargs", "text_cfg.tokenizer_kwargs")? else { return Ok(default) };
     // transformers' own have other settings, and cut nothing of CLIP's texts.
     let known: [Known; 1] = [("clean", Some(if name.is_empty() { &["lower"] } else { &["whitespace", "lower"] }))];

@@ -11,7 +11,7 @@ use std::{error::Error, path::PathBuf, process::ExitCode};
 
 use burn_moe::clip::checkpoint::{ClipCheckpoint, LoadOptions};
 use clap::{Parser, ValueEnum};
-use support::{Stored, device_by_name, refuse_checkpoint};
+use support::{Stored, device_by_name, refuse_checkpoint, remove_other_layouts};
 
 #[derive(Parser)]
 #[command(
@@ -59,11 +59,12 @@ fn run() -> Result<(), Box<dyn Error>> {
     let options = LoadOptions::new().with_image_size(args.image_size);
     let checkpoint = ClipCheckpoint::load_with(&args.model, &options, &device_by_name("cpu")?)?;
     let precision = args.precision.into();
-    match args.to {
-        Layout::HuggingFace => checkpoint.save_hugging_face(&args.out, precision)?,
-        Layout::OpenClip => checkpoint.save_open_clip(&args.out, precision)?,
-        Layout::BurnMoe => checkpoint.save_sparse(&args.out, precision)?,
-    }
+    let written = match args.to {
+        Layout::HuggingFace => checkpoint.save_hugging_face(&args.out, precision).map(|()| "config.json")?,
+        Layout::OpenClip => checkpoint.save_open_clip(&args.out, precision).map(|()| "open_clip_config.json")?,
+        Layout::BurnMoe => checkpoint.save_sparse(&args.out, precision).map(|()| "burn_moe_config.json")?,
+    };
+    remove_other_layouts(&args.out, written)?;
     println!("written to {}", args.out.display());
     Ok(())
 }

@@ -38,7 +38,7 @@ struct Args {
     #[command(flatten)]
     columns: ListArgs,
     /// Stop with an error when an image cannot be read, instead of skipping it
-    #[arg(long)]
+    #[arg(long, requires = "list")]
     strict: bool,
     /// Samples of a shard
     #[arg(long, default_value_t = 1000)]
@@ -62,6 +62,9 @@ fn run() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     if args.per_shard == 0 {
         return Err("--per-shard 0: a shard holds at least one sample".into());
+    }
+    if args.columns.images.is_some() && args.list.is_none() {
+        return Err("--images is the folder of a list's images: name the list with --list".into());
     }
     let io = |error: std::io::Error| format!("{}: {error}", args.out.display());
     fs::create_dir_all(&args.out).map_err(io)?;

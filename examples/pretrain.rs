@@ -28,7 +28,7 @@ use burn_moe::{
 };
 use clap::{ArgAction, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
-use support::{device_by_name, languages_by_code, vendor_by_name};
+use support::{device_by_name, languages_by_code, refuse_checkpoint, remove_other_layouts, vendor_by_name};
 
 #[derive(Parser)]
 #[command(
@@ -42,6 +42,9 @@ struct Args {
     /// Where the run is kept, so that it goes on where it was stopped, or for more steps; each run needs a folder of its own
     #[arg(long, default_value = "out/pretrain")]
     run: PathBuf,
+    /// Begin anew where there is a run already, and write over the checkpoint in --out
+    #[arg(long)]
+    overwrite: bool,
     /// A checkpoint to start from, for another round of warm-up and cosine; it decides all sizes
     #[arg(long)]
     init: Option<PathBuf>,
@@ -163,7 +166,10 @@ fn run() -> Result<(), Box<dyn Error>> {
         .with_batch_size(args.batch_size)
         .with_context_length(text.context_length)
         .with_vocab_size(text.vocab_size);
-    let checkpointing = Checkpointing::new(args.run, args.eval_every);
+    let checkpointing = Checkpointing { overwrite: args.overwrite, ..Checkpointing::new(args.run, args.eval_every) };
+    if args.overwrite || checkpointing.kept_run()?.is_none() {
+        refuse_checkpoint(&args.out, args.overwrite)?;
+    }
     let bar = ProgressBar::new(args.steps as u64)
         .with_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed} of {duration} {msg}")?);
     let mut progress = Progress { bar };
@@ -180,11 +186,11 @@ fn run() -> Result<(), Box<dyn Error>> {
     let trained = trained.into_iter().next().expect("one arm was trained");
     println!("{:.1} ms a step", 1e3 * trained.time.as_secs_f64() / trained.timed_steps.max(1) as f64);
     let checkpoint = ClipCheckpoint { config: start.config, model: trained.model };
-    if checkpoint.config.is_sparse() {
-        checkpoint.save_sparse(&args.out, Precision::F16)?;
-    } else {
-        checkpoint.save_open_clip(&args.out, Precision::F16)?;
-    }
+    let written = match checkpoint.config.is_sparse() {
+        true => checkpoint.save_sparse(&args.out, Precision::F16).map(|()| "burn_moe_config.json")?,
+        false => checkpoint.save_open_clip(&args.out, Precision::F16).map(|()| "open_clip_config.json")?,
+    };
+    remove_other_layouts(&args.out, written)?;
     println!("written to {}", args.out.display());
     Ok(())
 }

@@ -45,7 +45,7 @@ use clap::{ArgAction, Parser, ValueEnum};
 use data::Data;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use report::Outcome;
-use support::{ListArgs, device_by_name};
+use support::{ListArgs, device_by_name, refuse_checkpoint};
 
 /// Parameters of models that take the learning rates of this repository's.
 const SMALL: u64 = 5_000_000;
@@ -75,8 +75,8 @@ struct Args {
     /// cpu, wgpu, vulkan, metal or cuda (each but cpu needs the cargo feature of its name)
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// Go on with the run in --out, from its last evaluation; all other options as before, but for --steps: with more of them, a run that has ended
-    /// goes on, and the learning rate follows the schedule of all steps from there on
+    /// Go on with the run in --out, from its last evaluation. --steps, --eval-every, --micro-batch and --gradient-checkpointing may be others than
+    /// before: with more steps, a run that has ended goes on, and the learning rate follows the schedule of all steps from there on
     #[arg(long)]
     resume: bool,
     /// Begin anew in a folder that holds another run, whose results are lost
@@ -206,9 +206,15 @@ fn run() -> Result<(), Box<dyn Error>> {
 
     let out = args.out.clone().unwrap_or(PathBuf::from(if args.quick { "out/clip_up_quick" } else { "out/clip_up" }));
     fs::create_dir_all(&out).map_err(|error| format!("{}: {error}", out.display()))?;
-    let checkpointing = Checkpointing::new(out.join("checkpoints"), args.eval_every);
-    if !args.overwrite {
-        check_kept_run(&args, &out, checkpointing.kept_run()?)?;
+    let overwrite = args.overwrite;
+    let checkpointing = Checkpointing { overwrite, ..Checkpointing::new(out.join("checkpoints"), args.eval_every) };
+    if !overwrite {
+        let kept = checkpointing.kept_run().map_err(|error| format!("{error}, or begin anew with --overwrite"))?;
+        check_kept_run(&args, &out, kept)?;
+        // A short trial is repeated where it was.
+        if kept.is_none() && !(args.quick && args.out.is_none()) {
+            ["dense", "sparse"].into_iter().try_for_each(|name| refuse_checkpoint(&out.join(name), false))?;
+        }
     }
 
     let dense = ClipCheckpoint::load_with(&args.dense, &LoadOptions::new().with_image_size(args.image_size), &device).map_err(|error| {
@@ -245,10 +251,6 @@ fn run() -> Result<(), Box<dyn Error>> {
     let batch_size = args.batch_size.unwrap_or(most.clamp(1, batch.batch_size));
     println!("batches of {batch_size}, highest learning rate {dense_lr} (dense) and {sparse_lr} (sparse)");
     let batch = batch.with_batch_size(batch_size);
-    // Not before it is known that there is something to train.
-    if args.overwrite {
-        checkpointing.discard()?;
-    }
     let mut progress = Progress::new(&arms, args.steps);
     let trained = train(TrainInput {
         arms,
@@ -338,6 +340,10 @@ fn check_kept_run(args: &Args, out: &Path, kept: Option<KeptRun>) -> Result<(), 
         Some(KeptRun { step, .. }) if args.resume && step >= args.steps => {
             Err(format!("the run in {out} has done {step} steps already: name more with --steps").into())
         }
+        Some(KeptRun { step, steps }) if !args.resume && step >= steps => Err(format!(
+            "{out} holds a run that has done its {steps} steps: go on with --resume and more --steps, begin anew with --overwrite, or take another --out"
+        )
+        .into()),
         Some(KeptRun { step, steps }) if !args.resume => Err(format!(
             "{out} holds a run that has done {step} of {steps} steps: go on with --resume, begin anew with --overwrite, or take another --out"
         )

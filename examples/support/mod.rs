@@ -24,10 +24,23 @@ pub(crate) fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> io::Result<(
     fs::write(&aside, bytes).and_then(|()| fs::rename(&aside, path)).inspect_err(|_| drop(fs::remove_file(&aside)))
 }
 
+/// The files that say that a folder holds a checkpoint, one for each layout.
+const CONFIGS: [&str; 4] = ["burn_moe_config.json", "open_clip_config.json", "moevie_config.json", "config.json"];
+
+/// Removes what says that a folder holds a checkpoint of another layout than the one that was written over it: it would be read in place of that.
+pub(crate) fn remove_other_layouts(folder: &Path, written: &str) -> Result<(), Box<dyn Error>> {
+    for path in CONFIGS.into_iter().filter(|name| *name != written).map(|name| folder.join(name)) {
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(format!("{}: {error}", path.display()).into()),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// Refuses a folder that holds a checkpoint, so that none is lost.
 pub(crate) fn refuse_checkpoint(folder: &Path, overwrite: bool) -> Result<(), Box<dyn Error>> {
-    let configs = ["config.json", "open_clip_config.json", "burn_moe_config.json", "moevie_config.json"];
-    match configs.into_iter().find(|name| !overwrite && folder.join(name).exists()) {
+    match CONFIGS.into_iter().find(|name| !overwrite && folder.join(name).exists()) {
         Some(name) => {
             let folder = folder.display();
             Err(format!("{folder} holds a checkpoint ({name}): take another --out, or write over it with --overwrite").into())

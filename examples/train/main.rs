@@ -22,7 +22,7 @@ mod support;
 
 use std::{
     error::Error,
-    fs, io,
+    fs,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
@@ -30,11 +30,10 @@ use std::{
     time::Instant,
 };
 
-use burn::config::Config;
 use burn::module::{Module, ParamGroup};
 use burn::tensor::Device;
 use burn_moe::{
-    Capacity, LoraOptions, UpcycleFromDense, UpcycleOptions,
+    AssignmentConfig, Capacity, UpcycleFromDense, UpcycleOptions,
     clip::{
         Clip, ClipConfig,
         checkpoint::{ClipCheckpoint, LoadOptions, Precision},
@@ -48,7 +47,7 @@ use burn_moe::{
         data::{DataError, ImageTextSet, LoadedImages, load_images},
         html_report,
         ranks::{Ranks, Solo, Threads},
-        stream::{ListedImages, Part, Samples, Stream, StreamConfig, load_samples, open_samples},
+        stream::{ListedImages, Part, Samples, Stream, StreamConfig, is_tar, load_samples, open_samples},
         train,
     },
     transformer::FeedForward,
@@ -56,7 +55,7 @@ use burn_moe::{
 use clap::Parser;
 use progress::Progress;
 use settings::Args;
-use support::{progress as progress_bar, report_skipped, write_atomic};
+use support::{progress as progress_bar, refuse_checkpoint, report_skipped, write_atomic};
 
 /// The picture of which words and patches go to which expert, made at the end of a run that is evaluated.
 const EXPERTS: &str = "experts.png";
@@ -174,8 +173,11 @@ fn start(args: &Args, device: &Device, speaks: bool) -> Result<Start, Box<dyn Er
 fn limits_slots(model: &Clip) -> bool {
     let blocks = model.vision.encoder.blocks.iter().chain(&model.text.encoder.blocks);
     let mut capacities = blocks.filter_map(|block| match &block.feed_forward {
-        FeedForward::Moe(moe) => Some(moe.assignment.capacity(Phase::Training)),
-        FeedForward::Dense(_) | FeedForward::SoftMoe(_) => None,
+        // Where experts choose, each takes as many tokens as it has slots.
+        FeedForward::Moe(moe) if matches!(moe.assignment, AssignmentConfig::TokenChoice(_)) => {
+            Some(moe.assignment.capacity(Phase::Training))
+        }
+        _ => None,
     });
     capacities.any(|capacity| capacity != Capacity::Dropless)
 }
@@ -226,9 +228,10 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
     let run = args.config()?;
     let steps = run.steps;
     say(format!("{steps} steps of {} pairs; {}", args.batch_size, describe(&config)));
-    let checkpointing = Checkpointing { keep: args.keep, ..Checkpointing::new(out.join("checkpoints"), args.checkpoint_every()) };
-    if is_first && checkpointing.kept_run()?.is_some() {
-        check_adapter_options(out, adapters.as_ref())?;
+    let (keep, overwrite) = (args.keep, args.overwrite);
+    let checkpointing = Checkpointing { keep, overwrite, ..Checkpointing::new(out.join("checkpoints"), args.checkpoint_every()) };
+    if is_first && (args.overwrite || checkpointing.kept_run()?.is_none()) {
+        ["model", "model-last"].into_iter().try_for_each(|name| refuse_checkpoint(&out.join(name), args.overwrite))?;
     }
     let training = device.clone().autodiff();
     let input = |observer| TrainInput {
@@ -243,8 +246,7 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
     };
     let trained = if is_first {
         let log = out.join("log.jsonl");
-        let keep_adapters = || keep_adapter_options(out, adapters.as_ref());
-        let mut progress = Progress::new(steps, args.batch_size, log.clone(), out.join("report.html"), &keep_adapters);
+        let mut progress = Progress::new(steps, args.batch_size, log.clone(), out.join("report.html"));
         let mut log = JsonLog::new(log, vec!["model".into()], args.log_every, &mut progress)
             .map_err(|error| format!("{}: {error}", out.display()))?;
         let trained = train(input(&mut log as &mut dyn Observer)).map_err(|error| what_is_kept(error, args, &checkpointing))?;
@@ -268,7 +270,8 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
             }
         };
         let model = model.valid();
-        if adapters.is_some() {
+        if let Some(options) = &adapters {
+            write_atomic(out.join("adapters.json"), options.to_string().as_bytes())?;
             let adapters = model.clone().into_record_group(ParamGroup::from_predicate(".lora.")).into_bytes()?;
             write_atomic(out.join("adapters.bpk"), &adapters)?;
         }
@@ -297,35 +300,6 @@ fn what_is_kept(error: TrainError, args: &Args, checkpointing: &Checkpointing) -
                 .into()
         }
         _ => error.into(),
-    }
-}
-
-/// Refuses adapters of other options than those of the run that goes on, which no checkpoint holds.
-fn check_adapter_options(out: &Path, options: Option<&LoraOptions>) -> Result<(), Box<dyn Error>> {
-    let path = out.join("adapters.json");
-    let kept = match path.exists() {
-        true => Some(LoraOptions::load(&path).map_err(|error| format!("{}: {error}", path.display()))?),
-        false => None,
-    };
-    if kept.as_ref() == options {
-        return Ok(());
-    }
-    let text = |options: Option<&LoraOptions>| match options {
-        Some(LoraOptions { rank, alpha }) => format!("adapters of rank {rank} and alpha {alpha}"),
-        None => "no adapters".into(),
-    };
-    let (folder, kept, asked) = (out.display(), text(kept.as_ref()), text(options));
-    Err(format!("{folder}: the run in this folder has {kept}, and {asked} are asked for: take another --out").into())
-}
-
-/// Writes rank and scale of the adapters of a run that begins.
-fn keep_adapter_options(out: &Path, options: Option<&LoraOptions>) -> io::Result<()> {
-    let path = out.join("adapters.json");
-    match options {
-        Some(options) => write_atomic(path, options.to_string().as_bytes()),
-        // Of a run that never began.
-        None if path.exists() => fs::remove_file(path),
-        None => Ok(()),
     }
 }
 
@@ -368,8 +342,7 @@ fn test_set(args: &Args, name: &str, preprocessor: &ImagePreprocessor) -> Result
         None => (name, args.eval_split.clone()),
     };
     let path = PathBuf::from(name);
-    let is_list = path.is_file() && path.extension().is_none_or(|ending| ending != "tar");
-    if is_list {
+    if path.is_file() && !is_tar(&path) {
         let list = CaptionedImages::read(&path, &ListOptions { split, ..ListOptions::default() })?;
         let beside = || path.parent().map(PathBuf::from).unwrap_or_default();
         let folder = args.eval_images.clone().unwrap_or_else(beside);

@@ -1,7 +1,7 @@
 //! What is shown while a run goes on.
 
 use std::{
-    fs, io,
+    fs,
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -14,7 +14,7 @@ use super::support::write_atomic;
 /// How often a line is printed where no bar can be shown.
 const LINES: Duration = Duration::from_secs(60);
 
-pub(crate) struct Progress<'a> {
+pub(crate) struct Progress {
     bar: ProgressBar,
     batch_size: usize,
     log: PathBuf,
@@ -26,22 +26,14 @@ pub(crate) struct Progress<'a> {
     /// Since when the next step is going on.
     since: Instant,
     printed: Instant,
-    /// What is written when a run begins, and no other process has its folder.
-    keep: &'a dyn Fn() -> io::Result<()>,
 }
 
-impl<'a> Progress<'a> {
-    pub(crate) fn new(
-        steps: usize,
-        batch_size: usize,
-        log: PathBuf,
-        report: PathBuf,
-        keep: &'a dyn Fn() -> io::Result<()>,
-    ) -> Self {
+impl Progress {
+    pub(crate) fn new(steps: usize, batch_size: usize, log: PathBuf, report: PathBuf) -> Self {
         let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed} of {duration} {msg}");
         let bar = ProgressBar::new(steps as u64).with_style(style.expect("a template that indicatif reads"));
         let now = Instant::now();
-        Self { bar, batch_size, log, report, skipped: 0, steps: 0, time: Duration::ZERO, since: now, printed: now, keep }
+        Self { bar, batch_size, log, report, skipped: 0, steps: 0, time: Duration::ZERO, since: now, printed: now }
     }
 
     pub(crate) fn finish(&self) {
@@ -54,11 +46,8 @@ impl<'a> Progress<'a> {
     }
 }
 
-impl Observer for Progress<'_> {
+impl Observer for Progress {
     fn on_start(&mut self) {
-        if let Err(error) = (self.keep)() {
-            eprintln!("warning: the adapters' rank and scale cannot be written beside the run: {error}");
-        }
         self.since = Instant::now();
     }
 

@@ -10,7 +10,7 @@ use burn_moe::{
         lists::{Columns, ListOptions},
         preprocess::RandomCropConfig,
     },
-    train::{OptimizerConfig, RateFactors, Tower, TrainConfig, TrainPrecision, WarmupCosine},
+    train::{OptimizerConfig, RateFactors, Tower, TrainConfig, TrainPrecision, WarmupCosine, stream::is_tar},
     transformer::{BlockSelection, RoutedLayerConfig, SparseEncoderConfig},
 };
 use clap::{Parser, ValueEnum};
@@ -99,6 +99,9 @@ pub(crate) struct Args {
     /// How many of the last checkpoints are kept
     #[arg(long, default_value_t = 2)]
     pub(crate) keep: usize,
+    /// Begin anew in a folder that holds another run, whose checkpoints and models are lost
+    #[arg(long)]
+    pub(crate) overwrite: bool,
     /// Steps between lines of the log
     #[arg(long, default_value_t = 10)]
     pub(crate) log_every: usize,
@@ -295,6 +298,8 @@ impl Args {
         if let [only] = &self.data[..]
             && has_list_options
             && !PathBuf::from(only).exists()
+            && only != "-"
+            && !is_tar(only)
         {
             return Err(format!("{only}: there is no such file").into());
         }
@@ -372,7 +377,7 @@ impl Args {
 }
 
 fn is_list(name: &str) -> bool {
-    PathBuf::from(name).is_file() && !name.to_lowercase().ends_with(".tar")
+    PathBuf::from(name).is_file() && !is_tar(name)
 }
 
 /// One of several devices of a kind.

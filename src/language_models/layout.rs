@@ -129,15 +129,29 @@ fn shared(name: &str, d: usize, f: usize) -> Vec<Parameter> {
     ]
 }
 
-/// All parameters of a layer of this family. Keys are behind the name of the layer.
-pub(super) fn parameters(family: Family, config: &MoeFeedForwardConfig) -> Vec<Parameter> {
+/// Gate and up of all experts below each other in one tensor, and down in another.
+fn halves([gate_and_up, down]: [&str; 2], [e, d, f]: [usize; 3]) -> Vec<Parameter> {
+    let half =
+        |path, half| Parameter { stored: [2 * f, d], taken: Taken::Half(half), ..map(path, stacked(gate_and_up), [e, d, f]) };
+    vec![half("experts.w_gate", 0), half("experts.w_in", 1), map("experts.w_out", stacked(down), [e, f, d])]
+}
+
+/// The tensor that says that experts are stored as transformers 5 has them in memory.
+pub(super) const STACKED: &str = "experts.gate_up_proj";
+
+/// All parameters of a layer of this family. Keys are behind the name of the layer. `is_stacked`: experts that the family's published files have one
+/// by one are as transformers 5 has them in memory.
+pub(super) fn parameters(family: Family, config: &MoeFeedForwardConfig, is_stacked: bool) -> Vec<Parameter> {
     let (d, f, e) = (config.d_model, config.d_ff, config.num_experts);
     let router = |key: &str| Parameter { maps: None, ..map("router.weight", one(key), [1, d, e]) };
+    let experts = |names| match is_stacked {
+        true => halves([STACKED, "experts.down_proj"], [e, d, f]),
+        false => each_expert("experts.", names, [e, d, f]),
+    };
     match family {
         Family::Mixtral => {
-            let names = [".w1.weight", ".w3.weight", ".w2.weight"];
             let mut parameters = vec![router("gate.weight")];
-            parameters.extend(each_expert("experts.", names, [e, d, f]));
+            parameters.extend(experts([".w1.weight", ".w3.weight", ".w2.weight"]));
             parameters
         }
         Family::Qwen2Moe | Family::Qwen3Moe | Family::Olmoe | Family::DeepseekV3 | Family::Glm4Moe => {
@@ -145,7 +159,7 @@ pub(super) fn parameters(family: Family, config: &MoeFeedForwardConfig) -> Vec<P
             if config.router.balancing.is_some() {
                 parameters.push(vector("router.balancing_bias", one("gate.e_score_correction_bias"), 1, e));
             }
-            parameters.extend(each_expert("experts.", PROJECTIONS, [e, d, f]));
+            parameters.extend(experts(PROJECTIONS));
             if let Some(width) = config.shared_expert {
                 let name = if family == Family::Qwen2Moe { "shared_expert" } else { "shared_experts" };
                 parameters.extend(shared(name, d, width));
@@ -182,17 +196,9 @@ pub(super) fn parameters(family: Family, config: &MoeFeedForwardConfig) -> Vec<P
             ]
         }
         Family::GraniteMoe => {
-            let half = |path, half| Parameter {
-                stored: [2 * f, d],
-                taken: Taken::Half(half),
-                ..map(path, stacked("input_linear.weight"), [e, d, f])
-            };
-            vec![
-                router("router.layer.weight"),
-                half("experts.w_gate", 0),
-                half("experts.w_in", 1),
-                map("experts.w_out", stacked("output_linear.weight"), [e, f, d]),
-            ]
+            let mut parameters = vec![router("router.layer.weight")];
+            parameters.extend(halves(["input_linear.weight", "output_linear.weight"], [e, d, f]));
+            parameters
         }
     }
 }

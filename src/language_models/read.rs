@@ -6,7 +6,7 @@ use burn::tensor::Device;
 
 use super::{
     CheckpointError, MoeCheckpoint, WEIGHTS,
-    layout::{Parameter, is_idle, parameters},
+    layout::{Parameter, STACKED, is_idle, parameters},
 };
 #[cfg(feature = "flex")]
 use crate::Precision;
@@ -71,11 +71,11 @@ pub(super) fn load(
         return Err(CheckpointError::NoWeights { folder: checkpoint.folder.clone(), expected });
     }
     let files = TensorFiles::open_for(&path, |name| layer_prefix(name, block).is_some())?;
-    let parameters = parameters(checkpoint.family, &checkpoint.config);
+    let parameters = |is_stacked| parameters(checkpoint.family, &checkpoint.config, is_stacked);
     let mut prefixes: BTreeSet<&str> = files.names().filter_map(|name| layer_prefix(name, block)).collect();
     if prefixes.len() > 1 {
         // A vision tower has blocks, too.
-        let keys: BTreeSet<String> = parameters.iter().map(|parameter| parameter.key(0)).collect();
+        let keys: BTreeSet<String> = parameters(false).iter().map(|parameter| parameter.key(0)).collect();
         let holds_one = |prefix: &str| files.names().any(|name| name.strip_prefix(prefix).is_some_and(|key| keys.contains(key)));
         // Where none does, all are named.
         if prefixes.iter().any(|prefix| holds_one(prefix)) {
@@ -96,6 +96,7 @@ pub(super) fn load(
             return Err(CheckpointError::ConfigFile { path: files.path.clone(), reason });
         }
     };
+    let parameters = parameters(files.names().any(|name| name.strip_prefix(prefix) == Some(STACKED)));
     let is_idle = |key: &str| is_idle(checkpoint.family, &checkpoint.config, key);
     check(&files, prefix, &parameters, is_idle)?;
 
@@ -142,13 +143,6 @@ fn check(
     }
     let missing: Vec<String> = expected.iter().filter(|name| !found.contains(name.as_str())).cloned().collect();
     let unexpected: Vec<String> = found.iter().filter(|name| !expected.contains(**name)).map(|name| name.to_string()).collect();
-    if !missing.is_empty() && unexpected.iter().any(|name| name.ends_with("experts.gate_up_proj")) {
-        let reason = format!(
-            "`{prefix}experts.*` are the experts as transformers 5 has them in memory, not as this family is published: write them by its \
-             `save_pretrained`, which stores each expert by itself"
-        );
-        return Err(CheckpointError::ConfigFile { path: files.path.clone(), reason });
-    }
     if !missing.is_empty() || !unexpected.is_empty() {
         return Err(CheckpointError::Keys { path: files.path.clone(), missing, unexpected });
     }

@@ -5,6 +5,7 @@ mod checks;
 mod data;
 mod error;
 pub(super) mod gradients;
+mod identity;
 mod observer;
 mod run;
 mod step;
@@ -22,9 +23,10 @@ use std::{
 
 use burn::config::Config;
 use burn::tensor::Device;
-use checkpointing::{Identity, fingerprint, identity_of, resume, save};
+use checkpointing::{resume, save};
 use checks::{check_losses, check_micro_batches, check_model, check_preprocessing};
 use data::Pieces;
+use identity::{Identity, fingerprint, identity_of};
 use run::Run;
 use serde::{Deserialize, Serialize};
 
@@ -197,9 +199,9 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
     let evaluates = part.rank == 0;
     // Until the run ends.
     let _lock = checkpointing.filter(|_| evaluates).map(Checkpointing::lock).transpose()?;
-    let identity = identity_of(&data, &arms);
     let tokenizer = ClipTokenizer::with_vocab_size(data.vocab_size());
     let vocabulary = data.vocabulary(test, &tokenizer, part);
+    let mut identity = identity_of(&data, &vocabulary, &arms);
     let setting = Setting { test, config, context_length: data.context_length(), tokenizer, vocabulary, ranks, device };
     let mut runs = Vec::new();
     for arm in arms {
@@ -213,8 +215,8 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
     }
     check_same_options(&runs, &identity, config, every, ranks)?;
     let resumed = match checkpointing {
-        Some(checkpointing) => resume(checkpointing, &setting, &identity, &mut runs)?,
-        None => None,
+        Some(checkpointing) if !checkpointing.overwrite => resume(checkpointing, &setting, &mut identity, &mut runs)?,
+        _ => None,
     };
     let first_step = resumed.map_or(0, |kept| kept.step);
     check_ranks(&runs, ranks, first_step)?;
@@ -223,6 +225,9 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
     match resumed {
         Some(kept) => observer.on_resume(kept),
         None => {
+            if let Some(checkpointing) = checkpointing.filter(|checkpointing| evaluates && checkpointing.overwrite) {
+                checkpointing.discard()?;
+            }
             observer.on_start();
             for (index, run) in runs.iter_mut().enumerate().filter(|_| evaluates) {
                 run.evaluate(index, 0, &setting, observer)?;
@@ -237,10 +242,15 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
             Err(error) => {
                 // The steps that were done are not lost with the data. Other ranks may have their data still.
                 let is_kept = step == first_step || step.is_multiple_of(every);
-                if let Some(checkpointing) = checkpointing.filter(|_| !is_kept && !ranks.has_others())
-                    && save(checkpointing, &setting, &identity, &runs, step).is_ok()
-                {
-                    observer.on_checkpoint(step);
+                if let Some(checkpointing) = checkpointing.filter(|_| !is_kept && !ranks.has_others()) {
+                    match save(checkpointing, &setting, &identity, &runs, step) {
+                        Err(TrainError::Checkpoint { path, reason }) => {
+                            let reason = format!("{reason}; step {step} was to be kept, as {error}");
+                            return Err(TrainError::Checkpoint { path, reason });
+                        }
+                        Err(error) => return Err(error),
+                        Ok(()) => observer.on_checkpoint(step),
+                    }
                 }
                 return Err(error.into());
             }

@@ -74,7 +74,7 @@ impl Encoder {
         self.update_balancing_bias_by(&totals)
     }
 
-    /// The same by what the micro-batches of one training step routed together.
+    /// The same by what the micro-batches of one training step routed together. A router that is frozen on an autodiff device keeps its bias.
     ///
     /// # Panics
     /// When the totals are not of as many layers as there are routed blocks.
@@ -84,7 +84,11 @@ impl Encoder {
         let mut loads = totals.requested.iter();
         for block in &mut self.blocks {
             if let FeedForward::Moe(moe) = &mut block.feed_forward {
-                moe.router = moe.router.clone().update_balancing_bias(loads.next().expect("they were counted"));
+                let load = loads.next().expect("they were counted");
+                let weight = moe.router.weight.val();
+                if weight.is_require_grad() || !weight.device().is_autodiff() {
+                    moe.router = moe.router.clone().update_balancing_bias(load);
+                }
             }
         }
         self

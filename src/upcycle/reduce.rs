@@ -68,7 +68,7 @@ impl MoeFeedForward {
     ///
     /// # Errors
     /// When `load` does not have one share per expert or no share above zero, or fewer experts than `top_k` would be left, or more than
-    /// there are.
+    /// there are; for `Average` of a single expert also when its gate depends on the token (sigmoid scores that are not normalised).
     pub fn reduce(&self, reduction: &Reduction, load: &[f64], calibration: Option<Tensor<2>>) -> Result<Reduced, UpcycleError> {
         let [num_experts, _, _] = self.experts.dims();
         let refused = |reason: String| UpcycleError::Reduction { reduction: format!("{reduction:?}"), reason };
@@ -84,6 +84,10 @@ impl MoeFeedForward {
         }
         if let Reduction::Prune { count } | Reduction::Merge { count } = reduction {
             self.assignment.validate(*count).map_err(|error| refused(error.to_string()))?;
+        }
+        // The mean of several is an approximation; a network in place of one must compute the same.
+        if *reduction == Reduction::Average && num_experts == 1 {
+            self.refuse_varying_gate()?;
         }
         let made_from = match reduction {
             Reduction::Average => vec![(0..num_experts).collect()],
@@ -115,6 +119,19 @@ impl MoeFeedForward {
         Ok(Reduced { model, report: ReductionReport { made_from, params_before, params_after, relative_deviation } })
     }
 
+    /// Refuses a single expert whose gate depends on the token: a softmax over one expert is 1, a sigmoid is not.
+    fn refuse_varying_gate(&self) -> Result<(), UpcycleError> {
+        let is_normalized = match &self.assignment {
+            AssignmentConfig::TokenChoice(choice) => choice.gate_normalization != GateNormalization::None,
+            AssignmentConfig::ExpertChoice(_) => false,
+        };
+        if self.router.score == RouterScore::Softmax || is_normalized {
+            return Ok(());
+        }
+        let (dense, sparse) = ("the same for all tokens".into(), "the sigmoid of each token's logit".into());
+        Err(UpcycleError::Setting { at: String::new(), what: "gate", dense, sparse })
+    }
+
     /// The weights of the only expert of a layer, plain or gated, those of its output times the scale of gates.
     ///
     /// # Errors
@@ -129,15 +146,11 @@ impl MoeFeedForward {
         }
         let bias = |bias: &Option<Param<Tensor<2>>>| bias.as_ref().map(|bias| bias.val().squeeze_dim(0));
         // A dense network has no gate that its output could be multiplied by.
-        let (scale, is_normalized) = match &self.assignment {
-            AssignmentConfig::TokenChoice(choice) => (choice.gate_scale, choice.gate_normalization != GateNormalization::None),
-            AssignmentConfig::ExpertChoice(_) => (1.0, false),
+        let scale = match &self.assignment {
+            AssignmentConfig::TokenChoice(choice) => choice.gate_scale,
+            AssignmentConfig::ExpertChoice(_) => 1.0,
         };
-        // A softmax over one expert is 1, a sigmoid is not.
-        if self.router.score == RouterScore::Sigmoid && !is_normalized {
-            let (dense, sparse) = ("the same for all tokens".into(), "the sigmoid of each token's logit".into());
-            return Err(UpcycleError::Setting { at: String::new(), what: "gate", dense, sparse });
-        }
+        self.refuse_varying_gate()?;
         Ok(DenseWeights {
             w_in: experts.w_in.val().squeeze_dim(0),
             b_in: bias(&experts.b_in),

@@ -172,7 +172,7 @@ fn what_cannot_be_used_is_left_out_and_named() {
         .map(|error| (error.sample.strip_prefix(&format!("{}, ", path.display())).unwrap(), error.reason.as_str()))
         .collect();
     assert!(reasons["a"].contains("is no readable image"), "{}", reasons["a"]);
-    assert_eq!(reasons["b"], "it has no caption: neither .txt nor .json");
+    assert_eq!(reasons["b"], "it has no caption, neither .txt nor .json");
     assert_eq!(reasons["c"], "its caption is empty");
     assert_eq!(reasons["d"], "it has no image");
     assert_eq!(reasons["e"], "its .json has none of `caption`, `captions` and `text`");

@@ -387,6 +387,51 @@ fn a_run_that_goes_on_may_save_memory_in_another_way_and_nothing_else() {
 }
 
 #[test]
+fn a_run_goes_on_where_its_data_has_moved_to_and_not_with_other_adapters() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = stream(folder.path(), 12);
+    let mut setup = setup(&here, 1);
+    let adapted = |alpha: f64| setup.arm.model.clone().with_lora(&LoraOptions::new().with_rank(2).with_alpha(alpha));
+    let [first, second] = [4.0, 8.0].map(adapted);
+    setup.arm.model = first;
+    let checkpointing = Checkpointing::new(folder.path().join("run"), 1);
+    setup.run(&Solo, Some(&checkpointing), &mut ()).unwrap();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let there = stream(elsewhere.path(), 12);
+    (setup.stream, setup.config.steps) = (&there, 2);
+    setup.run(&Solo, Some(&checkpointing), &mut ()).unwrap();
+    (setup.arm.model, setup.config.steps) = (second, 3);
+    let error = setup.run(&Solo, Some(&checkpointing), &mut ()).unwrap_err().to_string();
+    assert!(error.contains("its adapters have rank 2 and scale 2 then, and rank 2 and scale 4 now"), "{error}");
+}
+
+#[test]
+fn what_a_run_was_evaluated_on_is_not_forgotten() {
+    let folder = tempfile::tempdir().unwrap();
+    let stream = stream(folder.path(), 12);
+    let setup = setup(&stream, 1);
+    let checkpointing = Checkpointing::new(folder.path().join("run"), 1);
+    let tests = load_samples(&TarShards::open(shards(folder.path())).unwrap(), &ImagePreprocessor::new(8)).unwrap().0;
+    let run = |test: Option<&burn_moe::train::data::ImageTextSet>, steps: usize| {
+        train(TrainInput {
+            arms: vec![setup.arm.clone()],
+            data: TrainData::Stream { stream: &stream, threads: 1 },
+            test,
+            config: &TrainConfig::new(steps),
+            checkpointing: Some(&checkpointing),
+            ranks: &Solo,
+            device: &setup.device,
+            observer: &mut (),
+        })
+    };
+    run(Some(&tests.select(|image| image < 5)), 1).unwrap();
+    run(None, 2).unwrap();
+    let error = run(Some(&tests.select(|image| image < 4)), 3).unwrap_err().to_string();
+    assert!(error.contains("was evaluated on another set"), "{error}");
+    run(Some(&tests.select(|image| image < 5)), 3).unwrap();
+}
+
+#[test]
 fn one_process_at_a_time_keeps_a_run() {
     let folder = tempfile::tempdir().unwrap();
     let stream = stream(folder.path(), 12);
@@ -448,8 +493,18 @@ fn data_that_ends_leaves_the_steps_that_were_done() {
     // Begun anew, whatever is there.
     fs::write(folder.path().join("run/step-00000003/state.json"), "{}").unwrap();
     assert!(often.kept_run().is_err());
-    often.discard().unwrap();
-    assert_eq!(often.kept_run().unwrap(), None);
+    let anew = Checkpointing { overwrite: true, ..often.clone() };
+    // Not before it is known that the new one can begin.
+    setup.config.eval_every = 0;
+    let fourth = pipe();
+    setup.stream = &fourth;
+    assert!(setup.run(&Solo, Some(&anew), &mut ()).is_err());
+    assert!(often.kept_run().is_err());
+    fs::create_dir(folder.path().join("run/step-notes")).unwrap();
+    (setup.config.eval_every, setup.config.steps) = (10, 2);
+    setup.run(&Solo, Some(&anew), &mut ()).unwrap();
+    assert_eq!(often.kept_run().unwrap(), Some(KeptRun { step: 2, steps: 2 }));
+    assert!(folder.path().join("run/step-notes").exists());
 }
 
 #[test]

@@ -47,7 +47,9 @@ type Place = (String, String, bool);
 
 /// The parameters that are not where they are expected.
 fn changed<M: Module>(module: &M, expected: &[Place]) -> Vec<Place> {
-    places(module).into_iter().zip(expected).filter(|(found, expected)| found != *expected).map(|(found, _)| found).collect()
+    let found = places(module);
+    assert_eq!(found.len(), expected.len(), "as many parameters");
+    found.into_iter().zip(expected).filter(|(found, expected)| found != *expected).map(|(found, _)| found).collect()
 }
 
 /// Every parameter: its path, what its device does about gradients, and whether it gets one.

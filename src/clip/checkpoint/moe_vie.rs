@@ -48,7 +48,7 @@ const WITHOUT_EFFECT: [Known; 7] = [
 /// Left out, a setting has the value that MoE-ViE's code gives it.
 fn read(text: &str) -> Result<Described> {
     let root: Map<String, Value> = serde_json::from_str(text)?;
-    let model = Section { name: "model", map: &root };
+    let model = Section { name: "moevie_config", map: &root };
     let part = |name| {
         let missing = || ConfigFileError(format!("`{name}` is missing: this is not the configuration of a MoE-ViE"));
         model.section(name, name)?.ok_or_else(missing)

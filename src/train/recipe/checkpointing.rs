@@ -2,7 +2,6 @@
 
 use std::{
     fs::{self, File, TryLockError},
-    hash::{Hash, Hasher},
     io,
     path::{Path, PathBuf},
 };
@@ -10,16 +9,13 @@ use std::{
 use burn::module::Module;
 use burn::store::RecordError;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
 
-use super::{Arm, Run, Setting, TrainConfig, TrainData, TrainError, run::trainable};
-use crate::{
-    clip::Clip,
-    routing::router::Router,
-    support::hash::StableHasher,
-    train::{Evaluation, data::ImageTextSet},
-    transformer::{Encoder, FeedForward, TransformerBlock},
+use super::{
+    Run, Setting, TrainError,
+    identity::{Identity, difference, fingerprint, fingerprint_of_set},
+    run::trainable,
 };
+use crate::{clip::Clip, train::Evaluation};
 
 /// The form of a checkpoint. A number that is not this one is another version's.
 const FORMAT: u32 = 2;
@@ -41,6 +37,8 @@ pub struct Checkpointing {
     pub every: usize,
     /// How many of the last ones are kept.
     pub keep: usize,
+    /// Whether the run begins anew where there is one, of whatever version, which is then removed: once nothing about the new one is refused.
+    pub overwrite: bool,
 }
 
 /// How far a run has come.
@@ -53,9 +51,9 @@ pub struct KeptRun {
 }
 
 impl Checkpointing {
-    /// The last checkpoint only.
+    /// The last checkpoint only; a run that is there goes on.
     pub fn new(folder: impl Into<PathBuf>, every: usize) -> Self {
-        Self { folder: folder.into(), every, keep: 1 }
+        Self { folder: folder.into(), every, keep: 1, overwrite: false }
     }
 
     /// How far the run in the folder has come, if there is one.
@@ -66,18 +64,12 @@ impl Checkpointing {
         Ok(self.latest()?.map(|(_, state)| KeptRun { step: state.step, steps: state.steps }))
     }
 
-    /// Removes the checkpoints in the folder, of whatever version, so that another run can begin there.
-    ///
-    /// # Errors
-    /// When another process keeps its run there, or they cannot be removed.
-    pub fn discard(&self) -> Result<(), TrainError> {
-        if !self.folder.exists() {
-            return Ok(());
-        }
-        let _lock = self.lock()?;
+    /// Removes the checkpoints in the folder, of whatever version. The folder is locked.
+    pub(super) fn discard(&self) -> Result<(), TrainError> {
         let is_part = |path: &PathBuf| {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            name.starts_with(NAME) || name.starts_with(UNFINISHED) || name == OLDER
+            let of_step = name.strip_prefix(NAME).or(name.strip_prefix(UNFINISHED));
+            of_step.is_some_and(|step| step.parse::<usize>().is_ok()) || name == OLDER
         };
         for path in self.entries()?.into_iter().filter(is_part) {
             let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
@@ -195,67 +187,6 @@ struct State {
     progress: Vec<Progress>,
 }
 
-/// What a run is trained on, and where it starts.
-#[derive(Serialize)]
-pub(super) struct Identity {
-    data: Value,
-    start: String,
-}
-
-/// Of all that makes a run this one, as JSON. How long it is, how often it is evaluated and how it saves memory may change.
-pub(super) fn fingerprint(config: &TrainConfig, identity: &Identity, runs: &[Run]) -> String {
-    let config = TrainConfig { steps: 0, eval_every: 0, micro_batch: None, recompute_blocks: false, ..config.clone() };
-    let arm = |run: &Run| {
-        let Run { name, config, auxiliary, frozen, routing, .. } = run;
-        json!({ "name": name, "optimizer": config, "auxiliary": auxiliary, "frozen": frozen, "routing": routing })
-    };
-    let arms: Vec<Value> = runs.iter().map(arm).collect();
-    json!({ "train": config, "data": identity.data, "start": identity.start, "arms": arms }).to_string()
-}
-
-/// The first setting that differs between two fingerprints, in words.
-fn difference(then: &str, now: &str) -> Option<String> {
-    fn first(path: String, then: &Value, now: &Value) -> Option<(String, Value, Value)> {
-        let inner = |key: &dyn std::fmt::Display| if path.is_empty() { key.to_string() } else { format!("{path}.{key}") };
-        match (then, now) {
-            (Value::Object(then), Value::Object(now)) => {
-                let value = |of: &Map<String, Value>, key: &str| of.get(key).cloned().unwrap_or_default();
-                let keys = then.keys().chain(now.keys().filter(|key| !then.contains_key(*key)));
-                keys.into_iter().find_map(|key| first(inner(key), &value(then, key), &value(now, key)))
-            }
-            (Value::Array(then), Value::Array(now)) if then.len() == now.len() => {
-                then.iter().zip(now).enumerate().find_map(|(index, (then, now))| first(inner(&index), then, now))
-            }
-            (then, now) => (then != now).then(|| (path, then.clone(), now.clone())),
-        }
-    }
-    let parsed = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
-    let (path, then, now) = first(String::new(), &parsed(then), &parsed(now))?;
-    Some(match path.as_str() {
-        "start" => "it started from another model".into(),
-        "data.images" => "it has other images or captions".into(),
-        path if path.contains(".routing") => "its model has other layers, or routes in another way".into(),
-        _ => format!("`{path}` was {then} and is {now} now"),
-    })
-}
-
-/// How a model routes, in words: settings that no parameter shows.
-pub(super) fn routing_of(model: &Clip) -> Vec<String> {
-    let towers = [&model.vision.encoder, &model.text.encoder];
-    let settings = |block: &TransformerBlock, encoder: &Encoder| match &block.feed_forward {
-        FeedForward::Dense(_) => "dense".to_string(),
-        FeedForward::SoftMoe(_) => format!("soft {:?}", encoder.padding),
-        FeedForward::Moe(moe) => {
-            let Router { score, noise, jitter, balancing, logit_normalization, .. } = &moe.router;
-            format!(
-                "{:?} {score:?} {noise} {jitter} {balancing:?} {logit_normalization:?} {:?} {:?} {:?}",
-                moe.assignment, moe.experts.form, encoder.protection, encoder.padding
-            )
-        }
-    };
-    towers.into_iter().flat_map(|encoder| encoder.blocks.iter().map(move |block| settings(block, encoder))).collect()
-}
-
 fn record_path(folder: &Path, arm: usize, part: &str) -> PathBuf {
     folder.join(format!("arm-{arm}-{part}.bpk"))
 }
@@ -292,7 +223,7 @@ pub(super) fn save(
         step,
         steps: config.steps,
         fingerprint: fingerprint(config, identity, runs),
-        test: setting.test.map(fingerprint_of_set),
+        test: setting.test.map(fingerprint_of_set).or(identity.test_before.clone()),
         progress: runs.iter().map(|run| run.progress.clone()).collect(),
     };
     let path = unfinished.join("state.json");
@@ -315,7 +246,7 @@ pub(super) fn save(
 pub(super) fn resume(
     checkpointing: &Checkpointing,
     setting: &Setting,
-    identity: &Identity,
+    identity: &mut Identity,
     runs: &mut [Run],
 ) -> Result<Option<KeptRun>, TrainError> {
     let Some((folder, state)) = checkpointing.latest()? else { return Ok(None) };
@@ -336,6 +267,7 @@ pub(super) fn resume(
         let (done, steps) = (state.step, config.steps);
         return Err(other_run(format!("the run in this folder has done {done} steps already, and {steps} are asked for")));
     }
+    identity.test_before = state.test;
     let bad = |reason: String| bad(&folder, reason);
     for (index, (run, progress)) in runs.iter_mut().zip(state.progress).enumerate() {
         let path = |part: &str| record_path(&folder, index, part);
@@ -352,33 +284,4 @@ pub(super) fn resume(
         run.progress = progress;
     }
     Ok(Some(KeptRun { step: state.step, steps: state.steps }))
-}
-
-/// Stands for the data and for where the arms start, so that a run is not resumed as another one.
-pub(super) fn identity_of(data: &TrainData, arms: &[Arm]) -> Identity {
-    let data = match data {
-        TrainData::Set { set, batch } => json!({ "images": fingerprint_of_set(set), "batch": batch }),
-        TrainData::Stream { stream, .. } => json!({
-            "samples": stream.fingerprint(),
-            "stream": stream.config(),
-            "preprocessor": format!("{:?}", stream.preprocessor()),
-        }),
-    };
-    let mut hasher = StableHasher::default();
-    for arm in arms {
-        // One weight of each tower tells two models apart.
-        for weight in [arm.model.vision.patch_embedding.weight.val(), arm.model.text.projection.weight.val()] {
-            let values = weight.detach().try_into_vec_as::<f32>().expect("a float tensor reads as f32");
-            values.iter().for_each(|value| value.to_bits().hash(&mut hasher));
-        }
-        arm.state.hash(&mut hasher);
-    }
-    Identity { data, start: format!("{:016x}", hasher.finish()) }
-}
-
-/// Stands for images with their captions.
-fn fingerprint_of_set(set: &ImageTextSet) -> String {
-    let mut hasher = StableHasher::default();
-    set.hash(&mut hasher);
-    format!("{:016x}", hasher.finish())
 }

@@ -1,6 +1,7 @@
 //! One arm while it runs.
 
 use std::{
+    collections::BTreeSet,
     hash::Hasher,
     time::{Duration, Instant},
 };
@@ -11,8 +12,9 @@ use burn::tensor::{DType, Device, Tensor};
 
 use super::{
     Arm, LayerLoad, Observer, Setting, StepReport, Tower, TrainError, TrainPrecision, TrainedArm,
-    checkpointing::{Progress, routing_of},
+    checkpointing::Progress,
     gradients::{global_norm, scale_to},
+    identity::{adapters_of, routing_of},
     step::{self, StepError, StepGradients, StepSetting},
 };
 use crate::{
@@ -23,7 +25,7 @@ use crate::{
         param::with_leaves_on,
     },
     train::{Evaluation, OptimizerConfig, OptimizerState, data::Batch, evaluate, optimizer::average},
-    transformer::{Encoder, FeedForward},
+    transformer::Encoder,
 };
 
 /// An arm and where it is. What it started from is not kept, so that it does not take the memory of another model.
@@ -34,6 +36,8 @@ pub(super) struct Run {
     pub(super) frozen: Option<Tower>,
     /// How the model routes, in words.
     pub(super) routing: Vec<String>,
+    /// Its low-rank adapters, in words.
+    pub(super) adapters: BTreeSet<String>,
     /// The model with all token ids, where it is trained on some of them.
     full: Option<Clip>,
     /// Absent while a step makes another one of it.
@@ -50,7 +54,7 @@ pub(super) struct Run {
 impl Run {
     pub(super) fn new(arm: Arm, setting: &Setting) -> Result<Self, TrainError> {
         let Arm { name, model, optimizer: config, auxiliary, state, frozen } = arm;
-        let routing = routing_of(&model);
+        let (routing, adapters) = (routing_of(&model), adapters_of(&model));
         let [all_ids, _] = model.text.token_embedding.weight.dims();
         let (model, full) = match setting.vocabulary.len() == all_ids {
             true => (model, None),
@@ -77,6 +81,7 @@ impl Run {
             auxiliary,
             frozen,
             routing,
+            adapters,
             full,
             model: Some(model),
             average,
@@ -132,10 +137,8 @@ impl Run {
         let learning_rate = rates.base();
         // Given away, so that each weight is freed when the next one is there.
         let model = self.model.take().expect("no other step is going on");
-        let mut model = self.optimizer.step(rates, model, gradients).clamp_logit_scale();
-        for (encoder, totals) in [&mut model.vision.encoder, &mut model.text.encoder].into_iter().zip(&totals) {
-            move_balancing_biases(encoder, &totals.requested);
-        }
+        let model = self.optimizer.step(rates, model, gradients).clamp_logit_scale();
+        let model = model.update_balancing_bias_by(totals.each_ref());
         if let (Some(kept), Some(decay)) = (self.average.take(), self.config.average_at(step)) {
             self.average = Some(average(kept, &model, decay));
         }
@@ -226,21 +229,10 @@ impl Run {
     }
 }
 
-/// Moves the balancing biases of the routed blocks, whose loads these are; a router that is frozen keeps its bias.
-fn move_balancing_biases(encoder: &mut Encoder, loads: &[Vec<usize>]) {
-    let routers = encoder.blocks.iter_mut().filter_map(|block| match &mut block.feed_forward {
-        FeedForward::Moe(moe) => Some(&mut moe.router),
-        FeedForward::Dense(_) | FeedForward::SoftMoe(_) => None,
-    });
-    for (router, load) in routers.zip(loads).filter(|(router, _)| router.weight.val().is_require_grad()) {
-        *router = router.clone().update_balancing_bias(load);
-    }
-}
-
 /// The model with leaves on `device`, which may be one that checkpoints gradients.
 pub(super) fn trainable(model: Clip, frozen: Option<Tower>, device: &Device) -> Clip {
     let device = device.clone().autodiff();
-    let mut model = with_leaves_on(model.fork(&device.clone().inner()).train(), &device);
+    let mut model = with_leaves_on(model, &device);
     match frozen {
         None => {}
         Some(Tower::Vision) => model.vision = model.vision.freeze(),

@@ -1,7 +1,7 @@
 //! Samples that are files of their own.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     fs,
     hash::{Hash, Hasher},
     path::PathBuf,
@@ -18,7 +18,7 @@ pub struct ListedImages {
     /// Where the captions of each image begin, and where the last ones end.
     captions: Vec<usize>,
     /// Why the captions of an image cannot be read.
-    unreadable: HashMap<usize, String>,
+    unreadable: BTreeMap<usize, String>,
 }
 
 impl ListedImages {
@@ -28,11 +28,11 @@ impl ListedImages {
         list.captions.sort_by_key(|(_, image)| *image);
         let count = list.images.len();
         let captions = (0..=count).map(|image| list.captions.partition_point(|(_, of)| *of < image)).collect();
-        Self { folder: folder.into(), list, captions, unreadable: HashMap::new() }
+        Self { folder: folder.into(), list, captions, unreadable: BTreeMap::new() }
     }
 
     /// The same with images whose captions cannot be read, each with the reason.
-    pub(super) fn with_unreadable(self, unreadable: HashMap<usize, String>) -> Self {
+    pub(super) fn with_unreadable(self, unreadable: BTreeMap<usize, String>) -> Self {
         Self { unreadable, ..self }
     }
 }
@@ -65,8 +65,10 @@ impl Samples for ListedImages {
 
     fn fingerprint(&self) -> String {
         let CaptionedImages { images, captions } = &self.list;
+        // Wherever the folder is.
+        let images: Vec<&[u8]> = images.iter().map(|image| image.as_os_str().as_encoded_bytes()).collect();
         let mut hasher = StableHasher::default();
-        (images, captions, &self.folder).hash(&mut hasher);
+        (&images, captions).hash(&mut hasher);
         format!("{} images, {} captions, {:016x}", images.len(), captions.len(), hasher.finish())
     }
 }

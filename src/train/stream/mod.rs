@@ -13,7 +13,7 @@ mod tar;
 
 pub use batches::{Part, Skipped, Stream, StreamBatches, StreamConfig};
 pub use listed::ListedImages;
-pub use open::open_samples;
+pub use open::{is_tar, open_samples};
 pub use samples::{Sample, SampleError, SampleId, Samples, load_samples};
 pub use shards::expand_braces;
 pub use tar::{TarShards, TarStream};

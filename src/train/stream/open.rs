@@ -1,7 +1,7 @@
 //! Sources by their names.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     sync::Arc,
@@ -44,8 +44,9 @@ pub fn open_samples<N: AsRef<str>>(names: &[N], options: &ListOptions) -> Result
     }
 }
 
-fn is_tar(path: &Path) -> bool {
-    let name = path.to_string_lossy().to_lowercase();
+/// Whether a name is that of a tar file, packed or not: `.tar`, `.tar.gz` or `.tgz`, in capitals too.
+pub fn is_tar(path: impl AsRef<Path>) -> bool {
+    let name = path.as_ref().to_string_lossy().to_lowercase();
     [".tar", ".tar.gz", ".tgz"].iter().any(|ending| name.ends_with(ending))
 }
 
@@ -57,7 +58,7 @@ fn of_folder(folder: &Path) -> Result<Arc<dyn Samples>, DataError> {
     if !shards.is_empty() {
         return Ok(Arc::new(TarShards::open(shards)?));
     }
-    let (mut list, mut unreadable) = (CaptionedImages::default(), HashMap::new());
+    let (mut list, mut unreadable) = (CaptionedImages::default(), BTreeMap::new());
     for path in ImageFolder::read(folder, true)?.images {
         let image = list.images.len();
         // Without a caption that can be read, it is a sample that cannot be used, and is named when its turn comes.
@@ -66,7 +67,7 @@ fn of_folder(folder: &Path) -> Result<Arc<dyn Samples>, DataError> {
             Some(Err(reason)) => drop(unreadable.insert(image, reason)),
             None => {}
         }
-        list.images.push(path);
+        list.images.push(path.strip_prefix(folder).map(Path::to_path_buf).unwrap_or(path));
     }
     if list.captions.is_empty() {
         let reason = match unreadable.into_values().next() {
@@ -75,7 +76,7 @@ fn of_folder(folder: &Path) -> Result<Arc<dyn Samples>, DataError> {
         };
         return Err(DataError::Name { reason });
     }
-    Ok(Arc::new(ListedImages::new(list, "").with_unreadable(unreadable)))
+    Ok(Arc::new(ListedImages::new(list, folder).with_unreadable(unreadable)))
 }
 
 /// The caption in the `.txt` or `.TXT` beside an image, if there is one.

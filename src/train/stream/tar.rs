@@ -119,7 +119,7 @@ impl<M> Members<M> {
         let mut captions = match (self.text, self.json) {
             (Some(text), _) => vec![text_of(read(text)?)?],
             (None, Some(json)) => captions_in(&text_of(read(json)?)?)?,
-            (None, None) => return Err("it has no caption: neither .txt nor .json".into()),
+            (None, None) => return Err(format!("it has no caption, neither .txt nor .json{dotted}")),
         };
         captions.retain(|caption| !caption.trim().is_empty());
         if captions.is_empty() {
@@ -288,8 +288,10 @@ impl Samples for TarShards {
     }
 
     fn fingerprint(&self) -> String {
+        // Wherever they are.
+        let names: Vec<&[u8]> = self.paths.iter().map(|path| path.file_name().unwrap_or_default().as_encoded_bytes()).collect();
         let mut hasher = StableHasher::default();
-        (&self.paths, &self.sizes).hash(&mut hasher);
+        (names, &self.sizes).hash(&mut hasher);
         format!("{} shards, {:016x}", self.paths.len(), hasher.finish())
     }
 }

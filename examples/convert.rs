@@ -11,7 +11,7 @@ use std::{error::Error, path::PathBuf, process::ExitCode};
 
 use burn_moe::clip::checkpoint::{ClipCheckpoint, LoadOptions};
 use clap::{Parser, ValueEnum};
-use support::{Stored, device_by_name, refuse_checkpoint, remove_other_layouts};
+use support::{Stored, device_by_name, refuse_checkpoint, remove_layouts_before};
 
 #[derive(Parser)]
 #[command(
@@ -64,7 +64,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         Layout::OpenClip => checkpoint.save_open_clip(&args.out, precision).map(|()| "open_clip_config.json")?,
         Layout::BurnMoe => checkpoint.save_sparse(&args.out, precision).map(|()| "burn_moe_config.json")?,
     };
-    remove_other_layouts(&args.out, written)?;
+    remove_layouts_before(&args.out, written)?;
     println!("written to {}", args.out.display());
     Ok(())
 }

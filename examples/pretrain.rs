@@ -10,7 +10,7 @@
 
 mod support;
 
-use std::{error::Error, path::PathBuf, process::ExitCode};
+use std::{error::Error, fs, path::PathBuf, process::ExitCode};
 
 use burn_moe::{
     Capacity, TokenChoiceConfig,
@@ -28,7 +28,7 @@ use burn_moe::{
 };
 use clap::{ArgAction, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
-use support::{device_by_name, languages_by_code, refuse_checkpoint, remove_other_layouts, vendor_by_name};
+use support::{device_by_name, languages_by_code, refuse_checkpoint, remove_layouts_before, vendor_by_name, write_atomic};
 
 #[derive(Parser)]
 #[command(
@@ -42,7 +42,7 @@ struct Args {
     /// Where the run is kept, so that it goes on where it was stopped, or for more steps; each run needs a folder of its own
     #[arg(long, default_value = "out/pretrain")]
     run: PathBuf,
-    /// Begin anew where there is a run already, and write over the checkpoint in --out
+    /// Begin anew where there is a run already, and write over the checkpoint in --out; leave it out to resume the new one
     #[arg(long)]
     overwrite: bool,
     /// A checkpoint to start from, for another round of warm-up and cosine; it decides all sizes
@@ -167,9 +167,15 @@ fn run() -> Result<(), Box<dyn Error>> {
         .with_context_length(text.context_length)
         .with_vocab_size(text.vocab_size);
     let checkpointing = Checkpointing { overwrite: args.overwrite, ..Checkpointing::new(args.run, args.eval_every) };
-    if args.overwrite || checkpointing.kept_run()?.is_none() {
+    // Where this run's checkpoint goes, which it may write again.
+    let (place, out) = (checkpointing.folder.join("out.txt"), std::path::absolute(&args.out)?.display().to_string());
+    let is_its_own =
+        checkpointing.kept_run().is_ok_and(|kept| kept.is_some()) && fs::read_to_string(&place).is_ok_and(|own| own == out);
+    if !is_its_own {
         refuse_checkpoint(&args.out, args.overwrite)?;
     }
+    fs::create_dir_all(&checkpointing.folder).map_err(|error| format!("{}: {error}", checkpointing.folder.display()))?;
+    write_atomic(&place, out.as_bytes())?;
     let bar = ProgressBar::new(args.steps as u64)
         .with_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed} of {duration} {msg}")?);
     let mut progress = Progress { bar };
@@ -190,7 +196,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         true => checkpoint.save_sparse(&args.out, Precision::F16).map(|()| "burn_moe_config.json")?,
         false => checkpoint.save_open_clip(&args.out, Precision::F16).map(|()| "open_clip_config.json")?,
     };
-    remove_other_layouts(&args.out, written)?;
+    remove_layouts_before(&args.out, written)?;
     println!("written to {}", args.out.display());
     Ok(())
 }

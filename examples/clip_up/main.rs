@@ -324,7 +324,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     support::write_atomic(out.join("report.json"), serde_json::to_string_pretty(&report)?.as_bytes())?;
     picture::draw(&out.join("clip_up.png"), &test, &trained, args.steps)?;
     experts::draw(&out.join("experts.png"), &known, &test)?;
-    // A trial is not worth going on with, and must not stand in the way of the run itself.
+    // A trial is not worth going on with.
     if args.quick {
         fs::remove_dir_all(&checkpointing.folder)?;
     }

@@ -24,12 +24,12 @@ pub(crate) fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> io::Result<(
     fs::write(&aside, bytes).and_then(|()| fs::rename(&aside, path)).inspect_err(|_| drop(fs::remove_file(&aside)))
 }
 
-/// The files that say that a folder holds a checkpoint, one for each layout.
+/// The files that say that a folder holds a checkpoint, one for each layout, in the order in which they are looked for.
 const CONFIGS: [&str; 4] = ["burn_moe_config.json", "open_clip_config.json", "moevie_config.json", "config.json"];
 
-/// Removes what says that a folder holds a checkpoint of another layout than the one that was written over it: it would be read in place of that.
-pub(crate) fn remove_other_layouts(folder: &Path, written: &str) -> Result<(), Box<dyn Error>> {
-    for path in CONFIGS.into_iter().filter(|name| *name != written).map(|name| folder.join(name)) {
+/// Removes what says that a folder holds a checkpoint of a layout that would be read in place of the one that was written over it.
+pub(crate) fn remove_layouts_before(folder: &Path, written: &str) -> Result<(), Box<dyn Error>> {
+    for path in CONFIGS.into_iter().take_while(|name| *name != written).map(|name| folder.join(name)) {
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(format!("{}: {error}", path.display()).into()),
             _ => {}

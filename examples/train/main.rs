@@ -22,7 +22,7 @@ mod support;
 
 use std::{
     error::Error,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
@@ -230,8 +230,8 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
     say(format!("{steps} steps of {} pairs; {}", args.batch_size, describe(&config)));
     let (keep, overwrite) = (args.keep, args.overwrite);
     let checkpointing = Checkpointing { keep, overwrite, ..Checkpointing::new(out.join("checkpoints"), args.checkpoint_every()) };
-    if is_first && (args.overwrite || checkpointing.kept_run()?.is_none()) {
-        ["model", "model-last"].into_iter().try_for_each(|name| refuse_checkpoint(&out.join(name), args.overwrite))?;
+    if is_first && !overwrite && checkpointing.kept_run()?.is_none() {
+        ["model", "model-last"].into_iter().try_for_each(|name| refuse_checkpoint(&out.join(name), false))?;
     }
     let training = device.clone().autodiff();
     let input = |observer| TrainInput {
@@ -261,8 +261,20 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
     };
     let [TrainedArm { model, average, truncated, .. }] = <[TrainedArm; 1]>::try_from(trained).expect("one arm was trained");
     if is_first {
+        // What another run has left that this one has no equal of.
+        let remove = |name: &str| {
+            let path = out.join(name);
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            match removed {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(format!("{}: {error}", path.display())),
+                _ => Ok(()),
+            }
+        };
         let model = match average {
-            None => model,
+            None => {
+                remove("model-last")?;
+                model
+            }
             Some(average) => {
                 let last = ClipCheckpoint { config: config.clone(), model: model.valid().materialize() };
                 last.save_sparse(out.join("model-last"), Precision::F32)?;
@@ -274,6 +286,8 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
             write_atomic(out.join("adapters.json"), options.to_string().as_bytes())?;
             let adapters = model.clone().into_record_group(ParamGroup::from_predicate(".lora.")).into_bytes()?;
             write_atomic(out.join("adapters.bpk"), &adapters)?;
+        } else {
+            ["adapters.json", "adapters.bpk"].into_iter().try_for_each(remove)?;
         }
         let checkpoint = ClipCheckpoint { config, model: model.materialize() };
         checkpoint.save_sparse(out.join("model"), Precision::F32)?;
@@ -282,6 +296,8 @@ fn train_on(args: &Args, out: &Path, ranks: &dyn Ranks, device: &Device, start: 
             let context_length = checkpoint.config.text.context_length;
             let known = experts::look_into(&checkpoint.model, test, &tokenizer, context_length, device);
             experts::draw(&out.join(EXPERTS), &known, test)?;
+        } else {
+            remove(EXPERTS)?;
         }
         report(out)?;
         let of_rank = if ranks.part().ranks > 1 { " (of the first rank)" } else { "" };
@@ -296,8 +312,11 @@ fn what_is_kept(error: TrainError, args: &Args, checkpointing: &Checkpointing) -
     match (&error, checkpointing.kept_run()) {
         (TrainError::Data(DataError::StreamEnded { .. }), Ok(Some(KeptRun { step, .. }))) => {
             let samples = step * args.batch_size;
-            format!("{error} (step {step} is kept: the same command with --samples {samples} ends there, and writes the model)")
-                .into()
+            let without = if args.overwrite { " and without --overwrite" } else { "" };
+            format!(
+                "{error} (step {step} is kept: the same command with --samples {samples}{without} ends there, and writes the model)"
+            )
+            .into()
         }
         _ => error.into(),
     }

@@ -99,7 +99,7 @@ pub(crate) struct Args {
     /// How many of the last checkpoints are kept
     #[arg(long, default_value_t = 2)]
     pub(crate) keep: usize,
-    /// Begin anew in a folder that holds another run, whose checkpoints and models are lost
+    /// Begin anew in a folder that holds another run, whose checkpoints and models are lost; leave it out to resume the new one
     #[arg(long)]
     pub(crate) overwrite: bool,
     /// Steps between lines of the log

@@ -21,9 +21,18 @@ const LONGEST_LIST: u64 = 1 << 20;
 /// Where training programs put the weights beside other things.
 const STATE_DICTS: [&str; 3] = ["state_dict.", "model_state_dict.", MODEL];
 
-/// What a wrapper of the model may put in front of its weights, too: then nothing else is beside them but the state of training.
+/// What a wrapper of the model may put in front of its weights, too, and not of all: others of a CLIP then stand beside them.
 const MODEL: &str = "model.";
-const OF_TRAINING: [&str; 6] = ["optim", "lr_scheduler", "scheduler", "scaler", "ema", "rng"];
+const OF_CLIPS: [&str; 8] = [
+    "logit_scale",
+    "text_projection",
+    "positional_embedding",
+    "token_embedding.",
+    "transformer.",
+    "visual.",
+    "text_model.",
+    "vision_model.",
+];
 
 /// The tensors of a file.
 pub(crate) struct Pickle {
@@ -65,9 +74,9 @@ impl Pickle {
         }
         let reader = PytorchReader::new(path).map_err(|error| bad(error.to_string()))?;
         let tensors: BTreeMap<String, Tensor> = reader.into_tensors().into_iter().collect();
-        let is_beside = |name: &String| name.starts_with(MODEL) || OF_TRAINING.iter().any(|start| name.starts_with(start));
+        let is_of_clip = |name: &String| OF_CLIPS.iter().any(|start| name.starts_with(start));
         let holds = |prefix: &str| {
-            tensors.keys().any(|name| name.starts_with(prefix)) && (prefix != MODEL || tensors.keys().all(is_beside))
+            tensors.keys().any(|name| name.starts_with(prefix)) && (prefix != MODEL || !tensors.keys().any(is_of_clip))
         };
         let prefix = STATE_DICTS.into_iter().find(|prefix| holds(prefix));
         let tensors = match prefix {

@@ -90,10 +90,10 @@ mod tests {
         ] {
             assert!(other_kind(bytes).is_some_and(|kind| kind.contains(part)), "{part}: {:?}", other_kind(bytes));
         }
-        // Captions may begin as pages and refusals do.
         for bytes in [b"PAR1 and a kinase\n" as &[u8], b"BZh, said the bee\n", b"Rar!\n"] {
             assert_eq!(other_kind(bytes), None);
         }
+        // Captions may begin as pages and refusals do.
         for bytes in [b"<3 dogs\n" as &[u8], b"404 on a door\n", b"Not found in the dark\n", b"Access to the beach\n"] {
             assert_eq!(other_kind(bytes), None);
         }

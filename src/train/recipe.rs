@@ -225,9 +225,6 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
     match resumed {
         Some(kept) => observer.on_resume(kept),
         None => {
-            if let Some(checkpointing) = checkpointing.filter(|checkpointing| evaluates && checkpointing.overwrite) {
-                checkpointing.discard()?;
-            }
             observer.on_start();
             for (index, run) in runs.iter_mut().enumerate().filter(|_| evaluates) {
                 run.evaluate(index, 0, &setting, observer)?;
@@ -235,6 +232,8 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
         }
     }
     let pools = thread_pools(runs.len(), ranks);
+    // Whether this run has a checkpoint.
+    let mut is_begun = resumed.is_some();
     let mut skipped = Skipped { count: runs[0].progress.skipped, first: Vec::new() };
     for step in first_step..config.steps {
         let (batch, truncated) = match pieces.next_batch(&setting.vocabulary) {
@@ -243,14 +242,8 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
                 // The steps that were done are not lost with the data. Other ranks may have their data still.
                 let is_kept = step == first_step || step.is_multiple_of(every);
                 if let Some(checkpointing) = checkpointing.filter(|_| !is_kept && !ranks.has_others()) {
-                    match save(checkpointing, &setting, &identity, &runs, step) {
-                        Err(TrainError::Checkpoint { path, reason }) => {
-                            let reason = format!("{reason}; step {step} was to be kept, as {error}");
-                            return Err(TrainError::Checkpoint { path, reason });
-                        }
-                        Err(error) => return Err(error),
-                        Ok(()) => observer.on_checkpoint(step),
-                    }
+                    save(checkpointing, &setting, &identity, &runs, step, !is_begun).map_err(|failed| failed.because(&error))?;
+                    observer.on_checkpoint(step);
                 }
                 return Err(error.into());
             }
@@ -284,7 +277,8 @@ pub fn train(input: TrainInput) -> Result<Vec<TrainedArm>, TrainError> {
         {
             check_ranks(&runs, ranks, done)?;
             if evaluates {
-                save(checkpointing, &setting, &identity, &runs, done)?;
+                save(checkpointing, &setting, &identity, &runs, done, !is_begun)?;
+                is_begun = true;
                 observer.on_checkpoint(done);
             }
         }

@@ -351,9 +351,9 @@ fn a_run_that_was_stopped_within_an_epoch_ends_with_the_same_bits() {
     // A checkpoint of another version is refused with the reason, and so is one that is damaged.
     let state = folder.path().join("run/step-00000011/state.json");
     let text = fs::read_to_string(&state).unwrap();
-    fs::write(&state, text.replacen("\"format\":2", "\"format\":7", 1)).unwrap();
+    fs::write(&state, text.replacen("\"format\":3", "\"format\":7", 1)).unwrap();
     let error = run("x.jsonl", Some(&checkpointing), &mut ()).unwrap_err().to_string();
-    assert!(error.contains("it has form 7, of another version of burn-moe; this one reads form 2"), "{error}");
+    assert!(error.contains("it has form 7, of another version of burn-moe; this one reads form 3"), "{error}");
     fs::write(&state, &text[..20]).unwrap();
     let error = run("x.jsonl", Some(&checkpointing), &mut ()).unwrap_err().to_string();
     assert!(error.contains("state.json: "), "{error}");
@@ -403,6 +403,29 @@ fn a_run_goes_on_where_its_data_has_moved_to_and_not_with_other_adapters() {
     (setup.arm.model, setup.config.steps) = (second, 3);
     let error = setup.run(&Solo, Some(&checkpointing), &mut ()).unwrap_err().to_string();
     assert!(error.contains("its adapters have rank 2 and scale 2 then, and rank 2 and scale 4 now"), "{error}");
+}
+
+#[test]
+fn a_run_on_a_stream_does_not_go_on_with_a_set_in_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let stream = stream(folder.path(), 12);
+    let setup = setup(&stream, 1);
+    let checkpointing = Checkpointing::new(folder.path().join("run"), 1);
+    setup.run(&Solo, Some(&checkpointing), &mut ()).unwrap();
+    let set = load_samples(&TarShards::open(shards(folder.path())).unwrap(), &ImagePreprocessor::new(8)).unwrap().0;
+    let batch = burn_moe::train::data::BatchConfig::new().with_batch_size(4).with_context_length(12);
+    let error = train(TrainInput {
+        arms: vec![setup.arm.clone()],
+        data: TrainData::Set { set: &set, batch },
+        test: None,
+        config: &setup.config.clone().with_seed(0),
+        checkpointing: Some(&checkpointing),
+        ranks: &Solo,
+        device: &setup.device,
+        observer: &mut (),
+    })
+    .unwrap_err();
+    assert!(error.to_string().contains("it has a set in memory in place of a stream"), "{error}");
 }
 
 #[test]
@@ -490,18 +513,17 @@ fn data_that_ends_leaves_the_steps_that_were_done() {
     let often = Checkpointing::new(folder.path().join("run"), 3);
     assert!(setup.run(&Solo, Some(&often), &mut ()).is_err());
     assert_eq!(written(), before);
-    // Begun anew, whatever is there.
+    // Begun anew, the old run stays until the new one has a checkpoint.
+    let anew = Checkpointing { overwrite: true, ..often.clone() };
+    assert!(setup.run(&Solo, Some(&anew), &mut ()).unwrap_err().to_string().contains("ended after"), "read to its end before");
+    assert_eq!(often.kept_run().unwrap().unwrap().step, 3);
+    // Whatever is there.
     fs::write(folder.path().join("run/step-00000003/state.json"), "{}").unwrap();
     assert!(often.kept_run().is_err());
-    let anew = Checkpointing { overwrite: true, ..often.clone() };
-    // Not before it is known that the new one can begin.
-    setup.config.eval_every = 0;
     let fourth = pipe();
     setup.stream = &fourth;
-    assert!(setup.run(&Solo, Some(&anew), &mut ()).is_err());
-    assert!(often.kept_run().is_err());
     fs::create_dir(folder.path().join("run/step-notes")).unwrap();
-    (setup.config.eval_every, setup.config.steps) = (10, 2);
+    setup.config.steps = 2;
     setup.run(&Solo, Some(&anew), &mut ()).unwrap();
     assert_eq!(often.kept_run().unwrap(), Some(KeptRun { step: 2, steps: 2 }));
     assert!(folder.path().join("run/step-notes").exists());

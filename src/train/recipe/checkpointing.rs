@@ -18,7 +18,7 @@ use super::{
 use crate::{clip::Clip, train::Evaluation};
 
 /// The form of a checkpoint. A number that is not this one is another version's.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 /// What a checkpoint's folder begins with, and what one that is being written does.
 const NAME: &str = "step-";
 const UNFINISHED: &str = ".step-";
@@ -37,7 +37,7 @@ pub struct Checkpointing {
     pub every: usize,
     /// How many of the last ones are kept.
     pub keep: usize,
-    /// Whether the run begins anew where there is one, of whatever version, which is then removed: once nothing about the new one is refused.
+    /// Whether the run begins anew where there is one, of whatever version. That one is removed when the new one has its first checkpoint.
     pub overwrite: bool,
 }
 
@@ -64,16 +64,14 @@ impl Checkpointing {
         Ok(self.latest()?.map(|(_, state)| KeptRun { step: state.step, steps: state.steps }))
     }
 
-    /// Removes the checkpoints in the folder, of whatever version. The folder is locked.
-    pub(super) fn discard(&self) -> Result<(), TrainError> {
-        let is_part = |path: &PathBuf| {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            let of_step = name.strip_prefix(NAME).or(name.strip_prefix(UNFINISHED));
-            of_step.is_some_and(|step| step.parse::<usize>().is_ok()) || name == OLDER
-        };
-        for path in self.entries()?.into_iter().filter(is_part) {
-            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-            removed.map_err(|error| bad(&path, error.to_string()))?;
+    /// Removes the checkpoints in the folder, of whatever version, but for one that is being written.
+    fn discard(&self, unfinished: &Path) -> Result<(), TrainError> {
+        for path in self.entries()?.into_iter().filter(|path| path != unfinished) {
+            if step_of(&path).is_some() {
+                remove(&path)?;
+            } else if path.file_name().is_some_and(|name| name == OLDER) {
+                fs::remove_file(&path).map_err(|error| bad(&path, error.to_string()))?;
+            }
         }
         Ok(())
     }
@@ -119,8 +117,8 @@ impl Checkpointing {
 
     /// Whole checkpoints, by their steps.
     fn checkpoints(&self) -> Result<Vec<(usize, PathBuf)>, TrainError> {
-        let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix(NAME)?.parse().ok();
-        let mut found: Vec<(usize, PathBuf)> = self.entries()?.into_iter().filter_map(|path| Some((step(&path)?, path))).collect();
+        let whole = |path: PathBuf| step_of(&path).filter(|(_, is_whole)| *is_whole).map(|(step, _)| (step, path));
+        let mut found: Vec<(usize, PathBuf)> = self.entries()?.into_iter().filter_map(whole).collect();
         found.sort();
         Ok(found)
     }
@@ -135,21 +133,34 @@ impl Checkpointing {
 
     /// Removes all but the last ones, and what a run left that was stopped while it wrote or removed one.
     fn clean(&self) -> Result<(), TrainError> {
-        let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let remove = |path: &Path| fs::remove_dir_all(path).map_err(|error| bad(path, error.to_string()));
-        for path in self.entries()?.iter().filter(|path| name(path).starts_with(UNFINISHED)) {
+        for path in self.entries()?.iter().filter(|path| step_of(path).is_some_and(|(_, is_whole)| !is_whole)) {
             remove(path)?;
         }
         let mut checkpoints = self.checkpoints()?;
         checkpoints.truncate(checkpoints.len().saturating_sub(self.keep));
-        for (_, path) in checkpoints {
-            // No longer a checkpoint, in one moment.
-            let aside = path.with_file_name(format!(".{}", name(&path)));
-            fs::rename(&path, &aside).map_err(|error| bad(&path, error.to_string()))?;
-            remove(&aside)?;
-        }
-        Ok(())
+        checkpoints.iter().try_for_each(|(_, path)| remove(path))
     }
+}
+
+/// The steps of a checkpoint by its name, and whether it is whole.
+fn step_of(path: &Path) -> Option<(usize, bool)> {
+    let name = path.file_name()?.to_str()?;
+    let (number, is_whole) = match name.strip_prefix(UNFINISHED) {
+        Some(number) => (number, false),
+        None => (name.strip_prefix(NAME)?, true),
+    };
+    Some((number.parse().ok()?, is_whole))
+}
+
+/// Removes a checkpoint, which is none from one moment on.
+fn remove(path: &Path) -> Result<(), TrainError> {
+    let io = |error: io::Error| bad(path, error.to_string());
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    if name.starts_with(UNFINISHED) {
+        return fs::remove_dir_all(path).map_err(io);
+    }
+    let aside = path.with_file_name(format!(".{name}"));
+    fs::rename(path, &aside).and_then(|()| fs::remove_dir_all(&aside)).map_err(io)
 }
 
 fn bad(path: &Path, reason: String) -> TrainError {
@@ -197,6 +208,7 @@ pub(super) fn save(
     identity: &Identity,
     runs: &[Run],
     step: usize,
+    is_first: bool,
 ) -> Result<(), TrainError> {
     let config = setting.config;
     let folder = checkpointing.folder.join(format!("{NAME}{step:08}"));
@@ -232,6 +244,9 @@ pub(super) fn save(
     for entry in fs::read_dir(&unfinished).map_err(io(&unfinished))?.flatten() {
         let path = entry.path();
         fs::File::options().write(true).open(&path).and_then(|file| file.sync_all()).map_err(io(&path))?;
+    }
+    if is_first && checkpointing.overwrite {
+        checkpointing.discard(&unfinished)?;
     }
     if folder.exists() {
         fs::remove_dir_all(&folder).map_err(io(&folder))?;

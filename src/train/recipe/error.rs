@@ -67,3 +67,15 @@ pub enum TrainError {
         reason: String,
     },
 }
+
+impl TrainError {
+    /// The error of a checkpoint that was to be written because of another error.
+    pub(super) fn because(self, error: &dyn std::error::Error) -> Self {
+        match self {
+            Self::Checkpoint { path, reason } => {
+                Self::Checkpoint { path, reason: format!("{reason}; it was to be kept as {error}") }
+            }
+            other => other,
+        }
+    }
+}

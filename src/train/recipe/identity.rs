@@ -65,7 +65,7 @@ pub(super) fn difference(then: &str, now: &str) -> Option<String> {
     Some(match path.as_str() {
         "start" => "it started from another model".into(),
         "arms" => "it trains another number of models".into(),
-        "data.images" if now.is_null() || then.is_null() => {
+        path if path.starts_with("data.") && (now.is_null() || then.is_null()) => {
             "it has a set in memory in place of a stream, or the other way round".into()
         }
         "data.images" => "it has other images or captions".into(),

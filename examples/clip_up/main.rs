@@ -53,6 +53,9 @@ const SMALL: u64 = 5_000_000;
 const SMALL_RATES: [f64; 2] = [1e-3, 5e-4];
 const RATES: [f64; 2] = [1e-5, 1e-5];
 
+/// The most steps of `--quick`.
+const TRIAL: u64 = 20;
+
 #[derive(Parser)]
 #[command(
     about = "Upcycles a dense CLIP and trains it on beside the dense one",
@@ -85,7 +88,7 @@ struct Args {
     /// Keep only what goes into each block, and compute the block again in the backward pass: less memory, longer steps
     #[arg(long)]
     gradient_checkpointing: bool,
-    /// A few steps only (at most 20), to see that everything works
+    /// A few steps only (at most 20), to see that everything works; the next run may write over their results
     #[arg(long)]
     quick: bool,
     /// A list of images and captions to train on, instead of the emoji
@@ -197,7 +200,7 @@ fn main() -> ExitCode {
 fn run() -> Result<(), Box<dyn Error>> {
     let mut args = Args::parse();
     if args.quick {
-        args.steps = args.steps.min(20);
+        args.steps = args.steps.min(TRIAL as usize);
         args.eval_every = args.eval_every.min(10);
     }
     let device = device_by_name(&args.device)?;
@@ -211,8 +214,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     if !overwrite {
         let kept = checkpointing.kept_run().map_err(|error| format!("{error}, or begin anew with --overwrite"))?;
         check_kept_run(&args, &out, kept)?;
-        // A short trial is repeated where it was.
-        if kept.is_none() && !(args.quick && args.out.is_none()) {
+        if kept.is_none() && !holds_trial(&out) {
             ["dense", "sparse"].into_iter().try_for_each(|name| refuse_checkpoint(&out.join(name), false))?;
         }
     }
@@ -330,6 +332,12 @@ fn run() -> Result<(), Box<dyn Error>> {
     }
     println!("the checkpoints `dense` and `sparse`, report.json, clip_up.png and experts.png are in {}", out.display());
     Ok(())
+}
+
+/// Whether the results in a folder are those of `--quick`, which nobody misses.
+fn holds_trial(out: &Path) -> bool {
+    let report = fs::read(out.join("report.json")).ok().and_then(|text| serde_json::from_slice::<serde_json::Value>(&text).ok());
+    report.and_then(|report| report["config"]["train"]["steps"].as_u64()).is_some_and(|steps| steps <= TRIAL)
 }
 
 /// Refuses to overwrite a run, and to resume what is not there or has done its steps.
